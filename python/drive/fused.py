@@ -1,0 +1,121 @@
+"""fused_drive_prune: one exact global pruning step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+import drive_kernels  # noqa: F401  (defines torch.ops.drive)
+
+from .masks import Masks
+from .result import PruneResult
+from .targets import Include, Target, Tensors, operands
+
+PruneOp = Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+def fused_drive_prune(
+    target: Target,
+    grads: Tensors | None = None,
+    mask_grads: Tensors | None = None,
+    *,
+    sparsity: float,
+    masks: Masks | None = None,
+    min_keep: int = 0,
+    include: Include | None = None,
+    check_finite: bool = True,
+) -> PruneResult:
+    """Prune to `sparsity` by the DRIVE score, globally and exactly; weights and masks in place.
+
+    The score of an entry is |theta * dL/dm * dL/dtheta| (arXiv 2404.03687, Eq. 6), normalised by its
+    sum (Eq. 7). Afterwards exactly `round(sparsity * total)` entries are zero and masked (or as many
+    as `masks` had pruned before, if those were more). Among equal scores the lower global index
+    (order of the tensors, then row-major index) survives; pruned entries never come back. The masks
+    are the same bit for bit on every backend and with any number of threads. If anything raises,
+    weights, masks and gradients are as they were.
+
+    Args:
+        target: a module, a mapping of names to tensors, or a sequence of tensors; float32,
+            bfloat16, float16 (freely mixed) or float64, any shapes and strides, on one device.
+            A tensor that appears twice (tied weights) counts once, under its first name.
+        grads: dL/dtheta, same structure as `target` (or a mapping by parameter name), shape and
+            dtype of the weights. Default: each tensor's `.grad`.
+        mask_grads: dL/dm, likewise. Default: theta * dL/dtheta, which is exact when both gradients
+            come from the same batch and weights; scores are then ranked by |float32(theta * grad)|.
+            If given, scores are ranked by the product of the three in float64.
+        sparsity: final fraction of zeros over all prunable entries, 0 <= sparsity < 1.
+        masks: masks to update in place, of the same names and shapes; False entries stay pruned.
+        min_keep: survivors that every tensor keeps at least (all it has, if those are fewer).
+        include: predicate (name, module, tensor) -> bool choosing the tensors; default: weights of
+            Linear, Conv and ConvTranspose layers of a module, everything of a mapping or sequence.
+        check_finite: raise if a score is not finite. False: no host synchronisation; a non-finite
+            score then makes the step a no-op and `result.ok` False.
+
+    Returns:
+        PruneResult, with the masks and the counts.
+
+    Raises:
+        ValueError: sparsity or min_keep out of range; a missing or misshapen gradient or mask; an
+            empty selection; a non-finite score.
+        TypeError: an argument or tensor of the wrong type or dtype.
+    """
+    return prune_step(
+        torch.ops.drive.prune_, "fused_drive_prune", target, grads, mask_grads,
+        sparsity=sparsity, masks=masks, min_keep=min_keep, include=include, check_finite=check_finite,
+    )  # fmt: skip
+
+
+def prune_step(
+    prune_op: PruneOp,
+    op: str,
+    target: Target,
+    grads: Tensors | None,
+    mask_grads: Tensors | None,
+    *,
+    sparsity: float,
+    masks: Masks | None,
+    min_keep: int,
+    include: Include | None,
+    check_finite: bool,
+) -> PruneResult:
+    """Check the arguments, call `prune_op` (any implementation of drive::prune_), wrap its result."""
+    check_sparsity(op, sparsity)
+    if not isinstance(min_keep, int) or isinstance(min_keep, bool) or min_keep < 0:
+        raise ValueError(f"{op}: min_keep must be an integer >= 0, got {min_keep!r}")
+    found = operands(target, grads, mask_grads, include, op)
+    weights = list(found.weights.values())
+    total = sum(w.numel() for w in weights)
+    prune = round(sparsity * total)
+    guarded = sum(min(min_keep, w.numel()) for w in weights)
+    if guarded > total - prune:
+        raise ValueError(
+            f"{op}: min_keep={min_keep} asks for {guarded} survivors, "
+            f"sparsity {sparsity} leaves {total - prune} of {total}"
+        )
+
+    fresh = masks is None
+    if masks is None:
+        masks = Masks({n: torch.empty_like(w, dtype=torch.bool) for n, w in found.weights.items()})
+    masks.check_match(op, found.weights)
+    ordered = [masks[name] for name in found.weights]
+    with torch.no_grad():
+        outputs = prune_op(weights, found.grads, found.mask_grads, ordered, fresh, prune, min_keep)
+    result = PruneResult(Masks(dict(zip(found.weights, ordered, strict=True))), *outputs)
+    if check_finite and not result.ok:
+        name, count = next(iter(result.nonfinite.items()))
+        raise ValueError(
+            f"{op}: non-finite score in {name} ({count} of {found.weights[name].numel()} entries)"
+        )
+    return result
+
+
+def check_sparsity(op: str, sparsity: object) -> None:
+    """Raise unless `sparsity` is a real number in [0, 1)."""
+    if not isinstance(sparsity, Real) or isinstance(sparsity, bool):
+        raise TypeError(f"{op}: sparsity must be a number in [0, 1), got {sparsity!r}")
+    if math.isnan(sparsity) or not 0 <= sparsity < 1:
+        raise ValueError(f"{op}: sparsity must be in [0, 1), got {sparsity}")

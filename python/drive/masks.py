@@ -1,0 +1,250 @@
+"""Masks: one bool tensor per prunable tensor, True where the entry survives."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from typing_extensions import Self
+
+from .targets import unwrap
+
+_FORMAT = "drive.masks.v1"
+
+
+class Masks(Mapping[str, Tensor]):
+    """Names of parameters to their masks (bool, the parameter's shape; False: pruned).
+
+    The tensors are shared, not copied: a further pruning step updates them in place, and whatever
+    holds these masks (see `attach`) follows.
+    """
+
+    def __init__(self, masks: Mapping[str, Tensor]):
+        for name, mask in masks.items():
+            if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+                got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+                raise TypeError(f"Masks: {name} must be a bool tensor, got {got}")
+        self._masks = dict(masks)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._masks[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._masks)
+
+    def __len__(self) -> int:
+        return len(self._masks)
+
+    def __repr__(self) -> str:
+        return f"Masks({len(self)} tensors, sparsity {self.sparsity():.4f})"
+
+    def sparsity(self) -> float:
+        """Fraction of False over all entries (0.0 if there are none)."""
+        total = sum(mask.numel() for mask in self.values())
+        return 1 - sum(self._kept().values()) / total if total else 0.0
+
+    def summary(self) -> str:
+        """A table as text: tensor, shape, entries kept, density."""
+        kept = self._kept()
+        width = max((len(name) for name in self), default=0)
+        lines = [
+            f"{name:<{width}}  {'x'.join(map(str, mask.shape)):>16}  {kept[name]:>12,}  "
+            f"{kept[name] / max(mask.numel(), 1):8.4f}"
+            for name, mask in self.items()
+        ]
+        header = f"{'tensor':<{width}}  {'shape':>16}  {'kept':>12}  {'density':>8}"
+        return "\n".join([header, *lines, f"sparsity {self.sparsity():.6f}"])
+
+    @torch.no_grad()
+    def apply_(self, model: nn.Module | Mapping[str, Tensor]) -> Self:
+        """Set every pruned weight of the model to exactly 0, in place.
+
+        Raises:
+            ValueError: a name is missing in the model, or a shape differs; nothing is changed then.
+        """
+        for weight, mask in self._pairs(model, "Masks.apply_"):
+            weight.masked_fill_(~mask.to(weight.device), 0)
+        return self
+
+    def attach(self, model: nn.Module, optimizer: Optimizer | None = None) -> Attachment:
+        """Keep pruned weights at exactly 0 while the model trains.
+
+        Gradients of pruned weights become 0 as soon as they are accumulated (so norms and clipping
+        see the sparse model), and after every optimizer step the pruned entries of the weights and
+        of the optimizer's state (momentum, Adam's moments, whatever existed before) are set to 0.
+
+        Args:
+            model: the model whose parameters these masks name.
+            optimizer: whose steps to watch; default: every optimizer that holds such a parameter.
+
+        Returns:
+            A handle: `handle.remove()`, or use it as a context manager.
+        """
+        pairs = self._pairs(model, "Masks.attach")
+        self.apply_(model)
+        return Attachment(pairs, optimizer)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The mask tensors by name (shared, not copied)."""
+        return dict(self._masks)
+
+    def check_match(self, op: str, weights: Mapping[str, Tensor]) -> None:
+        """Raise ValueError unless these are masks of exactly those tensors: names, shapes, device."""
+        _check_same_names(op, weights, self)
+        for name, weight in weights.items():
+            _check_shape(op, f"masks[{name}]", self[name], weight)
+            if self[name].device != weight.device:
+                raise ValueError(f"{op}: masks[{name}] must be on {weight.device}, got {self[name].device}")
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Copy masks of the same names and shapes into these, in place.
+
+        Raises:
+            ValueError: names or shapes differ; nothing is changed then.
+        """
+        _check_same_names("Masks.load_state_dict", self, state)
+        for name, mask in self.items():
+            _check_shape("Masks.load_state_dict", name, state[name], mask)
+        for name, mask in self.items():
+            mask.copy_(state[name])
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file with one bit an entry; a crash leaves the old file or the new one."""
+        packed = {
+            name: torch.from_numpy(np.packbits(mask.cpu().contiguous().numpy(), axis=None))
+            for name, mask in self.items()
+        }
+        shapes = json.dumps({name: list(mask.shape) for name, mask in self.items()})
+        path = Path(path)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            safetensors.torch.save_file(packed, partial, metadata={"format": _FORMAT, "shapes": shapes})
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Self:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: the file is truncated, corrupt, or not a masks file.
+        """
+        try:
+            with safetensors.safe_open(os.fspath(path), framework="numpy") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != _FORMAT:
+                    raise ValueError(f"its format is {metadata.get('format')!r}, not {_FORMAT!r}")
+                shapes = json.loads(metadata["shapes"])
+                return cls({
+                    name: _unpack(name, file.get_tensor(name), shape).to(device)
+                    for name, shape in shapes.items()
+                })  # fmt: skip
+        except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"Masks.load: {path} is not a readable masks file: {error}") from error
+
+    def to(self, device: torch.device | str) -> Masks:
+        """The same masks on another device (tensors already there are shared)."""
+        return Masks({name: mask.to(device) for name, mask in self.items()})
+
+    def _kept(self) -> dict[str, int]:
+        return {name: int(mask.sum()) for name, mask in self.items()}
+
+    def _pairs(
+        self, model: nn.Module | Mapping[str, Tensor], op: str
+    ) -> list[tuple[Tensor, Tensor]]:
+        """(weight, mask) of every mask, checked."""
+        if isinstance(model, nn.Module):
+            weights: Mapping[str, Tensor] = dict(unwrap(model).named_parameters(remove_duplicate=False))
+        else:
+            weights = model
+        for name, mask in self.items():
+            if name not in weights:
+                raise ValueError(f"{op}: the model has no parameter {name}: masks of another model?")
+            _check_shape(op, name, mask, weights[name])
+        return [(weights[name], mask) for name, mask in self.items()]
+
+
+class Attachment:
+    """Hooks that keep pruned weights at zero; made by `Masks.attach`."""
+
+    def __init__(self, pairs: list[tuple[Tensor, Tensor]], optimizer: Optimizer | None):
+        self._masks = {id(weight): mask for weight, mask in pairs}
+        self._handles: list[Any] = [
+            weight.register_post_accumulate_grad_hook(self._clear_gradient)
+            for weight, _ in pairs
+            if weight.requires_grad
+        ]
+        for weight, _ in pairs:
+            if weight.grad is not None:
+                self._clear_gradient(weight)
+        if optimizer is None:
+            self._handles.append(register_optimizer_step_post_hook(self._clear_after_step))
+        else:
+            self._clear_after_step(optimizer)
+            self._handles.append(optimizer.register_step_post_hook(self._clear_after_step))
+
+    def remove(self) -> None:
+        """Stop watching; the weights stay as they are."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    def _dead(self, weight: Tensor) -> Tensor | None:
+        mask = self._masks.get(id(weight))
+        return None if mask is None else ~mask.to(weight.device)
+
+    @torch.no_grad()
+    def _clear_gradient(self, weight: Tensor) -> None:
+        dead = self._dead(weight)
+        if dead is not None and weight.grad is not None:
+            weight.grad.masked_fill_(dead, 0)
+
+    @torch.no_grad()
+    def _clear_after_step(self, optimizer: Optimizer, *_: object) -> None:
+        for weight in (w for group in optimizer.param_groups for w in group["params"]):
+            dead = self._dead(weight)
+            if dead is None:
+                continue
+            weight.masked_fill_(dead, 0)
+            for state in optimizer.state.get(weight, {}).values():
+                if isinstance(state, Tensor) and state.shape == weight.shape:
+                    state.masked_fill_(dead, 0)
+
+
+def _unpack(name: str, packed: np.ndarray[Any, Any], shape: list[int]) -> Tensor:
+    count = int(np.prod(shape, dtype=np.int64))
+    if packed.dtype != np.uint8 or packed.shape != ((count + 7) // 8,):
+        raise ValueError(f"{name} must hold {count} bits, got {packed.dtype} {packed.shape}")
+    return torch.from_numpy(np.unpackbits(packed, count=count).astype(np.bool_)).view(shape)
+
+
+def _check_same_names(op: str, expected: Mapping[str, Any], got: Mapping[str, Any]) -> None:
+    missing, unknown = sorted(expected.keys() - got.keys()), sorted(got.keys() - expected.keys())
+    if missing or unknown:
+        what = f"no mask for {missing[0]}" if missing else f"a mask for {unknown[0]}, which is not pruned"
+        raise ValueError(f"{op}: masks must be those of this model: there is {what}")
+
+
+def _check_shape(op: str, name: str, got: Tensor, expected: Tensor) -> None:
+    if got.shape != expected.shape:
+        raise ValueError(f"{op}: {name} must have shape {tuple(expected.shape)}, got {tuple(got.shape)}")

@@ -1,0 +1,154 @@
+"""drive.prune: the one loop that every pruning method runs in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import methods, schedules
+from .fused import check_sparsity, fused_drive_prune
+from .masks import Masks
+from .methods.base import LossFn, Method, Problem
+from .targets import Include, prunable
+
+
+def prune(
+    model: nn.Module,
+    batches: Iterable[tuple[Any, Any]],
+    loss_fn: LossFn,
+    *,
+    sparsity: float,
+    method: str | Method = "drive",
+    iterations: int | None = None,
+    schedule: str | schedules.Schedule | None = None,
+    scope: str = "global",
+    min_keep: int = 0,
+    masks: Masks | None = None,
+    include: Include | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Masks:
+    """Prune a model to `sparsity` in place, by a named method, and return the masks.
+
+    At iteration n the method scores the surviving weights (most methods on one fresh batch) and an
+    exact global selection prunes to the sparsity that the schedule gives for n. The model is scored
+    in the mode (train or eval) it is in. BatchNorm statistics and other buffers, the RNG state, the
+    mode, `.grad` and `requires_grad` are afterwards as before; weights differ only where a mask is
+    False. If anything raises, Ctrl-C included, the weights are restored too (which costs one copy
+    of the prunable weights while it runs).
+
+    Args:
+        model: the model; for DRIVE after its dense warm-up, for SNIP at initialisation.
+        batches: any iterable of (inputs, targets), a DataLoader say; started again when short.
+        loss_fn: (model(inputs), targets) -> scalar loss.
+        sparsity: final fraction of zeros over all prunable entries, 0 <= sparsity < 1.
+        method: a name in `drive.methods.names()` or an instance.
+        iterations: how often to score and prune. Default: the method's own (DRIVE 100, SNIP 1).
+        schedule: "one_shot", "exponential", "linear", "cubic", or a callable
+            step in 1..iterations -> sparsity. Default: the method's own, or exponential when
+            a one-shot method is asked for several iterations.
+        scope: "global": one ranking over all tensors.
+        min_keep: survivors that every tensor keeps at least.
+        masks: masks to start from, of a model pruned before; they are not changed.
+        include: which parameters to prune, as in `fused_drive_prune`.
+        seed: of the RNG while scoring (dropout, shuffling by the global RNG).
+        progress: show a progress bar.
+
+    Returns:
+        The masks, on the weights' device.
+
+    Raises:
+        ValueError, TypeError: bad arguments, batches that run out, a non-finite score.
+    """
+    check_sparsity("prune", sparsity)
+    chosen = methods.get(method)
+    count = chosen.iterations if iterations is None else iterations
+    if not isinstance(count, int) or count < 1:
+        raise ValueError(f"prune: iterations must be an integer >= 1, got {iterations!r}")
+    if scope != "global":
+        raise ValueError(f"prune: scope must be 'global', got {scope!r}")
+    if schedule is None:
+        schedule = chosen.schedule if chosen.schedule != "one_shot" or count == 1 else "exponential"
+    steps = schedules.plan(schedule, sparsity, count)
+    weights = prunable(model, include, op="prune")
+    if masks is not None:
+        masks.check_match("prune", weights)
+        masks = Masks({name: masks[name].clone() for name in weights})
+
+    device = next(iter(weights.values())).device
+    with _restored(model, weights), _seeded(seed, device):
+        problem = Problem(model, weights, _endless(batches, device), loss_fn)
+        for target in _tracked(steps, chosen.name, progress):
+            masks = fused_drive_prune(
+                weights, chosen.gradients(problem), sparsity=target, masks=masks, min_keep=min_keep
+            ).masks
+    assert masks is not None  # count >= 1
+    return masks
+
+
+@contextmanager
+def _restored(model: nn.Module, weights: dict[str, Tensor]) -> Iterator[None]:
+    """Buffers, modes and requires_grad come back afterwards; the weights too, if anything raises."""
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+    frozen = [w for w in weights.values() if not w.requires_grad]
+    before = [w.detach().clone() for w in weights.values()]
+    try:
+        for w in frozen:
+            w.requires_grad_(True)
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for w, old in zip(weights.values(), before, strict=True):
+                w.copy_(old)
+        raise
+    finally:
+        for w in frozen:
+            w.requires_grad_(False)
+        for module, training in modes:
+            module.training = training
+        with torch.no_grad():
+            for module, name, buffer, old in buffers:
+                module._buffers[name] = buffer.copy_(old)
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """A seeded RNG inside, the caller's state afterwards."""
+    devices = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices, device_type="cuda" if not devices else device.type):
+        torch.manual_seed(seed)
+        yield
+
+
+def _endless(batches: Iterable[tuple[Any, Any]], device: torch.device) -> Iterator[tuple[Any, Any]]:
+    """Batches on the device, over and over."""
+    served = 0
+    while True:
+        before = served
+        for inputs, targets in batches:
+            served += 1
+            yield _to(inputs, device), _to(targets, device)
+        if served == before:
+            again = f"they ran out after {served} and cannot be started again" if served else "they are empty"
+            raise ValueError(f"prune: batches must go on as long as the method needs them: {again}")
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+
+
+def _tracked(steps: list[float], name: str, progress: bool) -> Iterable[float]:
+    if not progress:
+        return steps
+    from rich.progress import track
+
+    return track(steps, description=f"{name} to {steps[-1]:.2%}")

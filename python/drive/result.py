@@ -1,0 +1,100 @@
+"""What one pruning step did."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .masks import Masks
+
+
+class TensorCount(NamedTuple):
+    """One tensor's share of a step."""
+
+    name: str
+    numel: int
+    kept: int
+
+
+class PruneResult:
+    """Outcome of one step. The numbers live where the tensors do: reading one may synchronise.
+
+    Attributes:
+        masks: the masks after the step.
+    """
+
+    def __init__(self, masks: Masks, kept: Tensor, nonfinite: Tensor, scores: Tensor):
+        self.masks = masks
+        self._kept = kept  # [T] int64
+        self._nonfinite = nonfinite  # [T] int64
+        self._scores = scores  # [2] float64
+
+    @property
+    def ok(self) -> bool:
+        """False: some score was NaN or infinite, and nothing was changed."""
+        return not bool(self._nonfinite.any())
+
+    @property
+    def nonfinite(self) -> dict[str, int]:
+        """Number of NaN or infinite scores of each tensor that has any."""
+        counts = zip(self.masks, self._nonfinite.tolist(), strict=True)
+        return {name: count for name, count in counts if count}
+
+    @property
+    def per_tensor(self) -> list[TensorCount]:
+        """(name, numel, kept) of every tensor."""
+        kept = self._kept.tolist()
+        return [
+            TensorCount(name, mask.numel(), k)
+            for (name, mask), k in zip(self.masks.items(), kept, strict=True)
+        ]
+
+    @property
+    def total(self) -> int:
+        """Prunable entries."""
+        return sum(mask.numel() for mask in self.masks.values())
+
+    @property
+    def kept(self) -> int:
+        """Surviving entries."""
+        return int(self._kept.sum())
+
+    @property
+    def pruned(self) -> int:
+        """Entries that are zero and masked, earlier steps' included."""
+        return self.total - self.kept
+
+    @property
+    def sparsity(self) -> float:
+        """pruned / total (0.0 if there is no entry)."""
+        return self.pruned / self.total if self.total else 0.0
+
+    @property
+    def threshold(self) -> float:
+        """Normalised score z = |S| / sum |S| (Eq. 7) of the weakest survivor; inf if none survives."""
+        return float(self._scores[0])
+
+    @property
+    def score_sum(self) -> float:
+        """Sum of |S| over all entries that were alive before the step: the denominator of Eq. 7."""
+        return float(self._scores[1])
+
+    @property
+    def collapsed(self) -> list[str]:
+        """Names of tensors in which nothing survives."""
+        return [t.name for t in self.per_tensor if t.numel and not t.kept]
+
+    def summary(self) -> str:
+        """A table as text: shape, survivors and density of every tensor, and the totals."""
+        lines = [
+            self.masks.summary(),
+            f"kept {self.kept:,} of {self.total:,}, threshold z {self.threshold:.3e}, "
+            f"score sum {self.score_sum:.6e}",
+        ]
+        if self.collapsed:
+            lines.append(f"collapsed: {', '.join(self.collapsed)}")
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return f"PruneResult(kept {self.kept:,} of {self.total:,}, sparsity {self.sparsity:.6f})"
