@@ -5,17 +5,16 @@ compiled part registers faster kernels for the same schemas when it is loaded; w
 references serve, and `build_error` says why it is missing.
 """
 
+from importlib import import_module
 from types import ModuleType
 
 from . import prune as prune
 
-build_error: str | None = None
-_C: ModuleType | None = None
+_C: ModuleType | None
+build_error: str | None
 try:
-    from . import _C as _compiled  # type: ignore[attr-defined, unused-ignore]
-
-    _C = _compiled
+    _C, build_error = import_module("._C", __name__), None
 except ImportError as error:
-    build_error = str(error)
+    _C, build_error = None, str(error)
 
 __all__ = ["build_error", "prune"]

@@ -121,7 +121,7 @@ def _score_summary(keys: Tensor, keep: Tensor, squared: bool) -> Tensor:
     """[z of the weakest survivor (inf if nothing survives), sum of |S| over unpruned entries]."""
 
     def scores(part: Tensor) -> Tensor:
-        wide = part.double().clamp_(min=0)
+        wide = part.to(torch.float64, copy=True).clamp_(min=0)
         return wide.square_() if squared else wide
 
     # in pieces: float64 copies of everything would double the memory

@@ -1,0 +1,29 @@
+// drive_kernels._C: build facts. Loading it registers the ops' compiled kernels.
+#include <ATen/Version.h>
+#include <pybind11/pybind11.h>
+
+#include <map>
+#include <string>
+
+namespace {
+
+std::map<std::string, std::string> build_info() {
+  return {
+      {"compiler", __VERSION__},
+#if defined(__x86_64__)
+      {"cpu variants", "portable, AVX2, AVX-512"},
+#else
+      {"cpu variants", "portable"},
+#endif
+      {"cpu capability", at::get_cpu_capability()},
+#if defined(DRIVE_WITH_CUDA)
+      {"cuda", DRIVE_WITH_CUDA},
+#else
+      {"cuda", "not built"},
+#endif
+  };
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) { m.def("build_info", &build_info, "What was compiled, and how."); }

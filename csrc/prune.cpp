@@ -1,0 +1,502 @@
+// drive::prune_ on CPU: the k best scores survive, exactly, in two passes over the entries.
+//
+//   1. Sample: 2^16 keys bracket the threshold, lo <= T <= hi, with a chance of failure below 1e-6.
+//   2. Survey (reads theta, G and an old mask; writes nothing): per chunk, how many keys lie above, at
+//      and inside the bracket; those inside, 1 to 2 % of all, are collected. Also the sum of |S|, and
+//      the count of non-finite scores, which ends the step here.
+//   3. Threshold T, the k-th largest key: by radix selection among the collected keys. The counts prove
+//      that the bracket held; if it did not, by radix selection over all entries, three passes more.
+//   4. Ties: of the entries on the threshold the first ones in global order survive. A running sum over
+//      the chunks' ties finds the one chunk where they end, which is cut in two; after that, in every
+//      chunk an entry survives if its key is at least the chunk's cut.
+//   5. Apply (reads theta, G, old mask; writes theta, mask). All memory was taken before, nothing can fail.
+//
+// Bytes an entry, float32: 8 + 8 read, 4 + 1 written, 2 more for an old mask. Scratch: a quarter of a
+// byte an entry for the collected keys, and 0.02 for the counts.
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+#include <atomic>
+#include <cmath>
+#include <numeric>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "common.h"
+#include "key.h"
+#include "prune_isa.h"
+#include "work.h"
+
+namespace drive {
+namespace {
+
+// 2^16 samples put 2 * 5 sigma, 1.2 % (k = n / 10) to 2 % (k = n / 2) of the entries, in the bracket;
+// up to that many entries, all of them are.
+constexpr int64_t kSample = 1 << 16;
+constexpr double kSigmas = 5;
+// Scratch for the keys in the bracket: 0.25 byte an entry, 6 % of the entries for 32-bit keys.
+constexpr int64_t kEntriesPerScratchByte = 4;
+
+template <class Key>
+const Kernels<Key>& kernels_for(const Item& item) {
+  switch (item.dtype()) {
+    case at::kFloat: return kernels<float, Key>();
+    case at::kBFloat16: return kernels<BFloat16, Key>();
+    case at::kHalf: return kernels<Half, Key>();
+    default:
+      if constexpr (sizeof(Key) == 8) return kernels<double, Key>();
+      TORCH_INTERNAL_ASSERT(false, "float64 entries have 64-bit keys");
+  }
+}
+
+// A pseudo-random 64-bit number for an index (splitmix64): samples must not fall in step with a
+// tensor's shape, and the time of a step should not depend on anything but its input.
+uint64_t scramble(uint64_t x) {
+  x += 0x9e3779b97f4a7c15u;
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+  return x ^ (x >> 31);
+}
+
+// (Step 3) The k-th largest key between lo and hi. count(prefix, digit, counts) adds up, by bucket of
+// that digit, the keys that agree with the prefix in the digits before.
+template <class Key, class Count>
+Key kth_largest(int64_t k, Key lo, Key hi, const Count& count) {
+  using Bits = typename KeyTraits<Key>::Bits;
+  Bits prefix = 0;
+  for (int digit = 0; digit < kDigits<Key>; ++digit) {
+    int found = bucket(lo, digit);
+    if (!has_prefix(lo, hi, digit + 1)) {
+      std::vector<int64_t> counts(kBuckets);
+      count(static_cast<Key>(prefix), digit, counts);
+      for (found = kBuckets - 1; counts[found] < k; --found) k -= counts[found];
+    }
+    prefix |= static_cast<Bits>(found) << digit_shift<Key>(digit);
+  }
+  return static_cast<Key>(prefix);
+}
+
+// counts += the histograms that fill(i, histogram) makes for every i in [0, n), over all threads.
+template <class Fill>
+void count_parallel(int64_t n, std::vector<int64_t>& counts, const Fill& fill) {
+  std::vector<std::vector<int64_t>> partial(at::get_num_threads(), std::vector<int64_t>(kBuckets));
+  parallel(n, kGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) fill(i, partial[at::get_thread_num()]);
+  });
+  for (const auto& part : partial) {
+    for (int b = 0; b < kBuckets; ++b) counts[b] += part[b];
+  }
+}
+
+template <class Key>
+void add_keys(const Key* keys, int64_t n, Key prefix, int digit, std::vector<int64_t>& counts) {
+  for (int64_t i = 0; i < n; ++i) {
+    if (has_prefix(keys[i], prefix, digit)) ++counts[bucket(keys[i], digit)];
+  }
+}
+
+template <class Key>
+int64_t padded(int64_t count) {
+  return (count + kLanesOf<Key> - 1) / kLanesOf<Key> * kLanesOf<Key>;
+}
+
+// Entries of a chunk above and on a threshold.
+struct Split {
+  int32_t above, equal;
+};
+
+template <class Key>
+struct Selection {
+  Key threshold;
+  int64_t ties;  // of the entries on the threshold, this many survive
+  std::vector<Chunk> chunks;
+  std::vector<Split> splits;
+};
+
+template <class Key>
+class PruneStep {
+ public:
+  using Ids = std::vector<int32_t>;
+
+  explicit PruneStep(std::vector<Item> items)
+      : items_(std::move(items)), kept_(items_.size()), alive_(items_.size()), nonfinite_(items_.size()) {
+    int64_t n = 0;
+    for (const Item& item : items_) n += item.numel();
+    const int64_t bytes = std::max<int64_t>(n / kEntriesPerScratchByte, kSample * sizeof(Key));
+    scratch_ = at::empty({bytes}, at::kByte);
+    inside_ = static_cast<Key*>(scratch_.data_ptr());
+    capacity_ = bytes / sizeof(Key);
+  }
+
+  // Steps 1 to 4: decides everything, writes nothing. False: a score is not finite.
+  bool plan(int64_t keep, int64_t min_keep) {
+    Ids free(items_.size());
+    std::iota(free.begin(), free.end(), 0);
+    for (bool first = true;; first = false) {
+      Selection<Key> selection = select(free, keep);
+      if (first && !take_totals(selection.chunks)) return false;
+      const std::vector<int64_t> kept = kept_by(selection);
+      // A tensor below its guard keeps exactly its min_keep best: what it gains, the others lose, so
+      // the threshold for them only rises, and no such tensor can rise above its guard again.
+      Ids guarded, others;
+      for (const int32_t id : free) {
+        (kept[id] < std::min(min_keep, alive_[id]) ? guarded : others).push_back(id);
+      }
+      if (guarded.empty()) {
+        settle(selection);
+        return true;
+      }
+      for (const int32_t id : guarded) {
+        const int64_t guard = std::min(min_keep, alive_[id]);
+        Selection<Key> own = select({id}, guard);
+        settle(own);
+        keep -= guard;
+      }
+      free = std::move(others);
+    }
+  }
+
+  // (Step 5)
+  void apply() const {
+    parallel(cuts_.size(), kGrain, [&](int64_t begin, int64_t end) {
+      Staging room;
+      for (int64_t i = begin; i < end; ++i) {
+        const Chunk& chunk = cuts_[i].chunk;
+        const Item& item = items_[chunk.item];
+        const int64_t n = padded<Key>(chunk.count);
+        const Entries entries = stage(item, chunk, n, room);
+        char* weight = target(item, chunk, n, kWeight, room.operand[kWeight]);
+        char* mask = target(item, chunk, n, kMask, room.new_mask);
+        kernels_for<Key>(item).apply(entries, n, cuts_[i].cut, weight, reinterpret_cast<uint8_t*>(mask));
+        unstage(item, chunk, kWeight, weight);
+        unstage(item, chunk, kMask, mask);
+      }
+    });
+  }
+
+  const std::vector<int64_t>& kept() const { return kept_; }
+  const std::vector<int64_t>& alive() const { return alive_; }
+  const std::vector<int64_t>& nonfinite() const { return nonfinite_; }
+
+  // [normalised score of the weakest survivor (inf if none survives), sum of |S|] (Eq. 7)
+  std::pair<double, double> scores(bool squared) const {
+    if (weakest_ == kTop<Key>) return {INFINITY, sum_};
+    typename KeyTraits<Key>::Score score;
+    const auto bits = bits_of_key(weakest_);
+    std::memcpy(&score, &bits, sizeof(score));
+    const double value = squared ? static_cast<double>(score) * score : score;
+    return {sum_ == 0 ? value : value / sum_, sum_};
+  }
+
+ private:
+  struct Cut {
+    Chunk chunk;
+    Key cut;
+  };
+
+  // The chunk's keys, in `keys` (room for kChunk of them).
+  void keys_of(const Chunk& chunk, Staging& room, Key* keys) const {
+    const Item& item = items_[chunk.item];
+    const int64_t n = padded<Key>(chunk.count);
+    kernels_for<Key>(item).compute_keys(stage(item, chunk, n, room), n, keys);
+  }
+
+  // (Step 1) Keys of kSample entries: a random one of each of kSample equal parts.
+  std::vector<Key> sample(const Ids& ids, int64_t n) const {
+    std::vector<int64_t> ends;
+    for (const int32_t id : ids) ends.push_back((ends.empty() ? 0 : ends.back()) + items_[id].numel());
+    const auto position = [&](int64_t s) {
+      const double part = static_cast<double>(n) / kSample;
+      const double jitter = static_cast<double>(scramble(s) >> 11) * 0x1p-53;
+      return std::min(static_cast<int64_t>((s + jitter) * part), n - 1);
+    };
+    std::vector<Key> keys(kSample + kChunk);  // the last vector may be padded
+    parallel(kSample / kChunk, 1, [&](int64_t first, int64_t last) {
+      Staging room;
+      int64_t s = first * kChunk;
+      while (s < last * kChunk) {
+        const int64_t which = std::upper_bound(ends.begin(), ends.end(), position(s)) - ends.begin();
+        const Item& item = items_[ids[which]];
+        const int64_t begin = ends[which] - item.numel();
+        const int64_t limit = std::min((s / kChunk + 1) * kChunk, last * kChunk);
+        int64_t count = 0;
+        for (; s + count < limit && position(s + count) < ends[which]; ++count) {
+          const Offsets at = item.walk.at(position(s + count) - begin);
+          for (int o = 0; o < kMaxOperands; ++o) {
+            const int64_t size = item.entry_size(o);
+            if (!item.data(o)) continue;
+            std::memcpy(room.operand[o] + count * size, item.data(o) + at[o] * size, size);
+          }
+        }
+        const Entries entries{room.operand[kWeight], room.operand[kGrad],
+                              item.data(kMaskGrad) ? room.operand[kMaskGrad] : nullptr,
+                              item.fresh ? nullptr : reinterpret_cast<uint8_t*>(room.operand[kMask])};
+        Key found[kChunk];
+        kernels_for<Key>(item).compute_keys(entries, padded<Key>(count), found);
+        std::copy_n(found, count, keys.begin() + s);
+        s += count;
+      }
+    });
+    keys.resize(kSample);
+    return keys;
+  }
+
+  std::pair<Key, Key> bracket(const Ids& ids, int64_t n, int64_t k) const {
+    if (n <= kSample) return {kDead<Key>, kTop<Key>};
+    std::vector<Key> keys = sample(ids, n);
+    const double share = static_cast<double>(k) / n;
+    const double sigma = std::sqrt(kSample * share * (1 - share));
+    const auto ranked = [&](double rank) {  // from the largest
+      const auto nth = keys.begin() + static_cast<int64_t>(rank);
+      std::nth_element(keys.begin(), nth, keys.end(), std::greater<Key>());
+      return *nth;
+    };
+    const double first = share * kSample - kSigmas * sigma - 1;
+    const double last = share * kSample + kSigmas * sigma + 1;
+    const Key hi = first < 0 ? kTop<Key> : ranked(first);
+    const Key lo = last >= kSample ? kDead<Key> : ranked(last);
+    return {std::min<Key>(lo, hi - 1), hi};
+  }
+
+  // (Step 2) Fills counts_. False: the keys inside did not fit.
+  bool survey(const std::vector<Chunk>& chunks, Key lo, Key hi) {
+    counts_.resize(chunks.size());
+    std::atomic<int64_t> used{0};
+    parallel(chunks.size(), kGrain, [&](int64_t begin, int64_t end) {
+      Staging room;
+      alignas(64) Key keys[kChunk];
+      alignas(64) uint8_t flags[kChunk];
+      Key inside[kChunk];
+      for (int64_t i = begin; i < end; ++i) {
+        const Item& item = items_[chunks[i].item];
+        const int64_t n = padded<Key>(chunks[i].count);
+        Counts& c = counts_[i];
+        c = kernels_for<Key>(item).survey(stage(item, chunks[i], n, room), n, lo, hi, keys, flags, inside);
+        c.inside_begin = used.fetch_add(c.inside);
+        if (c.inside_begin + c.inside <= capacity_) std::copy_n(inside, c.inside, inside_ + c.inside_begin);
+      }
+    });
+    return used <= capacity_;
+  }
+
+  // (Steps 1 to 3) The k-th largest key among these items, and every chunk's place relative to it.
+  Selection<Key> select(const Ids& ids, int64_t k) {
+    Selection<Key> s{kTop<Key>, 0, chunks_of(items_, ids), {}};
+    int64_t n = 0;
+    for (const int32_t id : ids) n += items_[id].numel();
+    const auto [lo, hi] = bracket(ids, n, k);
+    const bool complete = survey(s.chunks, lo, hi);
+    int64_t above = 0, at_hi = 0, inside = 0, at_lo = 0, alive = 0;
+    for (const Counts& c : counts_) {
+      above += c.above, at_hi += c.at_hi, inside += c.inside, at_lo += c.at_lo, alive += c.alive;
+    }
+    k = std::min(k, alive);
+    s.splits.resize(s.chunks.size());
+    if (k == 0) return s;
+
+    const bool held = complete && above < k && k <= above + at_hi + inside + at_lo;
+    if (!held) {
+      s.threshold = kth_largest<Key>(k, kDead<Key>, kTop<Key>, [&](Key prefix, int digit, auto& counts) {
+        count_parallel(s.chunks.size(), counts, [&](int64_t i, auto& into) {
+          Staging room;
+          alignas(64) Key keys[kChunk];
+          keys_of(s.chunks[i], room, keys);
+          add_keys(keys, s.chunks[i].count, prefix, digit, into);
+        });
+      });
+    } else if (k <= above + at_hi) {
+      s.threshold = hi;
+    } else if (k > above + at_hi + inside) {
+      s.threshold = lo;
+    } else {
+      s.threshold = kth_largest<Key>(k - above - at_hi, lo + 1, hi - 1, [&](Key prefix, int digit, auto& counts) {
+        count_parallel((inside + kChunk - 1) / kChunk, counts, [&](int64_t i, auto& into) {
+          add_keys(inside_ + i * kChunk, std::min(kChunk, inside - i * kChunk), prefix, digit, into);
+        });
+      });
+    }
+    parallel(s.chunks.size(), kGrain, [&, lo = lo, hi = hi](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        s.splits[i] = held ? known_split(counts_[i], lo, hi, s.threshold) : split(s.chunks[i], s.threshold);
+      }
+    });
+    s.ties = k;
+    for (const Split& split : s.splits) s.ties -= split.above;
+    return s;
+  }
+
+  static Split split_of(const Key* keys, int64_t n, Key threshold) {
+    Split split{0, 0};
+    for (int64_t i = 0; i < n; ++i) {
+      split.above += keys[i] > threshold;
+      split.equal += keys[i] == threshold;
+    }
+    return split;
+  }
+
+  Split split(const Chunk& chunk, Key threshold) const {
+    Staging room;
+    alignas(64) Key keys[kChunk];
+    keys_of(chunk, room, keys);
+    return split_of(keys, chunk.count, threshold);
+  }
+
+  Split known_split(const Counts& c, Key lo, Key hi, Key threshold) const {
+    if (threshold == hi) return {c.above, c.at_hi};
+    if (threshold == lo) return {c.above + c.at_hi + c.inside, c.at_lo};
+    Split split = split_of(inside_ + c.inside_begin, c.inside, threshold);
+    split.above += c.above + c.at_hi;
+    return split;
+  }
+
+  // Sums of the first survey, of all items. False: a score is not finite.
+  bool take_totals(const std::vector<Chunk>& chunks) {
+    int64_t bad = 0;
+    for (size_t i = 0; i < chunks.size(); ++i) {
+      alive_[chunks[i].item] += counts_[i].alive;
+      nonfinite_[chunks[i].item] += counts_[i].nonfinite;
+      bad += counts_[i].nonfinite;
+      sum_ += counts_[i].sum;
+    }
+    return bad == 0;
+  }
+
+  std::vector<int64_t> kept_by(const Selection<Key>& s) const {
+    std::vector<int64_t> kept(items_.size());
+    int64_t ties = s.ties;
+    for (size_t i = 0; i < s.chunks.size(); ++i) {
+      const int64_t survive = std::min<int64_t>(ties, s.splits[i].equal);
+      kept[s.chunks[i].item] += s.splits[i].above + survive;
+      ties -= survive;
+    }
+    return kept;
+  }
+
+  // (Step 4) Turns the selection into one cut a chunk.
+  void settle(Selection<Key>& s) {
+    const std::vector<int64_t> kept = kept_by(s);
+    int64_t ties = s.ties;
+    for (size_t i = 0; i < s.chunks.size(); ++i) {
+      const Chunk& chunk = s.chunks[i];
+      if (chunk.begin == 0) {
+        count_ties_in_order(s, i, ties);
+        kept_[chunk.item] = kept[chunk.item];
+      }
+      const int64_t survive = std::min<int64_t>(ties, s.splits[i].equal);
+      if (survive == s.splits[i].equal) {
+        cuts_.push_back({chunk, s.threshold});
+      } else if (survive == 0) {
+        cuts_.push_back({chunk, s.threshold + 1});
+      } else {
+        const int32_t first = entries_up_to_tie(chunk, s.threshold, survive);
+        cuts_.push_back({{chunk.item, first, chunk.begin}, s.threshold});
+        cuts_.push_back({{chunk.item, chunk.count - first, chunk.begin + first}, s.threshold + 1});
+      }
+      ties -= survive;
+    }
+    if (s.threshold != kTop<Key>) weakest_ = std::min(weakest_, s.threshold);
+  }
+
+  // If the surviving ties end within the item whose first chunk is s.chunks[i], and its walk is not in
+  // row-major order, walk it again in that order: only then does it matter which ties come first.
+  void count_ties_in_order(Selection<Key>& s, size_t i, int64_t ties) {
+    Item& item = items_[s.chunks[i].item];
+    const size_t end = i + (item.numel() + kChunk - 1) / kChunk;
+    int64_t equal = 0;
+    for (size_t j = i; j < end; ++j) equal += s.splits[j].equal;
+    if (item.logical || ties == 0 || ties >= equal) return;
+    item.walk_logically();
+    parallel(end - i, kGrain, [&](int64_t begin, int64_t stop) {
+      for (int64_t j = begin; j < stop; ++j) s.splits[i + j] = split(s.chunks[i + j], s.threshold);
+    });
+  }
+
+  // How many entries of the chunk, from its first, hold `ties` entries on the threshold.
+  int32_t entries_up_to_tie(const Chunk& chunk, Key threshold, int64_t ties) const {
+    Staging room;
+    alignas(64) Key keys[kChunk];
+    keys_of(chunk, room, keys);
+    int32_t i = 0;
+    for (; ties > 0; ++i) ties -= keys[i] == threshold;
+    return i;
+  }
+
+  std::vector<Item> items_;
+  at::Tensor scratch_;
+  Key* inside_;
+  int64_t capacity_;
+  std::vector<Counts> counts_;  // of the latest survey
+  std::vector<Cut> cuts_;
+  std::vector<int64_t> kept_, alive_, nonfinite_;
+  double sum_ = 0;
+  Key weakest_ = kTop<Key>;
+};
+
+using Outputs = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+
+template <class Key>
+Outputs run(std::vector<Item> items, bool fresh, bool squared, int64_t prune, int64_t min_keep,
+            at::TensorList masks) {
+  int64_t total = 0;
+  for (const Item& item : items) total += item.numel();
+  at::Tensor kept = at::empty({static_cast<int64_t>(items.size())}, at::kLong);
+  at::Tensor nonfinite = at::empty_like(kept);
+  at::Tensor scores = at::full({2}, NAN, at::kDouble);
+
+  PruneStep<Key> step(std::move(items));
+  const bool finite = step.plan(total - prune, min_keep);
+  if (finite) {
+    step.apply();
+    std::tie(scores.data_ptr<double>()[0], scores.data_ptr<double>()[1]) = step.scores(squared);
+  } else if (fresh) {
+    for (const at::Tensor& mask : masks) mask.fill_(true);
+  }
+  const std::vector<int64_t>& survivors = finite ? step.kept() : step.alive();
+  std::copy(survivors.begin(), survivors.end(), kept.data_ptr<int64_t>());
+  std::copy(step.nonfinite().begin(), step.nonfinite().end(), nonfinite.data_ptr<int64_t>());
+  return {kept, nonfinite, scores};
+}
+
+Outputs prune_cpu(at::TensorList weights, at::TensorList grads, at::TensorList mask_grads,
+                  at::TensorList masks, bool fresh, int64_t prune, int64_t min_keep) {
+  const char* op = "drive::prune_";
+  TORCH_CHECK_VALUE(!weights.empty(), op, ": weights must not be empty");
+  TORCH_CHECK_VALUE(grads.size() == weights.size() && masks.size() == weights.size() &&
+                        (mask_grads.empty() || mask_grads.size() == weights.size()),
+                    op, ": weights, grads, mask_grads and masks must be of one length, got ", weights.size(),
+                    ", ", grads.size(), ", ", mask_grads.size(), ", ", masks.size());
+  TORCH_CHECK_VALUE(prune >= 0 && min_keep >= 0, op, ": prune and min_keep must be >= 0, got ", prune, ", ",
+                    min_keep);
+  bool wide = !mask_grads.empty();
+  std::vector<Item> items;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const at::ScalarType dtype = weights[i].scalar_type();
+    TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble,
+                     op, ": weights[", i, "] must be float32, bfloat16, float16 or float64, got ", dtype);
+    check_like(op, "grads", i, grads[i], weights[i], dtype);
+    check_like(op, "masks", i, masks[i], weights[i], at::kBool);
+    std::vector<at::Tensor> tensors{weights[i], grads[i], masks[i]};
+    if (!mask_grads.empty()) {
+      check_like(op, "mask_grads", i, mask_grads[i], weights[i], dtype);
+      tensors.push_back(mask_grads[i]);
+    }
+    wide |= dtype == at::kDouble;
+    items.emplace_back(std::move(tensors), fresh);
+  }
+  const bool squared = mask_grads.empty();
+  Outputs outputs = wide ? run<int64_t>(std::move(items), fresh, squared, prune, min_keep, masks)
+                         : run<int32_t>(std::move(items), fresh, squared, prune, min_keep, masks);
+  for (const at::TensorList changed : {weights, masks}) {
+    for (const at::Tensor& tensor : changed) {
+      if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
+    }
+  }
+  return outputs;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(drive, CPU, m) { m.impl("prune_", &prune_cpu); }
+
+}  // namespace drive

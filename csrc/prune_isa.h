@@ -1,0 +1,103 @@
+// What the instruction-set variants of drive::prune_'s inner loops share: types, and the table
+// through which the one that this processor can run is called.
+#pragma once
+
+#include <ATen/Version.h>
+
+#include <cstdint>
+#include <string>
+#include <type_traits>
+
+#include "key.h"
+
+namespace drive {
+
+#define DRIVE_VECTOR(name, type, lanes) typedef type name __attribute__((vector_size(sizeof(type) * lanes)))
+DRIVE_VECTOR(f32x16, float, 16);
+DRIVE_VECTOR(i32x16, int32_t, 16);
+DRIVE_VECTOR(u32x16, uint32_t, 16);
+DRIVE_VECTOR(i16x16, int16_t, 16);
+DRIVE_VECTOR(u16x16, uint16_t, 16);
+DRIVE_VECTOR(u8x16, uint8_t, 16);
+DRIVE_VECTOR(f64x8, double, 8);
+DRIVE_VECTOR(i64x8, int64_t, 8);
+DRIVE_VECTOR(u64x8, uint64_t, 8);
+DRIVE_VECTOR(f32x8, float, 8);
+DRIVE_VECTOR(i32x8, int32_t, 8);
+DRIVE_VECTOR(u32x8, uint32_t, 8);
+DRIVE_VECTOR(i16x8, int16_t, 8);
+DRIVE_VECTOR(u16x8, uint16_t, 8);
+DRIVE_VECTOR(u8x8, uint8_t, 8);
+#undef DRIVE_VECTOR
+
+struct BFloat16 { uint16_t bits; };
+struct Half { uint16_t bits; };
+
+// Entries per vector, 64 bytes of keys: chunks are cut and padded to multiples of it.
+template <class Key>
+constexpr int64_t kLanesOf = 64 / sizeof(Key);
+
+// Contiguous operands of one chunk; mask_grad and mask may be null.
+struct Entries {
+  const void* weight;
+  const void* grad;
+  const void* mask_grad;
+  const uint8_t* mask;
+};
+
+// What one pass tells of one chunk, for a bracket [lo, hi].
+struct Counts {
+  int32_t above, at_hi, inside, at_lo;
+  int32_t alive, nonfinite;
+  int64_t inside_begin;  // where the chunk's keys inside the bracket lie in the scratch buffer
+  double sum;            // of |S| (Eq. 7)
+};
+
+template <class Key>
+struct Kernels {
+  Counts (*survey)(const Entries&, int64_t n, Key lo, Key hi, Key* keys, uint8_t* flags, Key* inside);
+  void (*compute_keys)(const Entries&, int64_t n, Key* keys);
+  void (*apply)(const Entries&, int64_t n, Key cut, void* weight, uint8_t* mask);
+};
+
+}  // namespace drive
+
+#define DRIVE_ISA portable
+#define DRIVE_TARGET
+#include "prune_kernels.h"
+#undef DRIVE_ISA
+#undef DRIVE_TARGET
+
+#if defined(__x86_64__)
+#define DRIVE_ISA avx2
+#define DRIVE_TARGET __attribute__((target("avx2")))
+#include "prune_kernels.h"
+#undef DRIVE_ISA
+#undef DRIVE_TARGET
+
+#define DRIVE_ISA avx512
+#define DRIVE_TARGET \
+  __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512")))
+#include "prune_kernels.h"
+#undef DRIVE_ISA
+#undef DRIVE_TARGET
+#endif
+
+namespace drive {
+
+// The variant for this processor, as PyTorch sees it (ATEN_CPU_CAPABILITY=default|avx2|avx512
+// lowers it, for PyTorch's own kernels and for these).
+template <class T, class Key>
+const Kernels<Key>& kernels() {
+  static const Kernels<Key> chosen = [] {
+#if defined(__x86_64__)
+    const std::string capability = at::get_cpu_capability();
+    if (capability == "AVX512") return avx512::kernels_of<T, Key>();
+    if (capability == "AVX2") return avx2::kernels_of<T, Key>();
+#endif
+    return portable::kernels_of<T, Key>();
+  }();
+  return chosen;
+}
+
+}  // namespace drive

@@ -1,0 +1,227 @@
+"""`drive prune`: pruning methods against each other and the dense network, resumable at any moment.
+
+Per seed, one initialisation and one order of batches serve all:
+
+    warm-up   dense, epochs 0..W-1; its weights are saved
+    dense     from the warm-up, epochs W..E-1
+    drive     from the warm-up: pruned over many iterations, then epochs W..E-1
+    magnitude from the warm-up: pruned in one shot, then epochs W..E-1
+    snip      from the initialisation: pruned in one shot, then epochs 0..E-1
+
+Each (seed, method, sparsity) is a cell. Its result depends on nothing but the configuration: a cell
+that a kill interrupted is run again, finished ones are read back from their files.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from rich.progress import Progress, TaskID
+from torch import nn
+
+from . import methods
+from .data import Batches, Dataset, seed_of
+from .inputs import InputError
+from .masks import Masks
+from .models import Network
+from .prune import prune
+from .runs import load_tensors, read_json, save_tensors, write_json
+from .train import Checkpoint, Recipe, evaluate, train
+
+AT_INITIALISATION = {"snip"}  # every other method prunes after the dense warm-up
+SAVE_EVERY = 60.0  # seconds between two savings of a training in progress
+
+
+@dataclass(frozen=True)
+class Config:
+    """All that the results depend on. `drive prune`'s options."""
+
+    data: str
+    data_dir: str | None
+    limit_train: int | None
+    model: str
+    methods: list[str]
+    sparsities: list[float]
+    seeds: int
+    epochs: int
+    warmup_epochs: int
+    iterations: int
+    batch_size: int
+    lr: float
+    device: str
+    threads: int
+
+    @classmethod
+    def read(cls, options: dict[str, Any]) -> Config:
+        """From a run's stored options."""
+        if set(options) != {field.name for field in fields(cls)}:
+            raise InputError("--out must hold a run of this version of drive, got other options in it")
+        return cls(**options)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Cell(NamedTuple):
+    """One network to train."""
+
+    seed: int
+    method: str
+    sparsity: float
+
+    @property
+    def name(self) -> str:
+        return f"seed{self.seed}-{self.method}-{self.sparsity}"
+
+
+class Experiment:
+    """A run in a folder: `cells/` for what is finished, then checkpoint and masks of one network.
+
+    `checkpoint.pt` and `masks.safetensors` are of the first seed's network at the highest sparsity,
+    pruned by DRIVE (or the first method, if DRIVE is not among them).
+    """
+
+    def __init__(self, config: Config, data: Dataset, folder: Path):
+        self.config = config
+        self.data = data.to(config.device)
+        self.folder = folder
+        self.cells_folder = folder / "cells"
+        self.network = Network(config.model, data.classes, data.channels, data.side)
+        self.recipe = Recipe(config.epochs, config.lr)
+        kept = "drive" if "drive" in config.methods else config.methods[0]
+        self.exported = Cell(0, kept, max(config.sparsities))
+
+    def cells(self) -> list[Cell]:
+        """All networks of the run, in the order in which they are trained."""
+        config = self.config
+        return [
+            cell
+            for seed in range(config.seeds)
+            for cell in (
+                Cell(seed, "dense", 0.0),
+                *(Cell(seed, m, s) for m in config.methods for s in config.sparsities),
+            )
+        ]
+
+    def run(self, progress: Progress) -> list[dict[str, Any]]:
+        """Train every network that is not finished yet; the results of all, in the order of `cells`.
+
+        Raises:
+            InputError: the data are not those that the run was started with; training diverges.
+        """
+        self.network.build()  # a model that does not fit the images should say so now
+        self.cells_folder.mkdir(exist_ok=True)
+        for partial in self.cells_folder.glob(".*.partial"):  # of a killed process
+            partial.unlink()
+        self._check_data()
+        cells = self.cells()
+        overall = progress.add_task("all networks", total=len(cells))
+        results = []
+        for cell in cells:
+            path = self.cells_folder / f"{cell.name}.json"
+            if not path.exists():
+                write_json(path, self._run(cell, progress))
+            results.append(read_json(path))
+            progress.advance(overall)
+        return results
+
+    def _check_data(self) -> None:
+        path, here = self.cells_folder / "data.json", self.data.fingerprint()
+        if not path.exists():
+            write_json(path, {"fingerprint": here})
+        elif read_json(path)["fingerprint"] != here:
+            raise InputError(f"--data must be what {self.folder} was started with, got other images or labels")
+
+    def _run(self, cell: Cell, progress: Progress) -> dict[str, Any]:
+        batches = Batches(self.data, self.config.batch_size, cell.seed)
+        model, start = self._start(cell, batches, progress)
+        masks, prune_seconds = None, 0.0
+        if cell.method != "dense":
+            masks, prune_seconds = self._prune(cell, model, batches, progress)
+
+        partial = Checkpoint(self.cells_folder / f"{cell.name}.pt", self.network.as_dict(), SAVE_EVERY)
+        epochs = range(start, self.config.epochs)
+        with _task(progress, f"{_title(cell)}: training", len(epochs) * len(batches)) as bar:
+            began = time.monotonic()
+            losses = train(
+                model, batches, self.recipe, epochs=epochs, masks=masks, checkpoint=partial,
+                on_step=lambda: progress.advance(bar.id),
+            )  # fmt: skip
+            train_seconds = time.monotonic() - began
+        correct = evaluate(model, batches)
+        if masks is not None:
+            masks.save(self.cells_folder / f"{cell.name}.safetensors")
+        if cell == self.exported and masks is not None:
+            masks.save(self.folder / "masks.safetensors")
+            save_tensors(
+                self.folder / "checkpoint.pt",
+                {"network": self.network.as_dict(), "model": model.state_dict()},
+            )
+        partial.path.unlink(missing_ok=True)
+        return {
+            "seed": cell.seed,
+            "method": cell.method,
+            "sparsity": cell.sparsity,
+            "correct": correct,
+            "tested": len(self.data.test_y),
+            "final_loss": losses[-1],
+            "kept": {name: int(mask.sum()) for name, mask in (masks or {}).items()},
+            "prune_seconds": prune_seconds,
+            "train_seconds": train_seconds,
+        }
+
+    def _start(self, cell: Cell, batches: Batches, progress: Progress) -> tuple[nn.Module, int]:
+        """The network that a cell starts from, and the epoch at which it does."""
+        torch.manual_seed(seed_of(cell.seed, "initialisation"))
+        model = self.network.build().to(self.config.device)
+        if cell.method in AT_INITIALISATION:
+            return model, 0
+        warmup = self.config.warmup_epochs
+        path = self.cells_folder / f"seed{cell.seed}-warmup.pt"
+        with _task(progress, f"seed {cell.seed}: dense warm-up", warmup * len(batches)) as bar:
+            checkpoint = Checkpoint(path, self.network.as_dict(), SAVE_EVERY)
+            train(
+                model, batches, self.recipe, epochs=range(warmup), checkpoint=checkpoint,
+                on_step=lambda: progress.advance(bar.id),
+            )  # fmt: skip
+        return model, warmup
+
+    def _prune(
+        self, cell: Cell, model: nn.Module, batches: Batches, progress: Progress
+    ) -> tuple[Masks, float]:
+        """Prune in place; the masks and the seconds that it took."""
+        method = methods.get(cell.method)
+        iterations = self.config.iterations if method.iterations > 1 else 1
+        with _task(progress, f"{_title(cell)}: pruning", iterations) as bar:
+            began = time.monotonic()
+            masks = prune(
+                model, batches.endless("prune", on_batch=lambda: progress.advance(bar.id)),
+                F.cross_entropy, method=method, sparsity=cell.sparsity, iterations=iterations,
+                seed=seed_of(cell.seed, "prune"), progress=False,
+            )  # fmt: skip
+            if self.config.device != "cpu":
+                torch.cuda.synchronize()
+            return masks, time.monotonic() - began
+
+
+def _title(cell: Cell) -> str:
+    return f"seed {cell.seed}: {cell.method}" + (f" {cell.sparsity:.1%}" if cell.sparsity else "")
+
+
+class _task:
+    """A bar that disappears when its work is done."""
+
+    def __init__(self, progress: Progress, title: str, total: int):
+        self.progress = progress
+        self.id: TaskID = progress.add_task(title, total=total)
+
+    def __enter__(self) -> _task:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.remove_task(self.id)

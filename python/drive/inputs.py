@@ -1,0 +1,113 @@
+"""What the command line accepts: parsing of option values, and one clear line for what it rejects."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+# extra of the package -> what it brings in, by import name
+EXTRAS = {
+    "vision": ("torchvision", "PIL"),
+    "experiments": ("sklearn", "matplotlib", "lightning"),
+}
+
+
+class InputError(ValueError):
+    """Bad input; the message reads `<argument> must be <expected>, got <actual>`."""
+
+
+def require(module: str) -> Any:
+    """Import a module of an optional dependency (`sklearn.datasets`, `torchvision.models`).
+
+    Raises:
+        InputError: it cannot be imported; the message names the extra that brings it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        extra = next(name for name, packages in EXTRAS.items() if package in packages)
+        raise InputError(
+            f"{package} must be installed (pip install 'drive-prune[{extra}]'), got {_one_line(error)}"
+        ) from error
+
+
+def one_of(names: Iterable[str]) -> Callable[[str], str]:
+    """A parser for one of these names."""
+    known = list(names)
+
+    def parse(text: str) -> str:
+        if text not in known:
+            raise InputError(f"must be one of {', '.join(known)}, got {text!r}")
+        return text
+
+    return parse
+
+
+def several_of(names: Iterable[str]) -> Callable[[str], list[str]]:
+    """A parser for distinct names, separated by commas."""
+    known = list(names)
+
+    def parse(text: str) -> list[str]:
+        found = [part.strip() for part in text.split(",")]
+        if len(set(found)) < len(found) or not set(found) <= set(known):
+            raise InputError(f"must be distinct names out of {', '.join(known)}, got {text!r}")
+        return found
+
+    return parse
+
+
+def whole_number(minimum: int) -> Callable[[str], int]:
+    """A parser for an integer >= minimum."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = minimum - 1
+        if value < minimum:
+            raise InputError(f"must be an integer >= {minimum}, got {text!r}")
+        return value
+
+    return parse
+
+
+def positive(text: str) -> float:
+    """A finite number above 0."""
+    value = _number(text)
+    if not 0 < value < math.inf:
+        raise InputError(f"must be a finite number > 0, got {text!r}")
+    return value
+
+
+def sparsities(text: str) -> list[float]:
+    """Distinct fractions in [0, 1), separated by commas, in rising order."""
+    values = [_number(part) for part in text.split(",")]
+    if not all(0 <= value < 1 for value in values) or len(set(values)) < len(values):
+        raise InputError(f"must be distinct numbers in [0, 1), separated by commas, got {text!r}")
+    return sorted(values)
+
+
+def device(text: str) -> str:
+    """"cpu", "cuda" or "cuda:N", present on this machine."""
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"must be a device of this machine, got {text!r} ({_one_line(error)})") from error
+    return text
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan  # fails every comparison
+
+
+def _one_line(error: BaseException) -> str:
+    """The first sentence of an error's message."""
+    return str(error).strip().partition("\n")[0].rstrip(".")

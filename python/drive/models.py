@@ -1,0 +1,128 @@
+"""Networks for small images, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from .inputs import InputError, require
+
+
+@dataclass(frozen=True)
+class Network:
+    """Everything that it takes to build a network (with fresh weights from torch's RNG)."""
+
+    name: str
+    classes: int
+    channels: int
+    side: int  # height and width of the images, in pixels
+
+    def build(self) -> nn.Module:
+        """A new network: [B, channels, side, side] float32 -> [B, classes] logits.
+
+        Raises:
+            InputError: an unknown name, images too small for it, torchvision missing.
+        """
+        entry = _entry(self.name)
+        if self.side % entry.multiple:
+            fitting = [name for name, other in _NETWORKS.items() if self.side % other.multiple == 0]
+            raise InputError(
+                f"--model must be one of {', '.join(fitting) or 'none'} for images of side {self.side}, "
+                f"got {self.name}"
+            )
+        return entry.make(self)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields as plain values, for a checkpoint."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    make: Callable[[Network], nn.Module]
+    multiple: int  # the side of the images must be a multiple of this
+    lr: float  # peak learning rate that trains it well at batch size 128
+
+
+def names() -> list[str]:
+    """Names of all networks."""
+    return list(_NETWORKS)
+
+
+def default_lr(name: str) -> float:
+    """The peak learning rate that a network is trained with unless the user says otherwise."""
+    return _entry(name).lr
+
+
+def _entry(name: str) -> _Entry:
+    if name not in _NETWORKS:
+        raise InputError(f"--model must be one of {', '.join(_NETWORKS)}, got {name!r}")
+    return _NETWORKS[name]
+
+
+def _conv(inputs: int, outputs: int, stride: int) -> list[nn.Module]:
+    conv = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+    return [conv, nn.BatchNorm2d(outputs), nn.ReLU()]
+
+
+def _small_cnn(network: Network) -> nn.Module:
+    """88,634 parameters for the digits."""
+    return nn.Sequential(
+        *_conv(network.channels, 16, 1),
+        *_conv(16, 64, 2),
+        *_conv(64, 128, 2),
+        nn.AvgPool2d(network.side // 8),
+        nn.Flatten(),
+        nn.Linear(128 * 4, network.classes),
+    )
+
+
+def _resnet18(network: Network) -> nn.Module:
+    """torchvision's, with a 3x3 stem and no pooling after it."""
+    model: nn.Module = require("torchvision.models").resnet18(num_classes=network.classes)
+    stem = nn.Conv2d(network.channels, 64, 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")  # as its other layers
+    model.conv1, model.maxpool = stem, nn.Identity()
+    return model
+
+
+def _vgg(name: str) -> Callable[[Network], nn.Module]:
+    """torchvision's layers, with a mean over the image and one Linear in place of three."""
+
+    def make(network: Network) -> nn.Module:
+        layers = getattr(require("torchvision.models"), name)(num_classes=1).features
+        if network.channels != 3:
+            layers[0] = nn.Conv2d(network.channels, 64, 3, padding=1)
+            nn.init.kaiming_normal_(layers[0].weight, mode="fan_out", nonlinearity="relu")
+            nn.init.zeros_(layers[0].bias)
+        return nn.Sequential(
+            layers, nn.AvgPool2d(network.side // 32), nn.Flatten(), nn.Linear(512, network.classes)
+        )
+
+    return make
+
+
+def _alexnet(network: Network) -> nn.Module:
+    """AlexNet's five convolutions and three linear layers, kernels shrunk to 3x3 for small images."""
+    widths = [network.channels, 64, 192, 384, 256, 256]
+    layers: list[nn.Module] = []
+    for index, (inputs, outputs) in enumerate(zip(widths, widths[1:], strict=False)):
+        layers += [nn.Conv2d(inputs, outputs, 3, stride=2 if index == 0 else 1, padding=1), nn.ReLU()]
+        if index in (0, 1, 4):
+            layers.append(nn.MaxPool2d(2))
+    layers += [nn.AvgPool2d(network.side // 32), nn.Flatten()]
+    for inputs in (256 * 4, 4096):
+        layers += [nn.Dropout(), nn.Linear(inputs, 4096), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(4096, network.classes))
+
+
+_NETWORKS = {
+    "small_cnn": _Entry(_small_cnn, multiple=8, lr=0.1),
+    "resnet18": _Entry(_resnet18, multiple=8, lr=0.1),
+    "vgg16": _Entry(_vgg("vgg16"), multiple=32, lr=0.01),
+    "vgg16_bn": _Entry(_vgg("vgg16_bn"), multiple=32, lr=0.05),
+    "alexnet": _Entry(_alexnet, multiple=32, lr=0.01),
+}

@@ -1,0 +1,150 @@
+"""Run folders: files that are written whole or not at all, and a config that a resumed run obeys."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .inputs import InputError
+
+Options = dict[str, Any]
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write a file; a kill at any moment leaves the old content or the new one."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_atomic` of indented JSON."""
+    write_atomic(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """What `write_json` wrote."""
+    return json.loads(path.read_bytes())
+
+
+def save_tensors(path: Path, value: dict[str, Any]) -> None:
+    """`write_atomic` of torch.save."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    write_atomic(path, buffer.getvalue())
+
+
+def load_tensors(path: Path, argument: str = "checkpoint") -> dict[str, Any]:
+    """What `save_tensors` wrote, on the CPU.
+
+    Raises:
+        InputError: no such file, or not a checkpoint.
+    """
+    try:
+        value = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError, ValueError) as error:
+        why = "no such file" if isinstance(error, FileNotFoundError) else "it cannot be read"
+        raise InputError(f"{argument} must be a checkpoint file, got {path} ({why})") from error
+    if not isinstance(value, dict) or "model" not in value:
+        raise InputError(f"{argument} must be a checkpoint with an entry 'model', got {path}")
+    return value
+
+
+def open_run(
+    command: str, out: Path | None, resume: bool, given: Options, complete: Callable[[Options], Options]
+) -> tuple[Path, Options]:
+    """The folder of a new or resumed run, and its options.
+
+    A new run's options, `complete(given)`, are kept in `config.json`; a resumed one takes them from
+    there.
+
+    Args:
+        command: "prune" or "train": whose run this is; default folders are `runs/<command>`,
+            `runs/<command>-2` and so on.
+        out: the folder, or None: the first free default one (resumed: the latest).
+        resume: continue the run that the folder holds.
+        given: options that the user gave; a resumed run must agree with them.
+        complete: adds the defaults of all other options.
+
+    Raises:
+        InputError: the folder cannot be written, holds a run already, or (resumed) holds none, one
+            of another command, or one with other options.
+    """
+    if resume:
+        folder = out or _latest(command)
+        stored = _stored(folder, command)
+        for name, value in given.items():
+            if stored.get(name) != value:
+                option = name.replace("_", "-")
+                raise InputError(f"--{option} must be {stored.get(name)} as in {folder}, got {value}")
+        return folder, stored
+
+    folder = out or _first_free(command)
+    if (folder / "config.json").exists():
+        raise InputError(f"--out must be a folder without a run (or give --resume), got {folder}")
+    options = complete(given)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        made_with = {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability()}
+        write_json(
+            folder / "config.json", {"command": command, "options": options, "made_with": made_with}
+        )
+    except OSError as error:
+        raise InputError(f"--out must be a writable folder, got {folder} ({error.strerror})") from error
+    return folder, options
+
+
+def _stored(folder: Path, command: str) -> Options:
+    try:
+        config = read_json(folder / "config.json")
+        owner, options = config["command"], config["options"]
+    except FileNotFoundError as error:
+        raise InputError(f"--out must hold a run to resume, got {folder} (no config.json)") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"--out must hold a readable config.json, got {folder}") from error
+    if owner != command or not isinstance(options, dict):
+        raise InputError(f"--out must hold a run of `drive {command}`, got {folder} (of `drive {owner}`)")
+    return options
+
+
+def _numbered(command: str) -> dict[int, Path]:
+    """Default folders that hold a run, by their number."""
+    found = {}
+    for config in Path("runs").glob(f"{command}*/config.json"):
+        if match := re.fullmatch(rf"{command}(?:-(\d+))?", config.parent.name):
+            found[int(match[1] or 1)] = config.parent
+    return found
+
+
+def _latest(command: str) -> Path:
+    runs = _numbered(command)
+    if not runs:
+        raise InputError(f"--resume must have a run to continue, got none in runs/{command}*")
+    return runs[max(runs)]
+
+
+def _first_free(command: str) -> Path:
+    runs = _numbered(command)
+    number = next(n for n in range(1, len(runs) + 2) if n not in runs)
+    return Path("runs") / (command if number == 1 else f"{command}-{number}")
+
+
+def same_machine(folder: Path) -> Mapping[str, tuple[str, str]]:
+    """What differs between where the run was started and here: name -> (then, now)."""
+    then = read_json(folder / "config.json").get("made_with", {})
+    now = {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability()}
+    return {name: (then.get(name, "?"), now[name]) for name in now if then.get(name) != now[name]}
