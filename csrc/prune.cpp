@@ -98,7 +98,7 @@ void add_keys(const Key* keys, int64_t n, Key prefix, int digit, std::vector<int
 
 template <class Key>
 int64_t padded(int64_t count) {
-  return (count + kLanesOf<Key> - 1) / kLanesOf<Key> * kLanesOf<Key>;
+  return (count + kBlock<Key> - 1) / kBlock<Key> * kBlock<Key>;
 }
 
 // Entries of a chunk above and on a threshold.
@@ -265,14 +265,12 @@ class PruneStep {
     std::atomic<int64_t> used{0};
     parallel(chunks.size(), kGrain, [&](int64_t begin, int64_t end) {
       Staging room;
-      alignas(64) Key keys[kChunk];
-      alignas(64) uint8_t flags[kChunk];
-      Key inside[kChunk];
+      Key inside[kChunk + kBlock<Key>];
       for (int64_t i = begin; i < end; ++i) {
         const Item& item = items_[chunks[i].item];
         const int64_t n = padded<Key>(chunks[i].count);
         Counts& c = counts_[i];
-        c = kernels_for<Key>(item).survey(stage(item, chunks[i], n, room), n, lo, hi, keys, flags, inside);
+        c = kernels_for<Key>(item).survey(stage(item, chunks[i], n, room), n, lo, hi, inside);
         c.inside_begin = used.fetch_add(c.inside);
         if (c.inside_begin + c.inside <= capacity_) std::copy_n(inside, c.inside, inside_ + c.inside_begin);
       }

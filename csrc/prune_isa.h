@@ -10,32 +10,26 @@
 
 #include "key.h"
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 namespace drive {
 
-#define DRIVE_VECTOR(name, type, lanes) typedef type name __attribute__((vector_size(sizeof(type) * lanes)))
-DRIVE_VECTOR(f32x16, float, 16);
-DRIVE_VECTOR(i32x16, int32_t, 16);
-DRIVE_VECTOR(u32x16, uint32_t, 16);
-DRIVE_VECTOR(i16x16, int16_t, 16);
-DRIVE_VECTOR(u16x16, uint16_t, 16);
-DRIVE_VECTOR(u8x16, uint8_t, 16);
-DRIVE_VECTOR(f64x8, double, 8);
-DRIVE_VECTOR(i64x8, int64_t, 8);
-DRIVE_VECTOR(u64x8, uint64_t, 8);
-DRIVE_VECTOR(f32x8, float, 8);
-DRIVE_VECTOR(i32x8, int32_t, 8);
-DRIVE_VECTOR(u32x8, uint32_t, 8);
-DRIVE_VECTOR(i16x8, int16_t, 8);
-DRIVE_VECTOR(u16x8, uint16_t, 8);
-DRIVE_VECTOR(u8x8, uint8_t, 8);
-#undef DRIVE_VECTOR
+// N entries of a type in one register, in GCC's and Clang's vector types.
+template <class T, int N>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(N * sizeof(T))));
+};
+template <class T, int N>
+using Vector = typename VectorOf<T, N>::type;
 
 struct BFloat16 { uint16_t bits; };
 struct Half { uint16_t bits; };
 
-// Entries per vector, 64 bytes of keys: chunks are cut and padded to multiples of it.
+// Entries per block, 64 bytes of keys, the widest vector: chunks are padded to multiples of it.
 template <class Key>
-constexpr int64_t kLanesOf = 64 / sizeof(Key);
+constexpr int kBlock = 64 / sizeof(Key);
 
 // Contiguous operands of one chunk; mask_grad and mask may be null.
 struct Entries {
@@ -55,7 +49,7 @@ struct Counts {
 
 template <class Key>
 struct Kernels {
-  Counts (*survey)(const Entries&, int64_t n, Key lo, Key hi, Key* keys, uint8_t* flags, Key* inside);
+  Counts (*survey)(const Entries&, int64_t n, Key lo, Key hi, Key* inside);
   void (*compute_keys)(const Entries&, int64_t n, Key* keys);
   void (*apply)(const Entries&, int64_t n, Key cut, void* weight, uint8_t* mask);
 };
@@ -63,24 +57,20 @@ struct Kernels {
 }  // namespace drive
 
 #define DRIVE_ISA portable
+#define DRIVE_WIDTH 16
 #define DRIVE_TARGET
 #include "prune_kernels.h"
-#undef DRIVE_ISA
-#undef DRIVE_TARGET
 
 #if defined(__x86_64__)
 #define DRIVE_ISA avx2
+#define DRIVE_WIDTH 32
 #define DRIVE_TARGET __attribute__((target("avx2")))
 #include "prune_kernels.h"
-#undef DRIVE_ISA
-#undef DRIVE_TARGET
 
 #define DRIVE_ISA avx512
-#define DRIVE_TARGET \
-  __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512")))
+#define DRIVE_WIDTH 64
+#define DRIVE_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq")))
 #include "prune_kernels.h"
-#undef DRIVE_ISA
-#undef DRIVE_TARGET
 #endif
 
 namespace drive {

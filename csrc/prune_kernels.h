@@ -1,9 +1,9 @@
-// The inner loops of drive::prune_ on CPU, in GCC/Clang vector types: included once for each
-// instruction set, with DRIVE_ISA (a namespace) and DRIVE_TARGET (a function attribute) set.
+// The inner loops of drive::prune_ on CPU, included once for each instruction set, with DRIVE_ISA (a
+// namespace), DRIVE_TARGET (a function attribute) and DRIVE_WIDTH (of a register, in bytes) set.
 //
-// Every loop sees whole vectors of contiguous entries; prune.cpp stages what is strided or short.
-// Products are single IEEE operations (no FMA: -ffp-contract=off, no flush to zero: see
-// DefaultRounding) and sums run in fixed lanes, so all variants return the same bits.
+// Every loop sees contiguous blocks of kBlock entries; work.h stages what is strided or short.
+// Products are single IEEE operations (no FMA: -ffp-contract=off, no flush to zero: DefaultRounding) and
+// sums run in one lane per entry of a block, so that all variants return the same bits.
 
 namespace drive {
 namespace DRIVE_ISA {
@@ -22,187 +22,219 @@ DRIVE_INLINE void store(T* to, const V& v) {
   __builtin_memcpy(to, &v, sizeof(V));
 }
 
-// Magnitudes of the operands in the float type that the key is made from. The sign is dropped where
-// that is free: only |product| counts.
 template <class Key>
-struct Lanes;
-
-template <>
-struct Lanes<int32_t> {
-  using Value = f32x16;
-  using Ints = i32x16;
-  using Bits = u32x16;
-  using Bytes = u8x16;
-  using Halves = u16x16;
-
-  DRIVE_INLINE Value value(const float* p) { return load<f32x16>(p); }
-  DRIVE_INLINE Value value(const BFloat16* p) {
-    return (Value)(__builtin_convertvector(load<u16x16>(p), u32x16) << 16);
-  }
-  DRIVE_INLINE Value value(const Half* p) {
-    // half to float: shift the exponent into place and rescale by 2^112, exact for denormals too
-    const u32x16 h = __builtin_convertvector(load<u16x16>(p), u32x16) & 0x7fffu;
-    const f32x16 finite = (f32x16)(h << 13) * 0x1p112f;
-    return (f32x16)((u32x16)finite | ((u32x16)(h >= 0x7c00u) & 0x7f800000u));
-  }
-  DRIVE_INLINE void add_squares(f64x8* sum, Value v) {
-    f32x8 half[2];
-    __builtin_memcpy(half, &v, sizeof(v));
-    const f64x8 low = __builtin_convertvector(half[0], f64x8);
-    const f64x8 high = __builtin_convertvector(half[1], f64x8);
-    sum[0] += low * low;
-    sum[1] += high * high;
-  }
-  DRIVE_INLINE void add(f64x8*, Value) {}  // three operands rank in float64
+struct Lanes {
+  static constexpr int N = DRIVE_WIDTH / sizeof(Key);
+  static constexpr int kParts = kBlock<Key> / N;  // registers per block
+  using Score = typename KeyTraits<Key>::Score;
+  using Scores = Vector<Score, N>;
+  using Bits = Vector<typename KeyTraits<Key>::Bits, N>;
+  using Ints = Vector<Key, N>;
+  using Bytes = Vector<uint8_t, N>;
 };
 
-template <>
-struct Lanes<int64_t> {
-  using Value = f64x8;
-  using Ints = i64x8;
-  using Bits = u64x8;
-  using Bytes = u8x8;
-  using Halves = u16x8;
+// N entries as float32 or float64 scores' factors; exact.
+template <class Key>
+DRIVE_INLINE typename Lanes<Key>::Scores widen(const Vector<float, Lanes<Key>::N>& v) {
+  if constexpr (sizeof(Key) == 4) {
+    return v;
+  } else {
+    return __builtin_convertvector(v, typename Lanes<Key>::Scores);
+  }
+}
 
-  DRIVE_INLINE Value value(const double* p) { return load<f64x8>(p); }
-  DRIVE_INLINE Value value(const float* p) {
-    return __builtin_convertvector(load<f32x8>(p), f64x8);
+template <class Key, class T>
+DRIVE_INLINE typename Lanes<Key>::Scores factor(const T* p) {
+  constexpr int N = Lanes<Key>::N;
+  using Floats = Vector<float, N>;
+  using Words = Vector<uint32_t, N>;
+  if constexpr (std::is_same_v<T, double>) {
+    return load<typename Lanes<Key>::Scores>(p);
+  } else if constexpr (std::is_same_v<T, float>) {
+    return widen<Key>(load<Floats>(p));
+  } else {
+    const Words half = __builtin_convertvector(load<Vector<uint16_t, N>>(p), Words);
+    if constexpr (std::is_same_v<T, BFloat16>) return widen<Key>((Floats)(half << 16));
+    // float16: shift the exponent into place and rescale by 2^112, exact for denormals too. The sign
+    // is dropped: only |score| counts.
+    const Words magnitude = half & 0x7fffu;
+    const Words finite = (Words)((Floats)(magnitude << 13) * 0x1p112f);
+    return widen<Key>((Floats)(finite | ((Words)(magnitude >= 0x7c00u) & 0x7f800000u)));
   }
-  DRIVE_INLINE Value value(const BFloat16* p) {
-    return __builtin_convertvector(
-        (f32x8)(__builtin_convertvector(load<u16x8>(p), u32x8) << 16), f64x8);
-  }
-  DRIVE_INLINE Value value(const Half* p) {
-    const u32x8 h = __builtin_convertvector(load<u16x8>(p), u32x8) & 0x7fffu;
-    const f32x8 finite = (f32x8)(h << 13) * 0x1p112f;
-    return __builtin_convertvector(
-        (f32x8)((u32x8)finite | ((u32x8)(h >= 0x7c00u) & 0x7f800000u)), f64x8);
-  }
-  DRIVE_INLINE void add_squares(f64x8* sum, Value v) { sum[0] += v * v; }
-  DRIVE_INLINE void add(f64x8* sum, Value v) { sum[0] += v; }
-};
+}
 
-// Bits of |score|, and -1 / 0 lanes that tell who is alive.
+// Bits of |score|.
 template <class T, class Key>
 DRIVE_INLINE typename Lanes<Key>::Bits score_bits(const Entries& e, int64_t i) {
-  using L = Lanes<Key>;
-  using Bits = typename L::Bits;
-  typename L::Value product = L::value(static_cast<const T*>(e.weight) + i);
-  if (e.mask_grad) product *= L::value(static_cast<const T*>(e.mask_grad) + i);
-  product *= L::value(static_cast<const T*>(e.grad) + i);
+  using Bits = typename Lanes<Key>::Bits;
+  typename Lanes<Key>::Scores product = factor<Key>(static_cast<const T*>(e.weight) + i);
+  if (e.mask_grad) product *= factor<Key>(static_cast<const T*>(e.mask_grad) + i);
+  product *= factor<Key>(static_cast<const T*>(e.grad) + i);
   return (Bits)product & (~typename KeyTraits<Key>::Bits{0} >> 1);
 }
 
+// -1 for entries that are not pruned yet, 0 for the others.
 template <class Key>
 DRIVE_INLINE typename Lanes<Key>::Ints alive(const Entries& e, int64_t i) {
-  using L = Lanes<Key>;
-  using Ints = typename L::Ints;
+  using Ints = typename Lanes<Key>::Ints;
   if (!e.mask) return Ints{} == 0;
-  return __builtin_convertvector(load<typename L::Bytes>(e.mask + i), Ints) != 0;
+  return __builtin_convertvector(load<typename Lanes<Key>::Bytes>(e.mask + i), Ints) != 0;
 }
 
+// One block's lanes of the sum of |S|, in float64: those of S = (theta * G)^2, or of S itself where
+// three operands made it.
+template <class Key>
+struct Sum {
+  static constexpr int kDoubles = DRIVE_WIDTH / 8;
+  Vector<double, kDoubles> lanes[kBlock<Key> / kDoubles] = {};
+
+  DRIVE_INLINE void add(Sum& sum, int part, const typename Lanes<Key>::Scores& v, bool squared) {
+    if constexpr (sizeof(Key) == 8) {
+      sum.lanes[part] += squared ? v * v : v;
+    } else {
+      Vector<float, kDoubles> half[2];
+      __builtin_memcpy(half, &v, sizeof(v));
+      for (int h = 0; h < 2; ++h) {
+        const auto wide = __builtin_convertvector(half[h], Vector<double, kDoubles>);
+        sum.lanes[2 * part + h] += wide * wide;
+      }
+    }
+  }
+
+  DRIVE_INLINE double total(const Sum& sum) {
+    double lane[kBlock<Key>];
+    __builtin_memcpy(lane, sum.lanes, sizeof(lane));
+    double all = 0;
+    for (double value : lane) all += value;
+    return all;
+  }
+};
+
 template <class V>
-DRIVE_INLINE int64_t total(const V& lanes) {
-  int64_t sum = 0;
-  for (size_t j = 0; j < sizeof(V) / sizeof(lanes[0]); ++j) sum += lanes[j];
+DRIVE_INLINE int32_t total(const V& lanes) {
+  int32_t sum = 0;
+  for (size_t j = 0; j < sizeof(V) / sizeof(lanes[0]); ++j) sum += static_cast<int32_t>(lanes[j]);
   return sum;
 }
 
-// Steps 1 and 3: counts of the entries above, at and inside the bracket; the keys inside go to
-// `inside`. `keys` is room for n keys, `flags` for n bytes.
+// Appends the keys strictly between lo and hi to `to`, which has room for a whole register; returns how
+// many. They are 1 to 2 % of all, so most registers hold none.
+#if DRIVE_WIDTH == 64
+DRIVE_INLINE int append_between(const Vector<int32_t, 16>& key, int32_t lo, int32_t hi, int32_t* to) {
+  const __mmask16 inside = _mm512_mask_cmplt_epi32_mask(
+      _mm512_cmpgt_epi32_mask((__m512i)key, _mm512_set1_epi32(lo)), (__m512i)key, _mm512_set1_epi32(hi));
+  // compressed in a register: to memory it is microcoded on some processors
+  _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(inside, (__m512i)key));
+  return __builtin_popcount(inside);
+}
+DRIVE_INLINE int append_between(const Vector<int64_t, 8>& key, int64_t lo, int64_t hi, int64_t* to) {
+  const __mmask8 inside = _mm512_mask_cmplt_epi64_mask(
+      _mm512_cmpgt_epi64_mask((__m512i)key, _mm512_set1_epi64(lo)), (__m512i)key, _mm512_set1_epi64(hi));
+  _mm512_storeu_si512(to, _mm512_maskz_compress_epi64(inside, (__m512i)key));
+  return __builtin_popcount(inside);
+}
+#else
+template <class Ints>
+DRIVE_INLINE bool any(const Ints& lanes) {
+#if DRIVE_WIDTH == 32
+  return _mm256_movemask_epi8((__m256i)lanes);
+#elif defined(__SSE2__)
+  return _mm_movemask_epi8((__m128i)lanes);
+#else
+  uint64_t words[2];
+  __builtin_memcpy(words, &lanes, sizeof(words));
+  return words[0] | words[1];
+#endif
+}
+
+template <class Ints, class Key>
+DRIVE_INLINE int append_between(const Ints& key, Key lo, Key hi, Key* to) {
+  const Ints inside = (key > lo) & (key < hi);
+  int count = 0;
+  if (any(inside)) {
+    for (int j = 0; j < Lanes<Key>::N; ++j) {
+      to[count] = key[j];
+      count -= static_cast<int>(inside[j]);
+    }
+  }
+  return count;
+}
+#endif
+
+// Step 2: counts of the entries above, at and inside the bracket; the keys inside go to `inside`, which
+// has room for n and one block more.
 template <class T, class Key>
-DRIVE_TARGET Counts survey(const Entries& e, int64_t n, Key lo, Key hi, Key* keys, uint8_t* flags,
-                           Key* inside) {
+DRIVE_TARGET Counts survey(const Entries& entries, int64_t n, Key lo, Key hi, Key* inside) {
   using L = Lanes<Key>;
   using Ints = typename L::Ints;
-  constexpr int64_t kLanes = kLanesOf<Key>;
+  const Entries e = entries;  // a copy, which the stores below cannot alias
   Ints above{}, at_hi{}, at_lo{}, living{}, bad{};
-  f64x8 sum[2] = {};
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const typename L::Bits bits = score_bits<T, Key>(e, i);
-    const Ints live = alive<Key>(e, i);
-    const Ints key = (Ints)(bits + 1) & live;
-    living -= live;
-    bad -= live & ((Ints)bits >= (Ints{} + static_cast<Key>(KeyTraits<Key>::kInfinity)));
-    above -= key > hi;
-    at_hi -= key == hi;
-    at_lo -= key == lo;
-    store(keys + i, key);
-    store(flags + i, __builtin_convertvector((key > lo) & (key < hi), typename L::Bytes));
-    const typename L::Value score = (typename L::Value)((Ints)bits & live);
-    if (e.mask_grad) {
-      L::add(sum, score);
-    } else {
-      L::add_squares(sum, score);
+  Sum<Key> sum;
+  Key* end = inside;
+  for (int64_t block = 0; block < n; block += kBlock<Key>) {
+    for (int part = 0; part < L::kParts; ++part) {
+      const int64_t i = block + part * L::N;
+      const typename L::Bits bits = score_bits<T, Key>(e, i);
+      const Ints live = alive<Key>(e, i);
+      const Ints key = (Ints)(bits + 1) & live;
+      living -= live;
+      bad -= live & ((Ints)bits >= static_cast<Key>(KeyTraits<Key>::kInfinity));
+      above -= key > hi;
+      at_hi -= key == hi;
+      at_lo -= key == lo;
+      end += append_between(key, lo, hi, end);
+      Sum<Key>::add(sum, part, (typename L::Scores)((Ints)bits & live), !e.mask_grad);
     }
   }
   Counts c{};
-  c.above = static_cast<int32_t>(total(above));
-  c.at_hi = static_cast<int32_t>(total(at_hi));
-  c.at_lo = static_cast<int32_t>(total(at_lo));
-  c.alive = static_cast<int32_t>(total(living));
-  c.nonfinite = static_cast<int32_t>(total(bad));
-  for (int j = 0; j < 8; ++j) c.sum += sum[0][j] + sum[1][j];
-  for (int64_t i = 0; i < n; i += 8) {  // few entries are inside: eight flags a look
-    uint64_t word;
-    __builtin_memcpy(&word, flags + i, 8);
-    while (word) {
-      const int byte = __builtin_ctzll(word) / 8;
-      inside[c.inside++] = keys[i + byte];
-      word &= ~(0xffull << (8 * byte));
-    }
-  }
+  c.above = total(above);
+  c.at_hi = total(at_hi);
+  c.inside = static_cast<int32_t>(end - inside);
+  c.at_lo = total(at_lo);
+  c.alive = total(living);
+  c.nonfinite = total(bad);
+  c.sum = Sum<Key>::total(sum);
   return c;
 }
 
 template <class T, class Key>
-DRIVE_TARGET void compute_keys(const Entries& e, int64_t n, Key* keys) {
+DRIVE_TARGET void compute_keys(const Entries& entries, int64_t n, Key* keys) {
   using Ints = typename Lanes<Key>::Ints;
-  for (int64_t i = 0; i < n; i += kLanesOf<Key>) {
+  const Entries e = entries;
+  for (int64_t i = 0; i < n; i += Lanes<Key>::N) {
     store(keys + i, (Ints)(score_bits<T, Key>(e, i) + 1) & alive<Key>(e, i));
   }
 }
 
-DRIVE_INLINE void keep_where(float* w, const i32x16& keep) {
-  store(w, load<i32x16>(w) & keep);
-}
-DRIVE_INLINE void keep_where(double* w, const i64x8& keep) {
-  store(w, load<i64x8>(w) & keep);
-}
-DRIVE_INLINE void keep_where(float* w, const i64x8& keep) {
-  store(w, load<i32x8>(w) & __builtin_convertvector(keep, i32x8));
-}
-template <class H, class Ints>
-DRIVE_INLINE void keep_where(H* w, const Ints& keep) {
-  using V = std::conditional_t<sizeof(keep[0]) == 4, i16x16, i16x8>;
-  store(w, load<V>(w) & __builtin_convertvector(keep, V));
-}
-
 // Step 5: an entry survives if its key is at least `cut`; the others become +0 (by AND, never by a
-// product: -0.0 and inf * 0). Reads what it needs of a vector before it writes that vector.
+// product: -0.0 and inf * 0). A register is read before it is written: masks may be updated in place.
 template <class T, class Key>
-DRIVE_TARGET void apply(const Entries& e, int64_t n, Key cut, T* weight, uint8_t* mask) {
+DRIVE_TARGET void apply(const Entries& entries, int64_t n, Key cut, void* weights, uint8_t* mask) {
   using L = Lanes<Key>;
   using Ints = typename L::Ints;
-  for (int64_t i = 0; i < n; i += kLanesOf<Key>) {
+  using Raw = Vector<std::conditional_t<sizeof(T) == 8, int64_t,
+                                        std::conditional_t<sizeof(T) == 4, int32_t, int16_t>>, L::N>;
+  const Entries e = entries;
+  T* weight = static_cast<T*>(weights);
+  for (int64_t i = 0; i < n; i += L::N) {
     const Ints key = (Ints)(score_bits<T, Key>(e, i) + 1) & alive<Key>(e, i);
     const Ints keep = key >= cut;
-    keep_where(weight + i, keep);
+    const Raw kept = load<Raw>(static_cast<const T*>(e.weight) + i) & __builtin_convertvector(keep, Raw);
+    store(weight + i, kept);
     store(mask + i, __builtin_convertvector(keep, typename L::Bytes) & 1);
   }
 }
 
 template <class T, class Key>
-DRIVE_TARGET void apply_untyped(const Entries& e, int64_t n, Key cut, void* weight, uint8_t* mask) {
-  apply<T, Key>(e, n, cut, static_cast<T*>(weight), mask);
-}
-
-template <class T, class Key>
 constexpr Kernels<Key> kernels_of() {
-  return {survey<T, Key>, compute_keys<T, Key>, apply_untyped<T, Key>};
+  return {survey<T, Key>, compute_keys<T, Key>, apply<T, Key>};
 }
 
 #undef DRIVE_INLINE
 
 }  // namespace DRIVE_ISA
 }  // namespace drive
+
+#undef DRIVE_ISA
+#undef DRIVE_WIDTH
+#undef DRIVE_TARGET

@@ -90,7 +90,7 @@ class Batches:
         data = self.data
         rng = torch.Generator().manual_seed(seed_of(self.seed, stream, number))
         order = torch.randperm(len(data.train_y), generator=rng).to(data.train_x.device)
-        for chosen in order.split(self.size)[: len(self)]:
+        for chosen in torch.split(order, self.size)[: len(self)]:
             images = data.train_x[chosen]
             if data.augment:
                 images = crop_and_flip(images, rng)
@@ -107,8 +107,9 @@ class Batches:
 
     def test(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The test images in order, none left out; shapes and dtypes as in `epoch`."""
-        for images, labels in zip(self.data.test_x.split(512), self.data.test_y.split(512), strict=True):
-            yield self._normalised(images), labels
+        data = self.data
+        for chosen in torch.split(torch.arange(len(data.test_y), device=data.test_y.device), 512):
+            yield self._normalised(data.test_x[chosen]), data.test_y[chosen]
 
     def _normalised(self, images: Tensor) -> Tensor:
         return (images.float() - self._mean) / self._std
@@ -185,9 +186,8 @@ def _cifar10(folder: Path) -> Dataset:
         raise InputError(
             f"--data-dir must hold CIFAR-10 or be a folder to download it to, got {folder} ({error})"
         ) from error
-    parts = (
-        part
-        for split in (train, test)
-        for part in (torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(split.targets))
+    (train_x, train_y), (test_x, test_y) = (
+        (torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets))
+        for part in (train, test)
     )
-    return Dataset(*parts, classes=10, augment=True)
+    return Dataset(train_x, train_y, test_x, test_y, classes=10, augment=True)

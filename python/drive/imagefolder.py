@@ -42,20 +42,34 @@ def load_folder(folder: Path) -> Dataset:
         why = f"class {unknown[0]} is in {test.name} only" if unknown else f"{len(classes)} in train"
         raise InputError(f"--data-dir must have the same two or more classes to train and test, got {why}")
 
-    side = 0
-    parts: list[Tensor] = []
+    files = [  # of both parts: path, label
+        [(path, label) for label, name in enumerate(classes) for path in _images(part / name)]
+        for part in (train, test)
+    ]
+    side = _common_side([path for path, _ in files[0]])
     skipped: list[str] = []
-    for split in (train, test):
-        files = [(path, label) for label, name in enumerate(classes) for path in _images(split / name)]
-        side = side or _common_side([path for path, _ in files])
-        with ThreadPoolExecutor() as pool:  # the decoders release the interpreter's lock
-            images = list(pool.map(lambda file: _decode(file[0], side), files))
-        skipped += [str(path.relative_to(folder)) for (path, _), x in zip(files, images, strict=True) if x is None]
-        good = [(x, label) for (_, label), x in zip(files, images, strict=True) if x is not None]
-        if not good:
-            raise InputError(f"--data-dir must have readable images in every part, got none in {split}")
-        parts += [torch.stack([x for x, _ in good]), torch.tensor([label for _, label in good])]
-    return Dataset(*parts, classes=len(classes), augment=True, skipped=tuple(skipped))
+    (train_x, train_y), (test_x, test_y) = (_decode_all(part, side, folder, skipped) for part in files)
+    return Dataset(
+        train_x, train_y, test_x, test_y, classes=len(classes), augment=True, skipped=tuple(skipped)
+    )
+
+
+def _decode_all(
+    files: list[tuple[Path, int]], side: int, folder: Path, skipped: list[str]
+) -> tuple[Tensor, Tensor]:
+    """Images [N, 3, side, side] uint8 and labels [N] int64; adds the unreadable files to `skipped`."""
+    images, labels = [], []
+    with ThreadPoolExecutor() as pool:  # the decoders release the interpreter's lock
+        decoded = pool.map(lambda file: _decode(file[0], side), files)
+        for (path, label), image in zip(files, decoded, strict=True):
+            if image is None:
+                skipped.append(str(path.relative_to(folder)))
+            else:
+                images.append(image)
+                labels.append(label)
+    if not images:
+        raise InputError(f"--data-dir must have readable images to train and test, got {folder} without")
+    return torch.stack(images), torch.tensor(labels)
 
 
 def _images(folder: Path) -> list[Path]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 from torch import nn
@@ -63,21 +65,22 @@ def _entry(name: str) -> _Entry:
     return _NETWORKS[name]
 
 
-def _conv(inputs: int, outputs: int, stride: int) -> list[nn.Module]:
-    conv = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
-    return [conv, nn.BatchNorm2d(outputs), nn.ReLU()]
-
-
 def _small_cnn(network: Network) -> nn.Module:
-    """88,634 parameters for the digits."""
-    return nn.Sequential(
-        *_conv(network.channels, 16, 1),
-        *_conv(16, 64, 2),
-        *_conv(64, 128, 2),
-        nn.AvgPool2d(network.side // 8),
-        nn.Flatten(),
-        nn.Linear(128 * 4, network.classes),
-    )
+    """53,354 parameters for the digits: two convolutions, two linear layers."""
+    return nn.Sequential(OrderedDict({
+        "conv1": nn.Conv2d(network.channels, 32, 3, stride=2, padding=1, bias=False),
+        "norm1": nn.BatchNorm2d(32),
+        "relu1": nn.ReLU(),
+        "conv2": nn.Conv2d(32, 64, 3, stride=2, padding=1, bias=False),
+        "norm2": nn.BatchNorm2d(64),
+        "relu2": nn.ReLU(),
+        "pool": nn.AvgPool2d(network.side // 8) if network.side > 8 else nn.Identity(),
+        "flatten": nn.Flatten(),
+        "fc1": nn.Linear(64 * 4, 128, bias=False),
+        "norm3": nn.BatchNorm1d(128),
+        "relu3": nn.ReLU(),
+        "fc2": nn.Linear(128, network.classes),
+    }))  # fmt: skip
 
 
 def _resnet18(network: Network) -> nn.Module:
@@ -109,7 +112,7 @@ def _alexnet(network: Network) -> nn.Module:
     """AlexNet's five convolutions and three linear layers, kernels shrunk to 3x3 for small images."""
     widths = [network.channels, 64, 192, 384, 256, 256]
     layers: list[nn.Module] = []
-    for index, (inputs, outputs) in enumerate(zip(widths, widths[1:], strict=False)):
+    for index, (inputs, outputs) in enumerate(pairwise(widths)):
         layers += [nn.Conv2d(inputs, outputs, 3, stride=2 if index == 0 else 1, padding=1), nn.ReLU()]
         if index in (0, 1, 4):
             layers.append(nn.MaxPool2d(2))

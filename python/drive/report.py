@@ -9,30 +9,30 @@ from typing import Any
 
 from rich.table import Table
 
-from .experiment import Config
+from .experiment import Config, Experiment
 from .inputs import require
 from .runs import write_atomic
+from .targets import prunable
 
 Results = list[dict[str, Any]]  # of the cells, as `Experiment.run` gives them
 HEADLINE = 0.98  # the sparsity at which DRIVE and SNIP are compared in words
 
 
-def summarise(
-    config: Config, results: Results, sizes: dict[str, int], images: dict[str, Any]
-) -> dict[str, Any]:
-    """The report: numbers that depend on the configuration only, no timings and no dates.
-
-    Args:
-        config: of the run.
-        results: one per cell.
-        sizes: entries of every prunable tensor, by name.
-        images: facts about the data set.
-    """
+def summarise(experiment: Experiment, results: Results) -> dict[str, Any]:
+    """The report: numbers that depend on the configuration only, no timings and no dates."""
+    config, data = experiment.config, experiment.data
+    sizes = {name: w.numel() for name, w in prunable(experiment.network.build()).items()}
     groups = {(m, s): _of(results, m, s) for m in config.methods for s in config.sparsities}
     dense = _of(results, "dense", 0.0)
     return {
         "config": config.as_dict(),
-        "images": images,
+        "images": {
+            "train": len(data.train_y),
+            "test": len(data.test_y),
+            "classes": data.classes,
+            "shape": list(data.train_x.shape[1:]),
+            "skipped": list(data.skipped),
+        },
         "prunable": sizes,
         "dense": _accuracy(dense),
         "pruned": [
@@ -41,6 +41,11 @@ def summarise(
         ],
         "verdict": _verdict(groups),
     }
+
+
+def check_packages() -> None:
+    """Raise InputError now, not after hours of training, if the figures cannot be drawn."""
+    require("matplotlib.figure")
 
 
 def timings(config: Config, results: Results) -> list[dict[str, Any]]:
@@ -64,72 +69,78 @@ def table(report: dict[str, Any]) -> Table:
         f"mean ± standard deviation of {seeds} seeds" if seeds > 1 else "one seed"
     )
     result = Table(title=title, title_justify="left")
-    result.add_column("method")
+    result.add_column("weights pruned")
+    result.add_column("none", justify="right")
     for sparsity in config["sparsities"]:
-        result.add_column(f"{100 * sparsity:g} % pruned", justify="right")
-    dense = _shown(report["dense"], seeds)
-    result.add_row(f"dense (0 % pruned: {dense})", *[""] * len(config["sparsities"]), style="dim")
+        result.add_column(f"{100 * sparsity:g} %", justify="right")
+    result.add_row("dense", _shown(report["dense"], seeds))
     for method in config["methods"]:
         rows = [row for row in report["pruned"] if row["method"] == method]
-        result.add_row(method, *(_shown(row, seeds) for row in rows))
+        result.add_row(method, "", *(_shown(row, seeds) for row in rows))
     return result
 
 
 def draw_accuracy(report: dict[str, Any], path: Path) -> None:
-    """PNG: accuracy against sparsity, a line per method with a band of one standard deviation."""
-    figure = _figure(7.0, 4.4)
-    axes = figure.subplots()
-    sparsities = report["config"]["sparsities"]
-    places = list(range(len(sparsities)))  # evenly spaced: the interesting ones crowd near 1
-    for index, method in enumerate(report["config"]["methods"]):
-        rows = [row for row in report["pruned"] if row["method"] == method]
-        means = [100 * row["mean"] for row in rows]
-        stds = [100 * row["std"] for row in rows]
-        axes.plot(places, means, marker="o", color=f"C{index}", label=method)
-        low = [m - s for m, s in zip(means, stds, strict=True)]
-        high = [m + s for m, s in zip(means, stds, strict=True)]
-        axes.fill_between(places, low, high, color=f"C{index}", alpha=0.18, linewidth=0)
-    axes.axhline(100 * report["dense"]["mean"], color="black", linestyle="--", label="dense")
-    axes.set_xticks(places, [f"{100 * s:g}" for s in sparsities])
-    axes.set_xlabel("weights pruned in %")
-    axes.set_ylabel("top-1 test accuracy in %")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    seeds = report["config"]["seeds"]
+    """PNG: accuracy against sparsity, a line per method with a band of one standard deviation.
+
+    Two panels: the whole range, and the few points below the dense network in which methods differ
+    while they work.
+    """
+    config, dense = report["config"], 100 * report["dense"]["mean"]
+    figure = _figure(10.0, 4.2)
+    panels = figure.subplots(1, 2)
+    places = list(range(len(config["sparsities"])))  # evenly spaced: the interesting ones crowd near 1
+    for axes in panels:
+        for index, method in enumerate(config["methods"]):
+            rows = [row for row in report["pruned"] if row["method"] == method]
+            means = [100 * row["mean"] for row in rows]
+            low = [100 * (row["mean"] - row["std"]) for row in rows]
+            high = [100 * (row["mean"] + row["std"]) for row in rows]
+            axes.plot(places, means, marker="o", color=f"C{index}", label=method)
+            axes.fill_between(places, low, high, color=f"C{index}", alpha=0.18, linewidth=0)
+        axes.axhline(dense, color="black", linestyle="--", label="dense")
+        axes.set_xticks(places, [f"{100 * s:g}" for s in config["sparsities"]])
+        axes.set_xlabel("weights pruned in %")
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("top-1 test accuracy in %")
+    panels[0].legend()
+    panels[1].set_ylim(dense - 6, dense + 1)
+    panels[1].set_title("the same, near the dense network", fontsize=10)
+    seeds = config["seeds"]
     band = f"mean of {seeds} seeds, band: one standard deviation" if seeds > 1 else "one seed"
-    axes.set_title(f"{report['config']['model']} on {report['config']['data']} ({band})", fontsize=10)
+    panels[0].set_title(f"{config['model']} on {config['data']} ({band})", fontsize=10)
     _save(figure, path)
 
 
 def draw_layers(report: dict[str, Any], path: Path) -> None:
-    """PNG: the density of every layer, a panel per sparsity; a cross at the bottom: nothing kept."""
+    """PNG: the density of every layer, a panel per sparsity; a cross at the bottom: nothing is kept."""
     names, sparsities = list(report["prunable"]), report["config"]["sparsities"]
     columns = min(2, len(sparsities))
     rows = -(-len(sparsities) // columns)
-    panel = max(4.2, 0.3 * len(names))
-    figure = _figure(panel * columns, 2.9 * rows + 0.5)
-    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
+    figure = _figure(max(4.2, 0.3 * len(names)) * columns, 2.9 * rows + 0.5)
+    panels = figure.subplots(rows, columns, sharey=True, squeeze=False).flatten()
     floor = 0.5 * min((d for row in report["pruned"] for d in row["density"].values() if d), default=1)
     places = list(range(len(names)))
+    labels = [name.removesuffix(".weight") for name in names]
+    crowded = len(names) > 6
+    if not crowded:
+        labels = [f"{label}\n{report['prunable'][name]:,}" for label, name in zip(labels, names, strict=True)]
     for axes, sparsity in zip(panels, sparsities, strict=False):
         for index, method in enumerate(report["config"]["methods"]):
             row = next(r for r in report["pruned"] if (r["method"], r["sparsity"]) == (method, sparsity))
             kept = [row["density"][name] for name in names]
-            heights = [max(d, floor) for d in kept]
-            axes.plot(places, heights, marker="o", markersize=4, color=f"C{index}", label=method)
+            axes.plot(
+                places, [max(d, floor) for d in kept], marker="o", markersize=4, color=f"C{index}", label=method
+            )
             empty = [place for place, d in zip(places, kept, strict=True) if not d]
             axes.plot(empty, [floor] * len(empty), "x", markersize=11, color=f"C{index}")
         axes.axhline(1 - sparsity, color="black", linestyle="--", linewidth=0.9, label="whole network")
         axes.set_yscale("log")
         axes.set_title(f"{100 * sparsity:g} % pruned", fontsize=10)
+        axes.set_xticks(places, labels, rotation=90 if crowded else 0, fontsize=8)
         axes.grid(alpha=0.3)
     for axes in panels[len(sparsities) :]:
         axes.remove()
-    for axes in panels[: len(sparsities)][-columns:]:
-        labels = [f"{name}\n{report['prunable'][name]:,}" for name in names]
-        crowded = len(names) > 6
-        axes.set_xticks(places, names if crowded else labels, rotation=90 if crowded else 0, fontsize=8)
-        axes.tick_params(labelbottom=True)
     figure.supylabel("fraction of the layer's weights that is kept", fontsize=10)
     panels[0].legend(fontsize=8)
     _save(figure, path)
@@ -153,13 +164,13 @@ def _verdict(groups: dict[tuple[str, float], Results]) -> str:
     """DRIVE against SNIP at the headline sparsity, in words."""
     drive, snip = groups.get(("drive", HEADLINE)), groups.get(("snip", HEADLINE))
     if not drive or not snip:
-        return f"DRIVE and SNIP were not compared: that takes both of them at {HEADLINE:.0%} pruned."
+        return f"DRIVE and SNIP were not compared: that takes both of them at {100 * HEADLINE:g} % pruned."
     right = [sum(cell["correct"] for cell in cells) for cells in (drive, snip)]
     word = "beats" if right[0] > right[1] else "equals" if right[0] == right[1] else "does not beat"
     figures = [f"{100 * _accuracy(cells)['mean']:.2f} %" for cells in (drive, snip)]
     over = f"in the mean of {len(drive)} seeds" if len(drive) > 1 else "with one seed"
     return (
-        f"At {HEADLINE:.0%} pruned DRIVE {word} SNIP {over}: "
+        f"At {100 * HEADLINE:g} % pruned DRIVE {word} SNIP {over}: "
         f"{figures[0]} against {figures[1]} test accuracy."
     )
 

@@ -143,7 +143,7 @@ def _first_free(command: str) -> Path:
     return Path("runs") / (command if number == 1 else f"{command}-{number}")
 
 
-def same_machine(folder: Path) -> Mapping[str, tuple[str, str]]:
+def differences(folder: Path) -> Mapping[str, tuple[str, str]]:
     """What differs between where the run was started and here: name -> (then, now)."""
     then = read_json(folder / "config.json").get("made_with", {})
     now = {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability()}

@@ -127,7 +127,9 @@ def _one_epoch(
         on_step()
     mean = float(total) / len(batches)
     if not math.isfinite(mean):
-        raise InputError(f"--lr must be small enough to train, got {recipe.lr} (loss {mean} in epoch {epoch + 1})")
+        raise InputError(
+            f"--lr must be small enough to train, got {recipe.lr} (loss {mean} in epoch {epoch + 1})"
+        )
     return mean
 
 

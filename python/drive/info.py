@@ -1,0 +1,85 @@
+"""Facts about the build and the machine, for `drive info`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import platform
+from typing import Any
+
+import torch
+
+import drive_kernels
+
+from . import __version__
+from .inputs import EXTRAS
+
+OP = "drive::prune_"
+
+
+def facts() -> dict[str, dict[str, str]]:
+    """Versions, build, CPU, CUDA, Triton, extras, and what serves the op: section -> name -> text."""
+    return {
+        "versions": {
+            "drive": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "platform": platform.platform(),
+        },
+        "build": _build(),
+        "cpu": {
+            "capability": torch.backends.cpu.get_cpu_capability(),
+            "threads": str(torch.get_num_threads()),
+        },
+        "cuda": _cuda(),
+        "triton": {"triton": _version("triton")},
+        "extras": {
+            f"[{extra}] {package}": _version(package)
+            for extra, packages in EXTRAS.items()
+            for package in packages
+        },
+        OP: {device: _served_by(device) for device in ("cpu", "cuda")},
+    }
+
+
+def _build() -> dict[str, str]:
+    compiled: Any = drive_kernels._C
+    if compiled is None:
+        return {"compiled kernels": f"no: {drive_kernels.build_error}"}
+    details = compiled.build_info() if hasattr(compiled, "build_info") else {}
+    return {"compiled kernels": "yes", **details}
+
+
+def _cuda() -> dict[str, str]:
+    if torch.version.cuda is None:
+        return {"available": "no: this torch was built for the CPU only"}
+    if not torch.cuda.is_available():
+        return {"available": f"no: torch for CUDA {torch.version.cuda} finds no usable device"}
+    devices = {f"device {i}": torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
+    return {"available": f"yes, CUDA {torch.version.cuda}", **devices}
+
+
+def _version(package: str) -> str:
+    """The version of an installed package, or why it is not usable."""
+    try:
+        if importlib.util.find_spec(package) is None:
+            return "not installed"
+    except (ImportError, ValueError) as error:
+        return f"not usable: {error}"
+    distributions = importlib.metadata.packages_distributions().get(package, [package])
+    try:
+        return importlib.metadata.version(distributions[0])
+    except importlib.metadata.PackageNotFoundError:
+        return "installed"
+
+
+def _served_by(device: str) -> str:
+    """Which implementation the dispatcher picks for the op on a device, and why."""
+    if torch._C._dispatch_has_kernel_for_dispatch_key(OP, device.upper()):
+        kernel = "compiled C++ kernel" if device == "cpu" else "CUDA kernel"
+        return f"{kernel}: registered for {device}"
+    if drive_kernels._C is None:
+        why = f"the compiled part is not loaded ({drive_kernels.build_error})"
+    else:
+        why = f"the compiled part was built without a {device} kernel"
+    return f"reference in PyTorch: {why}"
