@@ -1,8 +1,8 @@
 // drive::prune_ on CPU: the k best scores survive, exactly, in two passes over the entries.
 //
-//   1. Sample: 2^16 keys bracket the threshold, lo <= T <= hi, with a chance of failure below 1e-6.
+//   1. Sample: some 2^14 keys bracket the threshold, lo <= T <= hi, with a chance of failure below 1e-6.
 //   2. Survey (reads theta, G and an old mask; writes nothing): per chunk, how many keys lie above, at
-//      and inside the bracket; those inside, 1 to 2 % of all, are collected. Also the sum of |S|, and
+//      and inside the bracket; those inside, 1 to 4 % of all, are collected. Also the sum of |S|, and
 //      the count of non-finite scores, which ends the step here.
 //   3. Threshold T, the k-th largest key: by radix selection among the collected keys. The counts prove
 //      that the bracket held; if it did not, by radix selection over all entries, three passes more.
@@ -16,6 +16,7 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
+#include <array>
 #include <atomic>
 #include <cmath>
 #include <numeric>
@@ -31,10 +32,14 @@
 namespace drive {
 namespace {
 
-// 2^16 samples put 2 * 5 sigma, 1.2 % (k = n / 10) to 2 % (k = n / 2) of the entries, in the bracket;
-// up to that many entries, all of them are.
-constexpr int64_t kSample = 1 << 16;
+// 5 sigma on both sides of the threshold put 2.4 % (k = n / 10) to 4 % (k = n / 2) of the entries into a
+// bracket of 2^14 samples, half of that into one of 2^16, which pays from some 64 M entries on. Up to
+// 2^14 entries, all of them are in the bracket.
+constexpr int64_t kMinSample = 1 << 14;
+constexpr int64_t kMaxSample = 1 << 16;
+constexpr int64_t kEntriesPerSample = 1 << 12;
 constexpr double kSigmas = 5;
+constexpr int64_t kSampleRun = 512;  // samples gathered together; divides the above
 // Scratch for the keys in the bracket: 0.25 byte an entry, 6 % of the entries for 32-bit keys.
 constexpr int64_t kEntriesPerScratchByte = 4;
 
@@ -123,10 +128,11 @@ class PruneStep {
       : items_(std::move(items)), kept_(items_.size()), alive_(items_.size()), nonfinite_(items_.size()) {
     int64_t n = 0;
     for (const Item& item : items_) n += item.numel();
-    const int64_t bytes = std::max<int64_t>(n / kEntriesPerScratchByte, kSample * sizeof(Key));
+    const int64_t bytes = std::max<int64_t>(n / kEntriesPerScratchByte, kMinSample * sizeof(Key));
     scratch_ = at::empty({bytes}, at::kByte);
     inside_ = static_cast<Key*>(scratch_.data_ptr());
     capacity_ = bytes / sizeof(Key);
+    expect_writes(inside_, bytes);
   }
 
   // Steps 1 to 4: decides everything, writes nothing. False: a score is not finite.
@@ -202,60 +208,67 @@ class PruneStep {
     kernels_for<Key>(item).compute_keys(stage(item, chunk, n, room), n, keys);
   }
 
-  // (Step 1) Keys of kSample entries: a random one of each of kSample equal parts.
-  std::vector<Key> sample(const Ids& ids, int64_t n) const {
+  // (Step 1) Keys of `count` entries: a random one of each of `count` equal parts.
+  std::vector<Key> sample(const Ids& ids, int64_t n, int64_t count) const {
     std::vector<int64_t> ends;
     for (const int32_t id : ids) ends.push_back((ends.empty() ? 0 : ends.back()) + items_[id].numel());
-    const auto position = [&](int64_t s) {
-      const double part = static_cast<double>(n) / kSample;
-      const double jitter = static_cast<double>(scramble(s) >> 11) * 0x1p-53;
-      return std::min(static_cast<int64_t>((s + jitter) * part), n - 1);
-    };
-    std::vector<Key> keys(kSample + kChunk);  // the last vector may be padded
-    parallel(kSample / kChunk, 1, [&](int64_t first, int64_t last) {
+    std::vector<Key> keys(count);
+    parallel(count / kSampleRun, 1, [&](int64_t first, int64_t last) {
       Staging room;
-      int64_t s = first * kChunk;
-      while (s < last * kChunk) {
-        const int64_t which = std::upper_bound(ends.begin(), ends.end(), position(s)) - ends.begin();
-        const Item& item = items_[ids[which]];
-        const int64_t begin = ends[which] - item.numel();
-        const int64_t limit = std::min((s / kChunk + 1) * kChunk, last * kChunk);
-        int64_t count = 0;
-        for (; s + count < limit && position(s + count) < ends[which]; ++count) {
-          const Offsets at = item.walk.at(position(s + count) - begin);
-          for (int o = 0; o < kMaxOperands; ++o) {
-            const int64_t size = item.entry_size(o);
-            if (!item.data(o)) continue;
-            std::memcpy(room.operand[o] + count * size, item.data(o) + at[o] * size, size);
-          }
+      std::array<int64_t, kSampleRun> position;
+      for (int64_t run = first; run < last; ++run) {
+        for (int64_t j = 0; j < kSampleRun; ++j) {
+          const int64_t part = run * kSampleRun + j;
+          const double at = part + static_cast<double>(scramble(part) >> 11) * 0x1p-53;
+          position[j] = std::min(static_cast<int64_t>(at * n / count), n - 1);
         }
-        const Entries entries{room.operand[kWeight], room.operand[kGrad],
-                              item.data(kMaskGrad) ? room.operand[kMaskGrad] : nullptr,
-                              item.fresh ? nullptr : reinterpret_cast<uint8_t*>(room.operand[kMask])};
-        Key found[kChunk];
-        kernels_for<Key>(item).compute_keys(entries, padded<Key>(count), found);
-        std::copy_n(found, count, keys.begin() + s);
-        s += count;
+        for (int64_t j = 0; j < kSampleRun;) {  // the part of the run that lies in one item
+          const int64_t which = std::upper_bound(ends.begin(), ends.end(), position[j]) - ends.begin();
+          const auto stop = std::lower_bound(position.begin() + j, position.end(), ends[which]);
+          const int64_t m = stop - position.begin() - j;
+          for (int64_t i = j; i < j + m; ++i) position[i] -= ends[which] - items_[ids[which]].numel();
+          sample_item(items_[ids[which]], &position[j], m, room, &keys[run * kSampleRun + j]);
+          j += m;
+        }
       }
     });
-    keys.resize(kSample);
     return keys;
   }
 
+  void sample_item(const Item& item, const int64_t* position, int64_t m, Staging& room, Key* keys) const {
+    std::array<Offsets, kSampleRun> at;
+    for (int64_t i = 0; i < m; ++i) at[i] = item.walk.at(position[i]);
+    for (int o = 0; o < kMaxOperands; ++o) {
+      const char* data = item.data(o);
+      const int64_t size = item.entry_size(o);
+      // a loop of its own for each operand: short enough for many cache misses at a time
+      for (int64_t i = 0; data && i < m; ++i) {
+        std::memcpy(room.operand[o] + i * size, data + at[i][o] * size, size);
+      }
+    }
+    const Entries entries{room.operand[kWeight], room.operand[kGrad],
+                          item.data(kMaskGrad) ? room.operand[kMaskGrad] : nullptr,
+                          item.fresh ? nullptr : reinterpret_cast<uint8_t*>(room.operand[kMask])};
+    std::array<Key, kSampleRun> found;
+    kernels_for<Key>(item).compute_keys(entries, padded<Key>(m), found.data());
+    std::copy_n(found.begin(), m, keys);
+  }
+
   std::pair<Key, Key> bracket(const Ids& ids, int64_t n, int64_t k) const {
-    if (n <= kSample) return {kDead<Key>, kTop<Key>};
-    std::vector<Key> keys = sample(ids, n);
+    if (n <= kMinSample) return {kDead<Key>, kTop<Key>};
+    const int64_t count = n / kEntriesPerSample < kMinSample ? kMinSample : kMaxSample;
+    std::vector<Key> keys = sample(ids, n, count);
     const double share = static_cast<double>(k) / n;
-    const double sigma = std::sqrt(kSample * share * (1 - share));
+    const double margin = kSigmas * std::sqrt(count * share * (1 - share)) + 1;
     const auto ranked = [&](double rank) {  // from the largest
       const auto nth = keys.begin() + static_cast<int64_t>(rank);
       std::nth_element(keys.begin(), nth, keys.end(), std::greater<Key>());
       return *nth;
     };
-    const double first = share * kSample - kSigmas * sigma - 1;
-    const double last = share * kSample + kSigmas * sigma + 1;
+    const double first = share * count - margin;
+    const double last = share * count + margin;
     const Key hi = first < 0 ? kTop<Key> : ranked(first);
-    const Key lo = last >= kSample ? kDead<Key> : ranked(last);
+    const Key lo = last >= count ? kDead<Key> : ranked(last);
     return {std::min<Key>(lo, hi - 1), hi};
   }
 
@@ -480,6 +493,7 @@ Outputs prune_cpu(at::TensorList weights, at::TensorList grads, at::TensorList m
       tensors.push_back(mask_grads[i]);
     }
     wide |= dtype == at::kDouble;
+    if (fresh && masks[i].is_non_overlapping_and_dense()) expect_writes(masks[i].data_ptr(), masks[i].nbytes());
     items.emplace_back(std::move(tensors), fresh);
   }
   const bool squared = mask_grads.empty();
