@@ -1,6 +1,7 @@
 // drive_kernels._C: build facts. Loading it registers the ops' compiled kernels.
 #include <ATen/Version.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <map>
 #include <string>

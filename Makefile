@@ -1,0 +1,48 @@
+# `make demo` and `make test` do all set-up themselves: a virtual environment, an install, a build.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+BUILD_TOOLS := "setuptools>=77" pybind11 ninja wheel
+
+.PHONY: demo test bench results lint sanitize clean
+
+demo: $(VENV)/.built
+	$(BIN)/drive prune
+
+test: $(VENV)/.built
+	$(BIN)/pytest
+
+bench: $(VENV)/.built
+	$(BIN)/pytest benchmarks/ --benchmark-only
+
+# The table in docs/results/cpu.md: long, and meaningful on a quiet machine only.
+results: $(VENV)/.built
+	$(BIN)/python benchmarks/bench_prune.py --out docs/results/cpu.md
+
+lint: $(VENV)/.built
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The op's tests on a build that watches every address and every undefined operation.
+SANITIZE := build/sanitize
+sanitize: $(VENV)/.built
+	CFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer" \
+	LDFLAGS="-fsanitize=address,undefined" DRIVE_CUDA=0 \
+	    $(BIN)/python setup.py -q build --build-lib $(SANITIZE) --build-temp $(SANITIZE).tmp
+	PYTHONPATH=$(SANITIZE) PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 \
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	    $(BIN)/pytest tests/test_prune_op.py tests/test_fused.py
+
+$(VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "needs Python 3.10 or later")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check $(BUILD_TOOLS) "torch>=2.10"
+	touch $@
+
+$(VENV)/.built: $(VENV)/.installed setup.py $(wildcard csrc/*)
+	$(BIN)/pip install -q --disable-pip-version-check --no-build-isolation -e ".[vision,experiments,dev]"
+	touch $@
+
+clean:
+	rm -rf build $(VENV) *.egg-info drive_kernels/*.so
