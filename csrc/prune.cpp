@@ -497,6 +497,7 @@ Outputs prune_cpu(at::TensorList weights, at::TensorList grads, at::TensorList m
     items.emplace_back(std::move(tensors), fresh);
   }
   const bool squared = mask_grads.empty();
+  const DefaultRounding rounding;
   Outputs outputs = wide ? run<int64_t>(std::move(items), fresh, squared, prune, min_keep, masks)
                          : run<int32_t>(std::move(items), fresh, squared, prune, min_keep, masks);
   for (const at::TensorList changed : {weights, masks}) {

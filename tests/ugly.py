@@ -1,0 +1,124 @@
+"""Ugly inputs for drive::prune_: odd shapes, strides, ties, zeros, denormals, mixed dtypes, old masks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+NARROW = (torch.float32, torch.bfloat16, torch.float16)
+LAYOUTS = ("contiguous", "sliced", "channels_last", "transposed")
+VALUES = ("normal", "ties", "zero", "equal", "denormal", "half zero")
+
+
+@dataclass(frozen=True)
+class Step:
+    """Arguments of one call of drive::prune_."""
+
+    weights: list[Tensor]
+    grads: list[Tensor]
+    mask_grads: list[Tensor]
+    masks: list[Tensor]
+    fresh: bool
+    prune: int
+    min_keep: int
+
+    def args(self) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], bool, int, int]:
+        return (
+            self.weights, self.grads, self.mask_grads, self.masks, self.fresh, self.prune, self.min_keep,
+        )  # fmt: skip
+
+    def clone(self) -> Step:
+        """Copies of what the op changes, with the same strides."""
+        return replace(self, weights=[copy(w) for w in self.weights], masks=[copy(m) for m in self.masks])
+
+
+def copy(tensor: Tensor) -> Tensor:
+    """A copy with the same strides (clone() would close the gaps of a slice)."""
+    like = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+    return like.copy_(tensor)
+
+
+def laid_out(tensor: Tensor, layout: str) -> Tensor:
+    if layout == "sliced" and tensor.dim():
+        room = torch.zeros([2 * size + 1 for size in tensor.shape], dtype=tensor.dtype)
+        return room[tuple(slice(1, 1 + 2 * size, 2) for size in tensor.shape)].copy_(tensor)
+    if layout == "channels_last" and tensor.dim() == 4:
+        return tensor.contiguous(memory_format=torch.channels_last)
+    if layout == "transposed" and tensor.dim() >= 2:
+        return tensor.transpose(0, 1).contiguous().transpose(0, 1)
+    return tensor.contiguous()
+
+
+def valued(shape: list[int], dtype: torch.dtype, values: str, generator: torch.Generator) -> Tensor:
+    tensor = torch.randn(shape, generator=generator)
+    if values == "ties":
+        tensor = (tensor * 2).round() / 2
+    elif values == "zero":
+        tensor.zero_()
+    elif values == "equal":
+        tensor.fill_(-0.5)
+    elif values == "denormal":
+        tensor *= 1e-22  # products near 1e-44, float16 ones are zero
+    elif values == "half zero":
+        tensor[torch.rand(shape, generator=generator) < 0.5] = 0
+    return tensor.to(dtype)
+
+
+shapes = st.one_of(
+    st.lists(st.integers(0, 9), max_size=5),
+    st.lists(st.integers(1, 40), min_size=1, max_size=3),
+    st.integers(1, 60_000).map(lambda n: [n]),
+    st.tuples(st.integers(1, 40), st.integers(1, 40), st.just(3), st.just(3)).map(list),
+)
+
+
+@st.composite
+def steps(draw: st.DrawFn) -> Step:
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    wide = draw(st.booleans()) and draw(st.booleans())
+    three = draw(st.booleans()) and draw(st.booleans())
+    fresh = draw(st.booleans())
+    values = st.just(draw(st.sampled_from(VALUES))) if draw(st.booleans()) else st.sampled_from(VALUES)
+    weights, grads, mask_grads, masks = [], [], [], []
+    for shape in draw(st.lists(shapes, min_size=1, max_size=5)):
+        dtype = draw(st.sampled_from((*NARROW, torch.float64) if wide else NARROW))
+        operands = [valued(shape, dtype, draw(values), generator) for _ in range(3)]
+        old = torch.rand(shape, generator=generator) < draw(st.sampled_from((0.0, 0.05, 0.5, 0.95, 1.0)))
+        w, g, mg, m = (laid_out(t, draw(st.sampled_from(LAYOUTS))) for t in (*operands, old))
+        if draw(st.integers(0, 9)) == 0:
+            g = torch.ones((), dtype=dtype).expand(shape)
+        weights.append(w), grads.append(g), mask_grads.append(mg), masks.append(m)
+    total = sum(w.numel() for w in weights)
+    prune = round(draw(st.sampled_from((0.0, 0.1, 0.5, 0.9, 0.98, 0.999))) * total)
+    min_keep = draw(st.sampled_from((0, 0, 1, 5, 1000)))
+    if sum(min(min_keep, w.numel()) for w in weights) > total - prune:
+        min_keep = 0
+    return Step(weights, grads, mask_grads if three else [], masks, fresh, prune, min_keep)
+
+
+def sample_inputs() -> list[Step]:
+    """A few fixed steps that between them touch every argument: for opcheck and the variants' test."""
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for dtypes, three, fresh, min_keep, values in (
+        ((torch.float32,), False, True, 0, "normal"),
+        ((torch.float32, torch.bfloat16, torch.float16), False, False, 3, "ties"),
+        ((torch.float64, torch.float32), False, True, 0, "half zero"),
+        ((torch.float16, torch.bfloat16), True, False, 1, "normal"),
+        ((torch.float32, torch.float32), False, True, 0, "denormal"),
+    ):
+        tensors: list[list[Tensor]] = [[], [], [], []]
+        for index, dtype in enumerate(dtypes):
+            shape = [(40, 30, 3, 3), (70_001,), (5, 7)][index]
+            for operand in range(3):
+                tensor = valued(list(shape), dtype, values, generator)
+                tensors[operand].append(laid_out(tensor, LAYOUTS[(index + operand) % 4]))
+            tensors[3].append(torch.rand(shape, generator=generator) < 0.8)
+        total = sum(w.numel() for w in tensors[0])
+        found.append(
+            Step(tensors[0], tensors[1], tensors[2] if three else [], tensors[3], fresh, total // 3, min_keep)
+        )
+    return found
