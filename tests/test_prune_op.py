@@ -67,7 +67,7 @@ def test_compiles_into_one_graph():
     assert torch.equal(compiled.masks[0], eager.masks[0])
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=600, deadline=None, suppress_health_check=list(HealthCheck))
 @given(step=steps(), threads=st.sampled_from((1, 2)))
 def test_equals_reference(step: Step, threads: int):
     torch.set_num_threads(threads)

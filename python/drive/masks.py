@@ -128,7 +128,7 @@ class Masks(Mapping[str, Tensor]):
         path = Path(path)
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
-            safetensors.torch.save_file(packed, partial, metadata={"format": _FORMAT, "shapes": shapes})
+            partial.write_bytes(safetensors.torch.save(packed, {"format": _FORMAT, "shapes": shapes}))
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)

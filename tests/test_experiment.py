@@ -1,0 +1,209 @@
+"""`drive prune`: killed anywhere, resumed, the same report byte for byte."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from rich.progress import Progress
+from torch import nn
+
+import drive
+import drive_kernels
+from drive import experiment, report
+from drive.data import Dataset, load
+from drive.experiment import Config, Experiment
+from drive.inputs import InputError
+from drive.models import Network
+
+pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
+pytest.importorskip("matplotlib", reason="drive prune draws figures")
+
+QUICK = [
+    "--epochs",
+    "6",
+    "--warmup-epochs",
+    "2",
+    "--iterations",
+    "20",
+    "--seeds",
+    "2",
+    "--sparsities",
+    "0.9,0.98",
+]
+ROOTS = [str(Path(module.__file__).parents[1]) for module in (drive, drive_kernels)]
+
+
+def start(folder: Path, *options: str) -> "subprocess.Popen[bytes]":
+    command = [sys.executable, "-m", "drive", "prune", "--out", str(folder), *options]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(ROOTS)}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def finish(process: "subprocess.Popen[bytes]") -> None:
+    _, complaint = process.communicate(timeout=120)
+    assert process.returncode == 0, complaint.decode()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    finish(start(folder, *QUICK))
+    return folder
+
+
+@pytest.fixture
+def digits() -> Dataset:
+    return load("digits").limited(256)
+
+
+def config(**options: object) -> Config:
+    settings = {
+        "data": "digits", "data_dir": None, "limit_train": 256, "model": "small_cnn",
+        "methods": ["drive", "snip", "magnitude"], "sparsities": [0.9, 0.98], "seeds": 1, "epochs": 3,
+        "warmup_epochs": 1, "iterations": 3, "batch_size": 64, "lr": 0.1, "device": "cpu", "threads": 1,
+    }  # fmt: skip
+    return Config.read({**settings, **options})
+
+
+def run(experiment: Experiment) -> list[dict[str, object]]:
+    with Progress(disable=True) as progress:
+        return experiment.run(progress)
+
+
+def numbers(results: list[dict[str, object]]) -> list[dict[str, object]]:
+    return [{k: v for k, v in result.items() if not k.endswith("seconds")} for result in results]
+
+
+def test_killed_at_random_moments_and_resumed(uninterrupted: Path, tmp_path: Path) -> None:
+    seed = random.randrange(10**6)
+    print("seed of the moments:", seed)  # shown when the test fails
+    moments = random.Random(seed)
+    folder, options = tmp_path / "run", QUICK
+    for finished in sorted(moments.sample(range(1, 12), 3)):  # of 14 networks
+        process = start(folder, *options)
+        while len(list(folder.glob("cells/seed*.json"))) < finished:
+            assert process.poll() is None
+            time.sleep(0.005)
+        time.sleep(moments.uniform(0, 0.1))
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        options = ["--resume"]
+    finish(start(folder, "--resume"))
+    assert (folder / "report.json").read_bytes() == (uninterrupted / "report.json").read_bytes()
+    masks = [drive.Masks.load(f / "masks.safetensors") for f in (folder, uninterrupted)]
+    assert all(torch.equal(masks[0][name], mask) for name, mask in masks[1].items())
+
+
+def test_artefacts(uninterrupted: Path) -> None:
+    found = {path.name for path in uninterrupted.iterdir()}
+    figures = {"accuracy.png", "layers.png"}
+    files = {"config.json", "report.json", "timing.json", "checkpoint.pt", "masks.safetensors"}
+    assert found == {"cells"} | figures | files
+    assert all((uninterrupted / name).read_bytes().startswith(b"\x89PNG") for name in figures)
+    written = (uninterrupted / "report.json").read_text()
+    assert "seconds" not in written
+    assert "DRIVE" in json.loads(written)["verdict"]
+
+
+def test_checkpoint_and_masks_are_of_one_sparse_network(uninterrupted: Path) -> None:
+    checkpoint = torch.load(uninterrupted / "checkpoint.pt", weights_only=True)
+    model = Network(**checkpoint["network"]).build()
+    model.load_state_dict(checkpoint["model"])
+    masks = drive.Masks.load(uninterrupted / "masks.safetensors")
+    total = sum(mask.numel() for mask in masks.values())
+    assert sum(int((~mask).sum()) for mask in masks.values()) == round(0.98 * total)
+    assert not any(model.get_parameter(name)[~mask].any() for name, mask in masks.items())
+
+
+def test_every_cell_has_exactly_the_sparsity_asked_for(uninterrupted: Path) -> None:
+    sizes = json.loads((uninterrupted / "report.json").read_text())["prunable"]
+    cells = [json.loads(p.read_text()) for p in uninterrupted.glob("cells/seed*.json")]
+    assert len(cells) == 2 * (1 + 3 * 2)
+    for cell in cells:
+        if cell["method"] != "dense":
+            pruned = sum(sizes.values()) - sum(cell["kept"].values())
+            assert pruned == round(cell["sparsity"] * sum(sizes.values()))
+
+
+def test_cells_do_not_depend_on_what_ran_before(digits: Dataset, tmp_path: Path) -> None:
+    folders = [tmp_path / "all", tmp_path / "alone"]
+    for folder in folders:
+        folder.mkdir()
+    together = numbers(run(Experiment(config(), digits, folders[0])))
+    torch.rand(17)
+    alone = numbers(run(Experiment(config(methods=["snip"], sparsities=[0.98]), digits, folders[1])))
+    assert [
+        cell for cell in together if (cell["method"], cell["sparsity"]) in (("dense", 0.0), ("snip", 0.98))
+    ] == alone
+
+
+def test_a_cell_resumes_inside_its_training(
+    digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected_folder, folder = tmp_path / "whole", tmp_path / "broken"
+    for path in (expected_folder, folder):
+        path.mkdir()
+    expected = numbers(run(Experiment(config(), digits, expected_folder)))
+
+    monkeypatch.setattr(experiment, "SAVE_EVERY", 0.0)
+    real_save = torch.save
+    saves = iter(range(4))  # warm-up 1, dense 2, drive's first epoch
+
+    def save(*arguments: object) -> None:
+        if next(saves, None) is None:
+            raise KeyboardInterrupt
+        real_save(*arguments)
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(KeyboardInterrupt):
+        run(Experiment(config(), digits, folder))
+    monkeypatch.setattr(torch, "save", real_save)
+    assert list(folder.glob("cells/seed0-drive-*.pt"))  # stopped in the middle of this one
+    assert numbers(run(Experiment(config(), digits, folder))) == expected
+    assert [p.name for p in folder.glob("cells/*.pt")] == ["seed0-warmup.pt"]
+
+
+def test_other_data_cannot_join_a_run(digits: Dataset, tmp_path: Path) -> None:
+    few = config(methods=["snip"], sparsities=[0.9])
+    run(Experiment(few, digits, tmp_path))
+    with pytest.raises(InputError, match="--data must be what"):
+        run(Experiment(few, digits.limited(255), tmp_path))
+
+
+@pytest.mark.parametrize(("drive_right", "word"), [(90, "beats"), (80, "equals"), (70, "does not beat")])
+def test_verdict_says_it_plainly(digits: Dataset, tmp_path: Path, drive_right: int, word: str) -> None:
+    settings = config(sparsities=[0.98], seeds=2)
+    made = Experiment(settings, digits, tmp_path)
+    kept = {
+        f"{name}.weight": 1
+        for name, module in made.network.build().named_modules()
+        if isinstance(module, nn.Conv2d | nn.Linear)
+    }
+    results = [
+        {
+            "seed": cell.seed, "method": cell.method, "sparsity": cell.sparsity, "kept": kept,
+            "tested": 100, "correct": drive_right if cell.method == "drive" else 80,
+        }
+        for cell in made.cells()
+    ]  # fmt: skip
+    summary = report.summarise(made, results)
+    assert summary["verdict"] == (
+        f"At 98 % pruned DRIVE {word} SNIP in the mean of 2 seeds: "
+        f"{drive_right:.2f} % against 80.00 % test accuracy."
+    )
+
+
+def test_layers_that_collapse_are_drawn(digits: Dataset, tmp_path: Path) -> None:
+    made = Experiment(config(), digits, tmp_path)
+    summary = report.summarise(made, run(made))
+    summary["pruned"][0]["density"]["fc1.weight"] = 0.0
+    report.draw_layers(summary, tmp_path / "layers.png")
+    assert (tmp_path / "layers.png").stat().st_size > 10_000

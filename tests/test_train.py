@@ -1,0 +1,190 @@
+"""The training loop and the networks: exact resumption, exact zeros, what is rejected."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+import drive
+from drive.data import Batches, Dataset
+from drive.inputs import InputError
+from drive.models import Network, names
+from drive.train import Checkpoint, Recipe, evaluate, train
+
+EPOCHS = 4
+RECIPE = Recipe(EPOCHS, lr=0.05)
+NETWORK = Network("small_cnn", classes=2, channels=1, side=8)
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> object:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def batches() -> Batches:
+    """Two classes that can be told apart: bright above or bright below."""
+    rng = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 100, (64, 1, 8, 8), generator=rng, dtype=torch.uint8)
+    labels = torch.arange(64) % 2
+    images[labels == 0, :, :4] += 60
+    images[labels == 1, :, 4:] += 60
+    return Batches(Dataset(images, labels, images, labels, classes=2, augment=True), 16, seed=3)
+
+
+def fresh(dropout: bool = False) -> nn.Module:
+    torch.manual_seed(0)
+    model = NETWORK.build()
+    return nn.Sequential(nn.Dropout(0.1), model) if dropout else model
+
+
+def pruned(model: nn.Module, batches: Batches) -> drive.Masks:
+    stream = batches.endless("prune", lambda: None)
+    return drive.prune(model, stream, F.cross_entropy, sparsity=0.9, iterations=3, progress=False)
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    return all(torch.equal(x, b.state_dict()[name]) for name, x in a.state_dict().items())
+
+
+def kill_after(steps: int) -> Callable[[], None]:
+    left = iter(range(steps))
+
+    def step() -> None:
+        if next(left, None) is None:
+            raise Killed
+
+    return step
+
+
+def test_learns(batches: Batches) -> None:
+    model = fresh()
+    plain = Batches(replace(batches.data, augment=False), 16, seed=3)
+    losses = train(model, plain, Recipe(12, lr=0.05), epochs=range(12))
+    assert len(losses) == 12 and losses[-1] < losses[0] / 2
+    assert evaluate(model, plain) > 60  # of 64
+
+
+def test_same_seed_same_bits(batches: Batches) -> None:
+    models = []
+    for noise in range(2):
+        models.append(fresh(dropout=True))
+        torch.manual_seed(noise)  # what ran before must not matter
+        train(models[-1], batches, RECIPE, epochs=range(EPOCHS))
+    assert same(*models)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("step", [1, 6, 11, 15])
+def test_resumes_to_the_bit(batches: Batches, tmp_path: Path, step: int, sparse: bool) -> None:
+    def run(on_step: Callable[[], None] = lambda: None, path: Path | None = None) -> nn.Module:
+        model = fresh(dropout=True)  # dropout draws from the global RNG
+        masks = pruned(model, batches) if sparse else None
+        checkpoint = Checkpoint(path, {}) if path else None
+        train(
+            model, batches, RECIPE, epochs=range(EPOCHS), masks=masks, checkpoint=checkpoint, on_step=on_step
+        )
+        return model
+
+    path = tmp_path / "checkpoint.pt"
+    with pytest.raises(Killed):
+        run(kill_after(step), path)
+    assert path.exists() == (step >= 4)  # 4 steps an epoch
+    resumed = run(path=path)
+    assert same(run(), resumed)
+    assert list(tmp_path.iterdir()) == [path]  # no partial file is left
+
+
+def test_a_finished_training_is_not_trained_again(batches: Batches, tmp_path: Path) -> None:
+    checkpoint = Checkpoint(tmp_path / "checkpoint.pt", {})
+    first, second = fresh(), fresh()
+    losses = train(first, batches, RECIPE, epochs=range(EPOCHS), checkpoint=checkpoint)
+    assert train(second, batches, RECIPE, epochs=range(EPOCHS), checkpoint=checkpoint) == losses
+    assert same(first, second)
+
+
+def test_checkpoints_are_spaced(batches: Batches, tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    with pytest.raises(Killed):
+        train(
+            fresh(), batches, RECIPE, epochs=range(EPOCHS), checkpoint=Checkpoint(path, {}, every=1e6),
+            on_step=kill_after(13),
+        )  # fmt: skip
+    assert not path.exists()
+
+
+def test_pruned_weights_stay_exactly_zero(batches: Batches) -> None:
+    model = fresh()
+    masks = pruned(model, batches)
+
+    def check() -> None:
+        for name, mask in masks.items():
+            weight = model.get_parameter(name)
+            assert not weight[~mask].any()
+
+    train(model, batches, RECIPE, epochs=range(EPOCHS), masks=masks, on_step=check)
+    assert any(model.get_parameter(name)[mask].any() for name, mask in masks.items())
+
+
+def test_late_epochs_see_the_batches_and_rates_of_these_epochs(batches: Batches) -> None:
+    model = fresh()
+    seen: list[float] = []
+
+    def note(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        seen.append(optimizer.param_groups[0]["lr"])
+
+    with register_optimizer_step_pre_hook(note):
+        train(model, batches, RECIPE, epochs=range(2, EPOCHS))
+    assert seen == pytest.approx([RECIPE.lr_at(progress / 16) for progress in range(8, 16)])
+
+
+def test_learning_rate_rises_then_falls() -> None:
+    rates = [RECIPE.lr_at(i / 100) for i in range(100)]
+    assert max(rates) == RECIPE.lr == rates[20]
+    assert rates[:21] == sorted(rates[:21]) and rates[20:] == sorted(rates[20:], reverse=True)
+
+
+def test_divergence_is_one_clear_error(batches: Batches) -> None:
+    with pytest.raises(InputError, match=r"--lr must be small enough to train, got 1e\+30"):
+        train(fresh(), batches, Recipe(EPOCHS, lr=1e30), epochs=range(EPOCHS))
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04broken"])
+def test_corrupt_checkpoint(batches: Batches, tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="must be a checkpoint file"):
+        train(fresh(), batches, RECIPE, epochs=range(EPOCHS), checkpoint=Checkpoint(path, {}))
+
+
+@pytest.mark.parametrize("side", [8, 32])
+@pytest.mark.parametrize("name", names())
+def test_every_network_prunes_and_answers(name: str, side: int) -> None:
+    if name not in ("small_cnn", "alexnet"):
+        pytest.importorskip("torchvision", reason=f"{name} is torchvision's")
+    if side == 8 and name not in ("small_cnn", "resnet18"):
+        with pytest.raises(
+            InputError, match="--model must be one of small_cnn, resnet18 for images of side 8"
+        ):
+            Network(name, 10, 3, side).build()
+        return
+    channels = 1 if side == 8 else 3
+    model = Network(name, 10, channels, side).build()
+    images, labels = torch.randn(4, channels, side, side), torch.arange(4)
+    assert model(images).shape == (4, 10)
+    masks = drive.prune(
+        model, [(images, labels)], F.cross_entropy, method="snip", sparsity=0.9, progress=False
+    )
+    assert masks.sparsity() == pytest.approx(0.9, abs=1e-4)
