@@ -64,7 +64,9 @@ def extension() -> cpp_extension.CppExtension:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
         sources, make = sources + cuda_sources, cpp_extension.CUDAExtension
         flags["cxx"] = [*CXX_FLAGS, f'-DDRIVE_WITH_CUDA="{torch.version.cuda}"']
-    return make("drive_kernels._C", sources, depends=headers, extra_compile_args=flags, extra_link_args=["-fopenmp"])
+    return make(
+        "drive_kernels._C", sources, depends=headers, extra_compile_args=flags, extra_link_args=["-fopenmp"]
+    )
 
 
 setup(ext_modules=[extension()], cmdclass={"build_ext": cpp_extension.BuildExtension})

@@ -35,7 +35,6 @@ Outputs = tuple[Tensor, Tensor, Tensor]
 KthLargest = Callable[[Tensor, int], Tensor]
 
 
-@torch.library.register_fake("drive::prune_", lib=_library)
 def _prune_fake(
     weights: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -104,17 +103,13 @@ def _largest(keys: Tensor, k: int, kth_largest: KthLargest) -> Tensor:
     return keep.logical_and_(keys >= 0)
 
 
-def _keep_largest(
-    keys: Tensor, k: int, sizes: list[int], min_keep: int, kth_largest: KthLargest
-) -> Tensor:
+def _keep_largest(keys: Tensor, k: int, sizes: list[int], min_keep: int, kth_largest: KthLargest) -> Tensor:
     if min_keep <= 0:
         return _largest(keys, k, kth_largest)
     guarded = torch.cat(
         [_largest(part, min(min_keep, part.numel()), kth_largest) for part in keys.split(sizes)]
     )
-    return guarded | _largest(
-        keys.masked_fill(guarded, -1), k - int(guarded.sum()), kth_largest
-    )
+    return guarded | _largest(keys.masked_fill(guarded, -1), k - int(guarded.sum()), kth_largest)
 
 
 def _score_summary(keys: Tensor, keep: Tensor, squared: bool) -> Tensor:
@@ -132,4 +127,5 @@ def _score_summary(keys: Tensor, keep: Tensor, squared: bool) -> Tensor:
     return torch.stack([weakest if total == 0 else weakest / total, total])
 
 
+torch.library.register_fake("drive::prune_", _prune_fake, lib=_library)
 _library.impl("prune_", reference, "CompositeExplicitAutograd")

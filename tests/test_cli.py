@@ -211,7 +211,9 @@ def test_interrupted_by_ctrl_c() -> None:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, complaint = process.communicate(timeout=60)
-    assert process.returncode == 130
+    # a shell's $? is 130 either way: where the signal hits code that a string is being executed from
+    # (dataclasses do so while modules are imported), CPython ends by the signal itself after all is done
+    assert process.returncode in (130, -signal.SIGINT)
     assert complaint == "drive prune: interrupted; go on with: drive prune --resume --out run\n"
 
 

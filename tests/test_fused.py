@@ -19,7 +19,9 @@ def model_with_gradients(dtype: torch.dtype = torch.float32, seed: int = 0) -> n
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10)
     ).to(dtype)
-    loss = nn.functional.cross_entropy(model(torch.randn(4, 3, 8, 8, dtype=dtype)), torch.tensor([0, 1, 2, 3]))
+    loss = nn.functional.cross_entropy(
+        model(torch.randn(4, 3, 8, 8, dtype=dtype)), torch.tensor([0, 1, 2, 3])
+    )
     loss.backward()
     return model
 
@@ -78,7 +80,10 @@ def test_equals_equations_6_and_7_literally():
 def test_mask_grads_are_used():
     weight = torch.ones(4)
     result = fused_drive_prune(
-        [weight], [torch.tensor([4.0, 3.0, 2.0, 1.0])], [torch.tensor([1.0, 10.0, 100.0, 1000.0])], sparsity=0.5
+        [weight],
+        [torch.tensor([4.0, 3.0, 2.0, 1.0])],
+        [torch.tensor([1.0, 10.0, 100.0, 1000.0])],
+        sparsity=0.5,
     )
     assert result.masks["0"].tolist() == [False, False, True, True]
     assert result.score_sum == 4 + 30 + 200 + 1000
@@ -100,7 +105,9 @@ def test_steps_with_masks_never_revive():
 
 def test_ties_keep_the_lower_global_index():
     weights = {"a": torch.ones(3, 2).t(), "b": torch.ones(4)}
-    masks = fused_drive_prune(weights, {n: torch.ones_like(w) for n, w in weights.items()}, sparsity=0.6).masks
+    masks = fused_drive_prune(
+        weights, {n: torch.ones_like(w) for n, w in weights.items()}, sparsity=0.6
+    ).masks
     assert masks["a"].flatten().tolist() == [True] * 4 + [False] * 2
     assert not masks["b"].any()
 
@@ -148,12 +155,16 @@ def test_tied_weights_count_once():
 
 def test_include_chooses():
     model = model_with_gradients()
-    result = fused_drive_prune(model, sparsity=0.5, include=lambda name, module, tensor: name.endswith("bias"))
+    result = fused_drive_prune(
+        model, sparsity=0.5, include=lambda name, module, tensor: name.endswith("bias")
+    )
     assert list(result.masks) == ["0.bias", "1.bias", "4.bias"]
 
 
 def test_empty_tensors_and_scalars():
-    result = fused_drive_prune([torch.empty(0, 3), torch.tensor(2.0)], [torch.empty(0, 3), torch.tensor(1.0)], sparsity=0)
+    result = fused_drive_prune(
+        [torch.empty(0, 3), torch.tensor(2.0)], [torch.empty(0, 3), torch.tensor(1.0)], sparsity=0
+    )
     assert result.kept == 1 and result.collapsed == []
     nothing = fused_drive_prune([torch.empty(0)], [torch.empty(0)], sparsity=0.5)
     assert nothing.total == 0 and nothing.sparsity == 0.0 and nothing.threshold == float("inf")
@@ -194,7 +205,11 @@ def test_summary_names_everything():
         ({"sparsity": True}, TypeError, "got True"),
         ({"sparsity": 0.5, "min_keep": -1}, ValueError, "min_keep must be an integer >= 0, got -1"),
         ({"sparsity": 0.5, "min_keep": 1.5}, ValueError, "got 1.5"),
-        ({"sparsity": 0.99, "min_keep": 20}, ValueError, "min_keep=20 asks for 40 survivors.* leaves 31 of 3096"),
+        (
+            {"sparsity": 0.99, "min_keep": 20},
+            ValueError,
+            "min_keep=20 asks for 40 survivors.* leaves 31 of 3096",
+        ),
         ({"sparsity": 0.5, "include": lambda *_: False}, ValueError, "selection of tensors is empty"),
         ({"sparsity": 0.5, "grads": {}}, ValueError, "grads has no entry for 0.weight"),
         ({"sparsity": 0.5, "grads": [torch.ones(1)]}, ValueError, "grads must hold 2 tensors, got 1"),
@@ -215,9 +230,14 @@ def test_bad_arguments(options, error, message):
 
 
 def test_masks_of_another_model():
-    model, other = model_with_gradients(), nn.Sequential(nn.Conv2d(3, 8, 5), nn.Identity(), nn.Identity(), nn.Flatten(), nn.Linear(5, 2))
+    model, other = (
+        model_with_gradients(),
+        nn.Sequential(nn.Conv2d(3, 8, 5), nn.Identity(), nn.Identity(), nn.Flatten(), nn.Linear(5, 2)),
+    )
     masks = Masks({f"{i}.weight": torch.ones_like(other[i].weight, dtype=torch.bool) for i in (0, 4)})
-    with pytest.raises(ValueError, match=r"masks\[0.weight\] must have shape \(8, 3, 3, 3\), got \(8, 3, 5, 5\)"):
+    with pytest.raises(
+        ValueError, match=r"masks\[0.weight\] must have shape \(8, 3, 3, 3\), got \(8, 3, 5, 5\)"
+    ):
         fused_drive_prune(model, sparsity=0.5, masks=masks)
 
 
@@ -261,9 +281,9 @@ def test_non_finite_leaves_given_masks():
         (torch.ones(3).int(), torch.ones(3), TypeError, "0 must be float32, .*got torch.int32"),
         (torch.ones(3, dtype=torch.cfloat), torch.ones(3), TypeError, "got torch.complex64"),
         (torch.ones(3, device="meta"), torch.ones(3), ValueError, "0 has no data: it is on the meta device"),
-        (torch.eye(3).to_sparse(), torch.eye(3), TypeError, "0 must be a dense tensor, got layout torch.sparse_coo"),
+        (torch.eye(3).to_sparse(), torch.eye(3), TypeError, "0 must be a dense tensor, got .*sparse_coo"),
         (torch.ones(1).expand(3), torch.ones(3), ValueError, "0 must not overlap itself"),
-        (torch.ones(3), torch.ones(4), ValueError, r"grads\[0\] must have the weight's shape \(3,\), got \(4,\)"),
+        (torch.ones(3), torch.ones(4), ValueError, r"grads\[0\] must have the weight's shape .*3.* got .*4"),
         (torch.ones(3), torch.ones(3).half(), TypeError, "dtype torch.float32, got torch.float16"),
         (torch.ones(3), torch.ones(3, device="meta"), ValueError, "device cpu, got meta"),
         (torch.ones(3, 3), torch.eye(3).to_sparse(), TypeError, "layout torch.strided, got torch.sparse_coo"),
@@ -278,7 +298,9 @@ def test_bad_tensors(weight, grad, error, message):
 
 
 def test_bad_target():
-    with pytest.raises(TypeError, match="target must be a module, a mapping or a sequence of tensors, got Tensor"):
+    with pytest.raises(
+        TypeError, match="target must be a module, a mapping or a sequence of tensors, got Tensor"
+    ):
         fused_drive_prune(torch.ones(3), sparsity=0.5)
 
 

@@ -54,6 +54,9 @@ def test_arrows_point_one_way(module: str):
 
 def test_import_is_light():
     heavy = "torchvision", "matplotlib", "triton", "sklearn", "lightning", "typer", "rich"
-    script = f"import sys, torch; before = set(sys.modules); import drive; print([m for m in {heavy} if m in set(sys.modules) - before])"
+    script = (
+        "import sys, torch; before = set(sys.modules); import drive; "
+        f"print([m for m in {heavy} if m in set(sys.modules) - before])"
+    )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"

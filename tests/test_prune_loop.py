@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -17,7 +18,12 @@ LOSS = nn.functional.cross_entropy
 def network(seed: int = 0, dropout: float = 0.0) -> nn.Sequential:
     torch.manual_seed(seed)
     return nn.Sequential(
-        nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(dropout), nn.Flatten(), nn.Linear(216, 10)
+        nn.Conv2d(1, 6, 3),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.Dropout(dropout),
+        nn.Flatten(),
+        nn.Linear(216, 10),
     )
 
 
@@ -54,7 +60,9 @@ def test_drive_is_iterative_snip():
     assert same(prune(one, method="drive", **options), prune(two, method="snip", **options))
     assert torch.equal(one[5].weight, two[5].weight)
     once, shot = network(), network()
-    assert same(prune(once, method="drive", sparsity=0.9, iterations=1), prune(shot, method="snip", sparsity=0.9))
+    assert same(
+        prune(once, method="drive", sparsity=0.9, iterations=1), prune(shot, method="snip", sparsity=0.9)
+    )
 
 
 def test_snip_is_theta_times_gradient():
@@ -180,12 +188,24 @@ def test_a_method_in_full():
         ({"sparsity": 1.5}, ValueError, r"prune: sparsity must be in \[0, 1\), got 1.5"),
         ({"method": "nothing"}, ValueError, "method must be one of drive, snip, magnitude .* got 'nothing'"),
         ({"iterations": 0}, ValueError, "iterations must be an integer >= 1, got 0"),
-        ({"schedule": "sudden"}, ValueError, "schedule must be one of one_shot, exponential, .* got 'sudden'"),
-        ({"schedule": lambda n: 0.5, "iterations": 3}, ValueError, r"schedule\(3\) must be the final sparsity 0.9"),
+        (
+            {"schedule": "sudden"},
+            ValueError,
+            "schedule must be one of one_shot, exponential, .* got 'sudden'",
+        ),
+        (
+            {"schedule": lambda n: 0.5, "iterations": 3},
+            ValueError,
+            r"schedule\(3\) must be the final sparsity 0.9",
+        ),
         ({"schedule": lambda n: 1 / n, "iterations": 3}, ValueError, r"schedule\(1\) must be in"),
         ({"scope": "layer"}, ValueError, "scope must be 'global', got 'layer'"),
         ({"data": []}, ValueError, "batches must go on .* they are empty"),
-        ({"data": iter(batches(2)), "iterations": 3}, ValueError, "they ran out after 2 and cannot be started"),
+        (
+            {"data": iter(batches(2)), "iterations": 3},
+            ValueError,
+            "they ran out after 2 and cannot be started",
+        ),
         ({"masks": Masks({})}, ValueError, "there is no mask for 0.weight"),
     ),
 )
@@ -210,7 +230,7 @@ def test_weight_outside_the_loss():
 def test_schedules_rise_to_the_sparsity(name: str):
     plan = schedules.plan(name, 0.98, 50)
     assert len(plan) == 50 and plan[-1] == 0.98
-    assert all(a <= b for a, b in zip(plan, plan[1:], strict=False)) and plan[0] >= 0
+    assert all(a <= b for a, b in pairwise(plan)) and plan[0] >= 0
 
 
 def test_schedule_formulas():

@@ -244,7 +244,8 @@ def test_more_than_2_31_entries():
     n, prune = 2**31 + 5000, 1000
     weight = torch.ones(n, dtype=torch.bfloat16)
     mask = torch.empty(n, dtype=torch.bool)
-    kept, _, scores = prune_([weight], [torch.ones((), dtype=torch.bfloat16).expand(n)], [], [mask], True, prune, 0)
+    grad = torch.ones((), dtype=torch.bfloat16).expand(n)
+    kept, _, scores = prune_([weight], [grad], [], [mask], True, prune, 0)
     assert kept.item() == n - prune
     assert scores[1].item() == n
     assert mask[: n - prune].all() and not mask[n - prune :].any()

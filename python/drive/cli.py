@@ -4,27 +4,39 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from . import data as datasets
 from . import inputs, methods
+from .console import BAD_INPUT, INTERRUPTED, bars, complain, load, open_console
 from .info import facts
 from .inputs import InputError
 from .options import (
-    BatchSize, Data, DataDir, Device, Epochs, LearningRate, LimitTrain, Model, Out, Resume,
-    file, given, option, with_shared_defaults,
-)  # fmt: skip
-from .runs import Options, differences, load_tensors, open_run, write_json
+    BatchSize,
+    Data,
+    DataDir,
+    Device,
+    Epochs,
+    Fractions,
+    LearningRate,
+    LimitTrain,
+    Model,
+    Names,
+    Out,
+    Resume,
+    file,
+    given,
+    option,
+    prune_defaults,
+    train_defaults,
+)
+from .runs import keep_config, write_json
 
-BAD_INPUT, INTERRUPTED = 2, 130
 # the root of typer's usage errors, whichever click it stands on
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
@@ -48,12 +60,12 @@ def prune(
     data_dir: DataDir = None,
     model: Model = None,
     methods: Annotated[
-        list[str] | None,
+        Names | None,
         option("--methods", f"out of {', '.join(methods.names())} [default: all]",
                inputs.several_of(methods.names()), "A,B"),
     ] = None,
     sparsities: Annotated[
-        list[float] | None,
+        Fractions | None,
         option("--sparsities", "fractions of zeros [default: 0.9,0.95,0.98,0.993]",
                inputs.sparsities, "X,Y"),
     ] = None,
@@ -99,16 +111,17 @@ def prune(
         epochs=epochs, warmup_epochs=warmup_epochs, iterations=iterations, batch_size=batch_size, lr=lr,
         device=device, limit_train=limit_train,
     )  # fmt: skip
-    with _run("prune", out, resume, options, _prune_defaults) as (folder, settings, console):
+    with open_console("prune", out, resume, options, prune_defaults) as (folder, settings, console):
         from . import report
         from .experiment import Config, Experiment
         from .train import deterministic
 
         config = Config.read(settings)
         deterministic(config.threads)
-        experiment = Experiment(config, _load(settings, console), folder)
+        experiment = Experiment(config, load(settings, console), folder)
         report.check_packages()
-        with _progress(console) as progress:
+        keep_config(folder, "prune", settings)
+        with bars(console) as progress:
             results = experiment.run(progress)
         summary = report.summarise(experiment, results)
         write_json(folder / "timing.json", report.timings(config, results))
@@ -158,14 +171,15 @@ def train(
         data=data, data_dir=data_dir, model=model, masks=masks, init=init, epochs=epochs,
         batch_size=batch_size, lr=lr, seed=seed, device=device, limit_train=limit_train,
     )  # fmt: skip
-    with _run("train", out, resume, options, _train_defaults) as (folder, settings, console):
+    with open_console("train", out, resume, options, train_defaults) as (folder, settings, console):
         from .train import deterministic
-        from .training import train_network
+        from .training import Training
 
         deterministic(settings["threads"])
-        images = _load(settings, console)
-        with _progress(console) as progress:
-            result = train_network(settings, images, folder, progress)
+        training = Training(settings, load(settings, console), folder)
+        keep_config(folder, "train", settings)
+        with bars(console) as progress:
+            result = training.run(progress)
         console.print(
             f"{100 * result['accuracy']:.2f} % test accuracy at {100 * result['sparsity']:.2f} % pruned; "
             f"results in {folder}", highlight=False,
@@ -201,82 +215,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(app(args=words, prog_name="drive", standalone_mode=False) or 0)
     except UsageError as error:
-        return _complain(*_usage_line(error), BAD_INPUT)
+        return complain(command, _usage_message(error), BAD_INPUT)
     except InputError as error:
-        return _complain(command, str(error), BAD_INPUT)
-    except (KeyboardInterrupt, typer.Abort) as error:
-        return _complain(command, str(error) or "interrupted", INTERRUPTED)
+        return complain(command, str(error), BAD_INPUT)
+    except (KeyboardInterrupt, typer.Abort):
+        return complain(command, "interrupted", INTERRUPTED)
     except OSError as error:
-        return _complain(command, str(error), 1)
+        return complain(command, str(error), 1)
 
 
-def _complain(command: str, message: str, status: int) -> int:
-    print(f"{command}: {' '.join(message.split())}", file=sys.stderr)
-    return status
-
-
-def _usage_line(error: Any) -> tuple[str, str]:
-    """(command, message) of one of typer's usage errors."""
-    command = error.ctx.command_path if error.ctx else "drive"
+def _usage_message(error: Any) -> str:
+    """One of typer's usage errors in the words of all others, where it is about an option's value."""
     if isinstance(error, typer.BadParameter) and error.param:
-        return command, f"{error.param.opts[0]} {error.message}"
-    return command, error.format_message()
-
-
-@contextmanager
-def _run(
-    command: str, out: Path | None, resume: bool, options: Options, complete: Any
-) -> Iterator[tuple[Path, Options, Console]]:
-    """A new or resumed run; Ctrl-C says how to go on with it."""
-    folder, settings = open_run(command, out, resume, options, complete)
-    for name, (then, now) in differences(folder).items():
-        _complain(f"drive {command}", f"numbers may differ: the run was started with {name} {then}, "
-                  f"this is {now}", 0)  # fmt: skip
-    try:
-        yield folder, settings, Console()
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            f"interrupted; go on with: drive {command} --resume --out {folder}"
-        ) from None
-
-
-def _load(settings: Options, console: Console) -> datasets.Dataset:
-    with console.status(f"loading {settings['data']}"):
-        data = datasets.load(settings["data"], settings["data_dir"])
-    if data.skipped:
-        shown = ", ".join(data.skipped[:5]) + (", ..." if len(data.skipped) > 5 else "")
-        console.print(f"left out {len(data.skipped)} images that cannot be read: {shown}", highlight=False)
-    limit = settings["limit_train"]
-    return data if limit is None else data.limited(limit)
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        console=console,
-    )  # fmt: skip
-
-
-def _prune_defaults(options: Options) -> Options:
-    complete = with_shared_defaults({
-        "methods": methods.names(),
-        "sparsities": [0.9, 0.95, 0.98, 0.993],
-        "seeds": 5 if options.get("data", "digits") == "digits" else 1,
-        "warmup_epochs": 5,
-        "iterations": 100,
-        **options,
-    })  # fmt: skip
-    if complete["warmup_epochs"] >= complete["epochs"]:
-        raise InputError(
-            f"--warmup-epochs must be fewer than the {complete['epochs']} epochs, "
-            f"got {complete['warmup_epochs']}"
-        )
-    return complete
-
-
-def _train_defaults(options: Options) -> Options:
-    defaults: Options = {"seed": 0, "masks": None, "init": None}
-    if "init" in options and "model" not in options:
-        network = load_tensors(Path(options["init"]), "--init").get("network", {})
-        defaults |= {"model": network["name"]} if "name" in network else {}
-    return with_shared_defaults({**defaults, **options})
+        return f"{error.param.opts[0]} {error.message}"
+    return str(error.format_message())

@@ -30,7 +30,7 @@ from .inputs import InputError
 from .masks import Masks
 from .models import Network
 from .prune import prune
-from .runs import load_tensors, read_json, save_tensors, write_json
+from .runs import read_json, save_tensors, write_json
 from .train import Checkpoint, Recipe, evaluate, train
 
 AT_INITIALISATION = {"snip"}  # every other method prunes after the dense warm-up
@@ -95,6 +95,7 @@ class Experiment:
         self.recipe = Recipe(config.epochs, config.lr)
         kept = "drive" if "drive" in config.methods else config.methods[0]
         self.exported = Cell(0, kept, max(config.sparsities))
+        self.network.build()  # one that does not fit the images says so now
 
     def cells(self) -> list[Cell]:
         """All networks of the run, in the order in which they are trained."""
@@ -114,7 +115,6 @@ class Experiment:
         Raises:
             InputError: the data are not those that the run was started with; training diverges.
         """
-        self.network.build()  # a model that does not fit the images should say so now
         self.cells_folder.mkdir(exist_ok=True)
         for partial in self.cells_folder.glob(".*.partial"):  # of a killed process
             partial.unlink()
@@ -135,7 +135,9 @@ class Experiment:
         if not path.exists():
             write_json(path, {"fingerprint": here})
         elif read_json(path)["fingerprint"] != here:
-            raise InputError(f"--data must be what {self.folder} was started with, got other images or labels")
+            raise InputError(
+                f"--data must be what {self.folder} was started with, got other images or labels"
+            )
 
     def _run(self, cell: Cell, progress: Progress) -> dict[str, Any]:
         batches = Batches(self.data, self.config.batch_size, cell.seed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from numbers import Real
 
@@ -117,5 +116,5 @@ def check_sparsity(op: str, sparsity: object) -> None:
     """Raise unless `sparsity` is a real number in [0, 1)."""
     if not isinstance(sparsity, Real) or isinstance(sparsity, bool):
         raise TypeError(f"{op}: sparsity must be a number in [0, 1), got {sparsity!r}")
-    if math.isnan(sparsity) or not 0 <= sparsity < 1:
+    if not 0 <= float(sparsity) < 1:  # NaN neither
         raise ValueError(f"{op}: sparsity must be in [0, 1), got {sparsity}")

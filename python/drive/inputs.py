@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -93,7 +94,9 @@ def sparsities(text: str) -> list[float]:
 
 
 def device(text: str) -> str:
-    """"cpu", "cuda" or "cuda:N", present on this machine."""
+    """The name of a device of this machine: cpu, cuda, cuda:1."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
+        raise InputError(f"must be cpu, cuda or cuda:N, got {text!r}")
     try:
         torch.empty(0, device=text)
     except (RuntimeError, AssertionError) as error:

@@ -161,9 +161,7 @@ class Masks(Mapping[str, Tensor]):
     def _kept(self) -> dict[str, int]:
         return {name: int(mask.sum()) for name, mask in self.items()}
 
-    def _pairs(
-        self, model: nn.Module | Mapping[str, Tensor], op: str
-    ) -> list[tuple[Tensor, Tensor]]:
+    def _pairs(self, model: nn.Module | Mapping[str, Tensor], op: str) -> list[tuple[Tensor, Tensor]]:
         """(weight, mask) of every mask, checked."""
         if isinstance(model, nn.Module):
             weights: Mapping[str, Tensor] = dict(unwrap(model).named_parameters(remove_duplicate=False))

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, NewType, TypeVar
 
 import torch
 import typer
 
-from . import data, inputs, models
+from . import data, inputs, methods, models
 from .inputs import InputError
-from .runs import Options
+from .runs import Options, load_tensors
 
 Parsed = TypeVar("Parsed")
+# typer would take an option that is a plain list as one to be given several times
+Names = NewType("Names", list[str])
+Fractions = NewType("Fractions", list[float])
 
 
 def option(name: str, help: str, parser: Callable[[str], Parsed], metavar: str = "N") -> Any:
@@ -82,8 +85,43 @@ def given(**options: Any) -> Options:
     }
 
 
-def with_shared_defaults(options: Options) -> Options:
-    """`options` completed by what `drive prune` and `drive train` have in common."""
+def prune_defaults(options: Options) -> Options:
+    """The options of `drive prune`, completed.
+
+    Raises:
+        InputError: no epoch is left after the warm-up.
+    """
+    complete = _completed({
+        "methods": methods.names(),
+        "sparsities": [0.9, 0.95, 0.98, 0.993],
+        "seeds": 5 if options.get("data", "digits") == "digits" else 1,
+        "warmup_epochs": 5,
+        "iterations": 100,
+        **options,
+    })  # fmt: skip
+    if complete["warmup_epochs"] >= complete["epochs"]:
+        raise InputError(
+            f"--warmup-epochs must be fewer than the {complete['epochs']} epochs, "
+            f"got {complete['warmup_epochs']}"
+        )
+    return complete
+
+
+def train_defaults(options: Options) -> Options:
+    """The options of `drive train`, completed; the model is that of --init, if there is one.
+
+    Raises:
+        InputError: --init is no checkpoint.
+    """
+    defaults: Options = {"seed": 0, "masks": None, "init": None}
+    if "init" in options and "model" not in options:
+        network = load_tensors(Path(options["init"]), "--init").get("network", {})
+        defaults |= {"model": network["name"]} if "name" in network else {}
+    return _completed({**defaults, **options})
+
+
+def _completed(options: Options) -> Options:
+    """`options` and the defaults of those that both commands have."""
     digits = options.get("data", "digits") == "digits"
     model = options.get("model", "small_cnn" if digits else "resnet18")
     return {

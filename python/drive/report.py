@@ -63,20 +63,20 @@ def timings(config: Config, results: Results) -> list[dict[str, Any]]:
 
 def table(report: dict[str, Any]) -> Table:
     """Test accuracy in %, mean and standard deviation over the seeds: a row per method."""
-    config = report["config"]
-    seeds = config["seeds"]
-    title = f"top-1 test accuracy in %, {config['model']} on {config['data']}, " + (
-        f"mean ± standard deviation of {seeds} seeds" if seeds > 1 else "one seed"
+    config, seeds = report["config"], report["config"]["seeds"]
+    over = f"mean ± standard deviation of {seeds} seeds" if seeds > 1 else "one seed"
+    dense = _shown(report["dense"], seeds)
+    result = Table(
+        title=f"{config['model']} on {config['data']}: test accuracy in %, {over}",
+        caption=f"the dense network: {dense}",
+        min_width=78,
     )
-    result = Table(title=title, title_justify="left")
     result.add_column("weights pruned")
-    result.add_column("none", justify="right")
     for sparsity in config["sparsities"]:
         result.add_column(f"{100 * sparsity:g} %", justify="right")
-    result.add_row("dense", _shown(report["dense"], seeds))
     for method in config["methods"]:
         rows = [row for row in report["pruned"] if row["method"] == method]
-        result.add_row(method, "", *(_shown(row, seeds) for row in rows))
+        result.add_row(method, *(_shown(row, seeds) for row in rows))
     return result
 
 
@@ -107,7 +107,7 @@ def draw_accuracy(report: dict[str, Any], path: Path) -> None:
     panels[1].set_ylim(dense - 6, dense + 1)
     panels[1].set_title("the same, near the dense network", fontsize=10)
     seeds = config["seeds"]
-    band = f"mean of {seeds} seeds, band: one standard deviation" if seeds > 1 else "one seed"
+    band = f"mean of {seeds} seeds ± standard deviation" if seeds > 1 else "one seed"
     panels[0].set_title(f"{config['model']} on {config['data']} ({band})", fontsize=10)
     _save(figure, path)
 
@@ -129,9 +129,8 @@ def draw_layers(report: dict[str, Any], path: Path) -> None:
         for index, method in enumerate(report["config"]["methods"]):
             row = next(r for r in report["pruned"] if (r["method"], r["sparsity"]) == (method, sparsity))
             kept = [row["density"][name] for name in names]
-            axes.plot(
-                places, [max(d, floor) for d in kept], marker="o", markersize=4, color=f"C{index}", label=method
-            )
+            heights = [max(d, floor) for d in kept]
+            axes.plot(places, heights, marker="o", markersize=4, color=f"C{index}", label=method)
             empty = [place for place, d in zip(places, kept, strict=True) if not d]
             axes.plot(empty, [floor] * len(empty), "x", markersize=11, color=f"C{index}")
         axes.axhline(1 - sparsity, color="black", linestyle="--", linewidth=0.9, label="whole network")

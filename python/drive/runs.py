@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
 import pickle
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,8 @@ def open_run(
 ) -> tuple[Path, Options]:
     """The folder of a new or resumed run, and its options.
 
-    A new run's options, `complete(given)`, are kept in `config.json`; a resumed one takes them from
-    there.
+    A new run's options are `complete(given)`; `keep_config` keeps them in `config.json`, from where a
+    resumed run takes them.
 
     Args:
         command: "prune" or "train": whose run this is; default folders are `runs/<command>`,
@@ -99,19 +100,24 @@ def open_run(
     options = complete(given)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        made_with = {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability()}
-        write_json(
-            folder / "config.json", {"command": command, "options": options, "made_with": made_with}
-        )
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise InputError(f"--out must be a writable folder, got {folder} ({error.strerror})") from error
     return folder, options
 
 
+def keep_config(folder: Path, command: str, options: Options) -> None:
+    """Make the folder a run that can be resumed; nothing changes if it is one already."""
+    path = folder / "config.json"
+    if not path.exists():
+        write_json(path, {"command": command, "options": options, "made_with": _made_with()})
+
+
 def _stored(folder: Path, command: str) -> Options:
     try:
         config = read_json(folder / "config.json")
-        owner, options = config["command"], config["options"]
+        owner, options, _ = config["command"], config["options"], config["made_with"]
     except FileNotFoundError as error:
         raise InputError(f"--out must hold a run to resume, got {folder} (no config.json)") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -143,8 +149,11 @@ def _first_free(command: str) -> Path:
     return Path("runs") / (command if number == 1 else f"{command}-{number}")
 
 
-def differences(folder: Path) -> Mapping[str, tuple[str, str]]:
-    """What differs between where the run was started and here: name -> (then, now)."""
-    then = read_json(folder / "config.json").get("made_with", {})
-    now = {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability()}
-    return {name: (then.get(name, "?"), now[name]) for name in now if then.get(name) != now[name]}
+def differences(folder: Path) -> dict[str, tuple[str, str]]:
+    """What numbers may depend on and is not as it was when the run was started: name -> (then, now)."""
+    then = read_json(folder / "config.json")["made_with"]
+    return {name: (then.get(name), now) for name, now in _made_with().items() if then.get(name) != now}
+
+
+def _made_with() -> dict[str, str]:
+    return {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability()}

@@ -58,8 +58,6 @@ def plan(schedule: str | Schedule, sparsity: float, iterations: int) -> list[flo
 def _check(steps: list[float], sparsity: float) -> None:
     for number, (before, now) in enumerate(zip([0.0, *steps], steps, strict=False), 1):
         if not before <= now < 1:
-            raise ValueError(
-                f"schedule({number}) must be in [{before}, 1): sparsity never falls, got {now}"
-            )
+            raise ValueError(f"schedule({number}) must be in [{before}, 1): sparsity never falls, got {now}")
     if abs(steps[-1] - sparsity) > 1e-9:
         raise ValueError(f"schedule({len(steps)}) must be the final sparsity {sparsity}, got {steps[-1]}")

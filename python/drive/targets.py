@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 
 Target = nn.Module | Mapping[str, Tensor] | Sequence[Tensor]
 Tensors = Mapping[str, Tensor] | Sequence[Tensor]
@@ -38,16 +39,15 @@ def unwrap(model: nn.Module) -> nn.Module:
     """The module that torch.compile and DistributedDataParallel wrap: names stay those of the model."""
     while True:
         if isinstance(model, DistributedDataParallel):
-            model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod
+            inner: object = model.module
         else:
+            inner = getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
             return model
+        model = inner
 
 
-def prunable(
-    target: Target, include: Include | None = None, *, op: str = "prunable"
-) -> dict[str, Tensor]:
+def prunable(target: Target, include: Include | None = None, *, op: str = "prunable") -> dict[str, Tensor]:
     """Prunable tensors by name, tied ones once, each fit to be pruned (ValueError or TypeError if not).
 
     Args:
@@ -110,15 +110,14 @@ def _candidates(target: Target, op: str) -> Iterator[tuple[str, nn.Module | None
             yield str(index), None, tensor
     else:
         raise TypeError(
-            f"{op}: target must be a module, a mapping or a sequence of tensors, "
-            f"got {type(target).__name__}"
+            f"{op}: target must be a module, a mapping or a sequence of tensors, got {type(target).__name__}"
         )
 
 
 def _check_prunable(op: str, name: str, tensor: object) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
-    if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+    if is_lazy(tensor):
         raise ValueError(f"{op}: {name} is not initialised yet: run the model once first")
     if tensor.layout != torch.strided:
         raise TypeError(f"{op}: {name} must be a dense tensor, got layout {tensor.layout}")

@@ -16,57 +16,73 @@ from .runs import Options, load_tensors, write_json
 from .train import Checkpoint, Recipe, evaluate, train
 
 
-def train_network(options: Options, data: Dataset, folder: Path, progress: Progress) -> dict[str, Any]:
-    """Train, or go on from `folder/checkpoint.pt`; write that and `folder/report.json`.
+class Training:
+    """A run in a folder: `checkpoint.pt`, whole after every epoch, and at the end `report.json`."""
 
-    Args:
-        options: of `drive train`: model, epochs, batch_size, lr, seed, device; init and masks are
-            paths or None.
-        data: the images.
-        folder: of the run.
-        progress: where to show a bar.
+    def __init__(self, options: Options, data: Dataset, folder: Path):
+        """Build the network, load weights and masks.
 
-    Returns:
-        The report: the options, the loss of every epoch, test accuracy and sparsity.
+        Args:
+            options: of `drive train`: model, epochs, batch_size, lr, seed, device; init and masks are
+                paths or None.
+            data: the images.
+            folder: of the run.
 
-    Raises:
-        InputError: initial weights or masks of another model; training diverges.
-    """
-    data = data.to(options["device"])
-    network = Network(options["model"], data.classes, data.channels, data.side)
-    torch.manual_seed(seed_of(options["seed"], "initialisation"))
-    model = network.build()
-    if options["init"] is not None:
-        state = load_tensors(Path(options["init"]), "--init")["model"]
+        Raises:
+            InputError: images that do not fit the model; initial weights or masks of another one.
+        """
+        self.options, self.folder, self.device = options, folder, options["device"]
+        self.data = data.to(self.device)
+        self.network = Network(options["model"], data.classes, data.channels, data.side)
+        torch.manual_seed(seed_of(options["seed"], "initialisation"))
+        self.model = self.network.build()
+        self._load_weights()
+        self.masks = self._load_masks()
+        self.model.to(self.device)
+
+    def run(self, progress: Progress) -> dict[str, Any]:
+        """Train, or go on from the checkpoint.
+
+        Returns:
+            The report: the options, the loss of every epoch, test accuracy and sparsity.
+
+        Raises:
+            InputError: training diverges.
+        """
+        batches = Batches(self.data, self.options["batch_size"], self.options["seed"])
+        epochs = self.options["epochs"]
+        bar = progress.add_task(f"training {self.network.name}", total=epochs * len(batches))
+        losses = train(
+            self.model, batches, Recipe(epochs, self.options["lr"]), epochs=range(epochs),
+            masks=self.masks, checkpoint=Checkpoint(self.folder / "checkpoint.pt", self.network.as_dict()),
+            on_step=lambda: progress.advance(bar),
+        )  # fmt: skip
+        report = {
+            "config": self.options,
+            "losses": losses,
+            "accuracy": evaluate(self.model, batches) / len(self.data.test_y),
+            "sparsity": self.masks.sparsity() if self.masks else 0.0,
+        }
+        write_json(self.folder / "report.json", report)
+        return report
+
+    def _load_weights(self) -> None:
+        path = self.options["init"]
+        if path is None:
+            return
+        state = load_tensors(Path(path), "--init")["model"]
         try:
-            model.load_state_dict(state)
+            self.model.load_state_dict(state)
         except (RuntimeError, TypeError, AttributeError) as error:
-            raise InputError(f"--init must hold the weights of {network}, got {options['init']}") from error
-    masks = None
-    if options["masks"] is not None:
+            raise InputError(f"--init must hold the weights of {self.network}, got {path}") from error
+
+    def _load_masks(self) -> Masks | None:
+        path = self.options["masks"]
+        if path is None:
+            return None
         try:
-            masks = Masks.load(options["masks"])
-            masks.apply_(model)
+            return Masks.load(path).apply_(self.model).to(self.device)
         except (OSError, ValueError) as error:
             raise InputError(
-                f"--masks must be a masks file of {options['model']}, got {options['masks']} ({error})"
+                f"--masks must be a masks file of {self.network.name}, got {path} ({error})"
             ) from error
-        masks = masks.to(options["device"])
-    model.to(options["device"])
-
-    batches = Batches(data, options["batch_size"], options["seed"])
-    epochs = options["epochs"]
-    bar = progress.add_task(f"training {options['model']}", total=epochs * len(batches))
-    losses = train(
-        model, batches, Recipe(epochs, options["lr"]), epochs=range(epochs), masks=masks,
-        checkpoint=Checkpoint(folder / "checkpoint.pt", network.as_dict()),
-        on_step=lambda: progress.advance(bar),
-    )  # fmt: skip
-    report = {
-        "config": options,
-        "losses": losses,
-        "accuracy": evaluate(model, batches) / len(data.test_y),
-        "sparsity": masks.sparsity() if masks else 0.0,
-    }
-    write_json(folder / "report.json", report)
-    return report

@@ -1,0 +1,253 @@
+"""Times of one pruning step against its rivals, interleaved in one process, on a model's real shapes."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune as torch_prune
+
+from drive_kernels.prune import kth_by_kthvalue
+
+from .fused import fused_drive_prune
+from .reference import drive_prune
+
+Shapes = list[tuple[int, ...]]
+
+
+def resnet18_shapes() -> Shapes:
+    """Prunable tensors of ResNet-18 (3x3 stem, 10 classes): 11.2 M entries in 21 tensors."""
+    shapes: Shapes = [(64, 3, 3, 3)]
+    width = 64
+    for stage in (64, 128, 256, 512):
+        shapes += [(stage, width, 3, 3), (stage, stage, 3, 3), (stage, stage, 3, 3), (stage, stage, 3, 3)]
+        if stage != width:
+            shapes.append((stage, width, 1, 1))
+        width = stage
+    return [*shapes, (10, 512)]
+
+
+def vgg16_shapes(scale: int = 1) -> Shapes:
+    """Prunable tensors of VGG-16 (ImageNet, 1000 classes): 138.3 M entries in 16 tensors, times `scale`."""
+    convs: Shapes = [(64, 3), (64, 64), (128, 64), (128, 128), (256, 128), (256, 256), (256, 256), (512, 256)]
+    convs += [(512, 512)] * 5
+    return [*((*conv, 3, 3) for conv in convs), (4096, 25088), (4096, 4096), (1000, 4096)] * scale
+
+
+SIZES: dict[str, Shapes] = {
+    "11M": resnet18_shapes(),
+    "138M": vgg16_shapes(),
+    "300M": [*vgg16_shapes(2), *resnet18_shapes(), (3000, 4096)],
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is timed: one step at `sparsity`, the first one or one that finds masks of half of it."""
+
+    size: str
+    dtype: torch.dtype
+    sparsity: float
+    old_masks: bool
+
+    @property
+    def bytes_an_entry(self) -> int:
+        """Least traffic of two passes: theta and G read twice, theta and mask written, old mask read."""
+        return 5 * self.dtype.itemsize + 1 + 2 * self.old_masks
+
+
+@dataclass(frozen=True)
+class Row:
+    """Median seconds of every provider on one case, and its extra memory in bytes an entry."""
+
+    case: Case
+    entries: int
+    seconds: dict[str, float]
+    memory: dict[str, float]
+
+
+class Inputs:
+    """Weights and gradients of one size and dtype; `fresh` puts the weights back before every run."""
+
+    def __init__(self, shapes: Shapes, dtype: torch.dtype):
+        generator = torch.Generator().manual_seed(0)
+        self.shapes = shapes
+        self.entries = sum(torch.Size(s).numel() for s in shapes)
+        self.start = torch.randn(self.entries, generator=generator).to(dtype)
+        self.grad = torch.randn(self.entries, generator=generator).to(dtype)
+        self.weight = self.start.clone()
+        self.out = torch.zeros_like(self.start)
+        self.weights, self.grads = self._views(self.weight), self._views(self.grad)
+
+    def _views(self, flat: Tensor) -> list[Tensor]:
+        parts = flat.split([torch.Size(s).numel() for s in self.shapes])
+        return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
+
+    def fresh(self) -> None:
+        self.weight.copy_(self.start)
+
+
+Step = Callable[[], object]
+Provider = Callable[[Inputs, Case], Step]
+
+
+def _step(prune: Callable[..., object], **options: object) -> Provider:
+    def prepare(inputs: Inputs, case: Case) -> Step:
+        masks = None
+        if case.old_masks:
+            masks = fused_drive_prune(inputs.weights, inputs.grads, sparsity=case.sparsity / 2).masks
+        return lambda: prune(inputs.weights, inputs.grads, sparsity=case.sparsity, masks=masks, **options)
+
+    return prepare
+
+
+def _global_unstructured(inputs: Inputs, case: Case) -> Step:
+    modules = [nn.Module() for _ in inputs.weights]
+    for module, weight in zip(modules, inputs.weights, strict=True):
+        module.weight = nn.Parameter(weight, requires_grad=False)
+
+    def run(sparsity: float) -> None:
+        scores = {
+            (module, "weight"): (w * g).abs_()
+            for module, w, g in zip(modules, inputs.weights, inputs.grads, strict=True)
+        }
+        parameters = [(module, "weight") for module in modules]
+        # on parameters pruned before, the amount is a fraction of what is left
+        before = case.sparsity / 2 if case.old_masks and sparsity == case.sparsity else 0.0
+        torch_prune.global_unstructured(
+            parameters, torch_prune.L1Unstructured, scores, amount=(sparsity - before) / (1 - before)
+        )
+
+    if case.old_masks:
+        run(case.sparsity / 2)
+    return lambda: run(case.sparsity)
+
+
+def _mul(inputs: Inputs, case: Case) -> Step:
+    return lambda: torch.mul(inputs.start, inputs.grad, out=inputs.out)
+
+
+OURS, YARDSTICK = "fused_drive_prune", "torch.mul"
+PROVIDERS: dict[str, Provider] = {
+    OURS: _step(fused_drive_prune),
+    YARDSTICK: _mul,
+    "reference, topk": _step(drive_prune),
+    "reference, kthvalue": _step(drive_prune, kth_largest=kth_by_kthvalue),
+    "global_unstructured": _global_unstructured,
+}
+QUICK = (OURS, YARDSTICK)  # milliseconds: more rounds than the others
+
+
+def validate(inputs: Inputs, case: Case) -> None:
+    """Raise AssertionError unless ours and the reference agree, masks and weights, to the bit."""
+    found = []
+    for prune in (fused_drive_prune, drive_prune):
+        inputs.fresh()
+        masks = None
+        if case.old_masks:
+            masks = fused_drive_prune(inputs.weights, inputs.grads, sparsity=case.sparsity / 2).masks
+        result = prune(inputs.weights, inputs.grads, sparsity=case.sparsity, masks=masks)
+        found.append((result.masks, inputs.weight.clone()))
+    (ours, weight), (theirs, expected) = found
+    if not (torch.equal(weight, expected) and all(torch.equal(ours[n], theirs[n]) for n in ours)):
+        raise AssertionError(f"{case}: masks differ from the reference's")
+
+
+def measure(inputs: Inputs, case: Case, rounds: int, slow_rounds: int) -> Row:
+    """Median times, all providers in turn in every round; memory in a first round of its own."""
+    memory = {name: _extra_memory(inputs, case, name) for name in PROVIDERS}
+    times: dict[str, list[float]] = {name: [] for name in PROVIDERS}
+    for number in range(rounds):
+        for name, prepare in PROVIDERS.items():
+            if name not in QUICK and number >= slow_rounds:
+                continue
+            inputs.fresh()
+            step = prepare(inputs, case)
+            begin = time.perf_counter()
+            kept_alive = step()  # freeing the result is not part of the step
+            times[name].append(time.perf_counter() - begin)
+            del kept_alive, step
+            gc.collect()
+    return Row(case, inputs.entries, {name: median(t) for name, t in times.items()}, memory)
+
+
+def run(
+    sizes: list[str], dtypes: list[torch.dtype], sparsities: list[float], rounds: int, slow_rounds: int
+) -> Iterator[Row]:
+    """Validate, then time, every case."""
+    for size in sizes:
+        for dtype in dtypes:
+            inputs = Inputs(SIZES[size], dtype)
+            for sparsity in sparsities:
+                for old_masks in (False, True):
+                    case = Case(size, dtype, sparsity, old_masks)
+                    validate(inputs, case)
+                    yield measure(inputs, case, rounds, slow_rounds)
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown: our time and traffic, our ratio to the yardstick, the rivals' to us."""
+    rivals = [name for name in PROVIDERS if name not in QUICK]
+    head = ["entries", "dtype", "sparsity", "call", "ours", "GB/s", f"ours / {YARDSTICK}"]
+    head += [f"{name} / ours" for name in rivals] + ["extra memory, ours", *rivals]
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for row in rows:
+        case, ours = row.case, row.seconds[OURS]
+        cells = [
+            f"{row.entries / 1e6:.1f} M",
+            str(case.dtype).removeprefix("torch."),
+            f"{case.sparsity:.1%}",
+            "old masks" if case.old_masks else "first",
+            f"{ours * 1e3:.1f} ms",
+            f"{row.entries * case.bytes_an_entry / ours / 1e9:.1f}",
+            f"{ours / row.seconds[YARDSTICK]:.2f}",
+            *(f"{row.seconds[name] / ours:.1f}x" for name in rivals),
+            *(f"{row.memory[name]:.2f}" for name in (OURS, *rivals)),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def machine() -> str:
+    """Processor, threads, versions, date and commit, in one line."""
+    model = platform.machine()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            model = line.partition(":")[2].strip()
+            break
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return (
+        f"{model}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads; "
+        f"torch {torch.__version__}, Python {platform.python_version()}; "
+        f"{time.strftime('%Y-%m-%d')}, commit {git.stdout.strip() or 'unknown'}"
+    )
+
+
+def _extra_memory(inputs: Inputs, case: Case, name: str) -> float:
+    """Peak resident memory of one step beyond what was there before it, in bytes an entry."""
+    inputs.fresh()
+    step = PROVIDERS[name](inputs, case)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # else freed memory is used again unnoticed
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    before = _status("VmRSS")
+    kept_alive = step()
+    extra = _status("VmHWM") - before
+    del kept_alive
+    return extra / inputs.entries
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")

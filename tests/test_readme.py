@@ -1,0 +1,42 @@
+"""Every Python snippet of the README runs, and the commands it names exist."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
+COMMANDS = [line.split("#")[0].split() for block in BLOCKS for line in block.splitlines()]
+
+
+@pytest.mark.parametrize("number", range(len(SNIPPETS)))
+def test_snippet_runs(number: int, tmp_path: Path):
+    run = subprocess.run(
+        [sys.executable, "-c", SNIPPETS[number]], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c[0] == "drive"], ids=" ".join)
+def test_command_exists(command: list[str]):
+    program = Path(sys.executable).parent / command[0]
+    run = subprocess.run([str(program), *command[1:]], capture_output=True, check=False)
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c[0] == "make"], ids=" ".join)
+def test_make_target_exists(command: list[str]):
+    run = subprocess.run(["make", "-n", *command[1:]], cwd=ROOT, capture_output=True, check=False)
+    assert run.returncode == 0, run.stderr
+
+
+def test_files_exist():
+    for path in re.findall(r"\]\((docs/[^)#]+)\)", README):
+        assert (ROOT / path).exists(), path
