@@ -493,7 +493,9 @@ Outputs prune_cpu(at::TensorList weights, at::TensorList grads, at::TensorList m
       tensors.push_back(mask_grads[i]);
     }
     wide |= dtype == at::kDouble;
-    if (fresh && masks[i].is_non_overlapping_and_dense()) expect_writes(masks[i].data_ptr(), masks[i].nbytes());
+    if (fresh && (i == 0 || !masks[i].is_alias_of(masks[i - 1]))) {
+      expect_writes(masks[i].storage().mutable_data(), masks[i].storage().nbytes());
+    }
     items.emplace_back(std::move(tensors), fresh);
   }
   const bool squared = mask_grads.empty();

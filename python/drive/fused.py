@@ -98,7 +98,7 @@ def prune_step(
 
     fresh = masks is None
     if masks is None:
-        masks = Masks({n: torch.empty_like(w, dtype=torch.bool) for n, w in found.weights.items()})
+        masks = _new_masks(found.weights)
     masks.check_match(op, found.weights)
     ordered = [masks[name] for name in found.weights]
     with torch.no_grad():
@@ -110,6 +110,21 @@ def prune_step(
             f"{op}: non-finite score in {name} ({count} of {found.weights[name].numel()} entries)"
         )
     return result
+
+
+def _new_masks(weights: dict[str, Tensor]) -> Masks:
+    """Masks to be written, in their weights' memory layouts.
+
+    All in one piece of memory: page faults in many small ones take as long as the step itself.
+    """
+    device = next(iter(weights.values())).device
+    room = torch.empty(sum(w.numel() for w in weights.values()), dtype=torch.bool, device=device)
+    masks, offset = {}, 0
+    for name, weight in weights.items():
+        stride = torch.empty_like(weight, device="meta").stride()  # a slice's mask is dense
+        masks[name] = room.as_strided(weight.shape, stride, offset)
+        offset += weight.numel()
+    return Masks(masks)
 
 
 def check_sparsity(op: str, sparsity: object) -> None:
