@@ -1,7 +1,7 @@
 """One pruning step on CPU against its rivals.
 
 pytest benchmarks/ --benchmark-only                        quick: 11 M entries, one case
-python benchmarks/bench_prune.py --out docs/results/cpu.md the whole table, some 40 minutes
+python benchmarks/bench_prune.py --out docs/results/cpu.md the whole table, some 25 minutes
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ HEADER = """# One pruning step on CPU
 `fused_drive_prune` against `drive.reference` (cat, then topk or kthvalue) and
 `torch.nn.utils.prune.global_unstructured` with importance scores, on the shapes of ResNet-18 (11 M), VGG-16
 (138 M) and two VGG-16 with a ResNet-18 (300 M). Masks and weights were equal to the reference's, bit for
-bit, in every case before it was timed. Medians of interleaved runs in one process ({rounds} rounds, the slow
-rivals {slow_rounds}); new masks are allocated within the time. "Old masks": the step finds masks of half the
+bit, in every case before it was timed. Medians of interleaved runs in one process: {rounds} of ours and of the
+yardstick; of the rivals 3 at 11 M, 2 at 138 M, 1 at 300 M. New masks are allocated within the time. "Old masks": the step finds masks of half the
 sparsity. The yardstick is `torch.mul(a, b, out=c)` of the same number of entries and the same dtype. GB/s
 counts the least traffic of two passes (float32: 21 bytes an entry, 23 with old masks). Extra memory: peak
 resident memory beyond the inputs, in bytes an entry (with old masks, those are inputs).
@@ -55,14 +55,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--sizes", nargs="+", choices=bench.SIZES, default=list(bench.SIZES))
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--slow-rounds", type=int, default=3)
     options = parser.parse_args()
-    header = HEADER.format(
-        machine=bench.machine(), rounds=options.rounds, slow_rounds=min(options.slow_rounds, options.rounds)
-    )
+    header = HEADER.format(machine=bench.machine(), rounds=options.rounds)
     rows: list[bench.Row] = []
     cases = [options.sizes, [torch.float32, torch.bfloat16], [0.5, 0.9, 0.993]]
-    for row in bench.run(*cases, options.rounds, options.slow_rounds):
+    for row in bench.run(*cases, options.rounds):
         rows.append(row)
         print(bench.table([row]).splitlines()[-1], flush=True)
         partial = options.out.with_suffix(".partial")

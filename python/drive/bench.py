@@ -162,27 +162,27 @@ def validate(inputs: Inputs, case: Case) -> None:
         raise AssertionError(f"{case}: masks differ from the reference's")
 
 
-def measure(inputs: Inputs, case: Case, rounds: int, slow_rounds: int) -> Row:
-    """Median times, all providers in turn in every round; memory in a first round of its own."""
-    memory = {name: _extra_memory(inputs, case, name) for name in PROVIDERS}
+def measure(inputs: Inputs, case: Case, rounds: int) -> Row:
+    """Median times and memory, all providers in turn in every round."""
     times: dict[str, list[float]] = {name: [] for name in PROVIDERS}
+    memory: dict[str, float] = {}
     for number in range(rounds):
         for name, prepare in PROVIDERS.items():
-            if name not in QUICK and number >= slow_rounds:
+            if name not in QUICK and number >= slow_rounds(inputs.entries):
                 continue
             inputs.fresh()
-            step = prepare(inputs, case)
-            begin = time.perf_counter()
-            kept_alive = step()  # freeing the result is not part of the step
-            times[name].append(time.perf_counter() - begin)
-            del kept_alive, step
-            gc.collect()
+            seconds, extra = _time(prepare(inputs, case))
+            times[name].append(seconds)
+            memory.setdefault(name, extra / inputs.entries)
     return Row(case, inputs.entries, {name: median(t) for name, t in times.items()}, memory)
 
 
-def run(
-    sizes: list[str], dtypes: list[torch.dtype], sparsities: list[float], rounds: int, slow_rounds: int
-) -> Iterator[Row]:
+def slow_rounds(entries: int) -> int:
+    """How often rivals that take seconds are run: 3 times at 11 M entries, twice at 138 M, once at 300 M."""
+    return min(3, max(1, round(300e6 / entries)))
+
+
+def run(sizes: list[str], dtypes: list[torch.dtype], sparsities: list[float], rounds: int) -> Iterator[Row]:
     """Validate, then time, every case."""
     for size in sizes:
         for dtype in dtypes:
@@ -191,7 +191,7 @@ def run(
                 for old_masks in (False, True):
                     case = Case(size, dtype, sparsity, old_masks)
                     validate(inputs, case)
-                    yield measure(inputs, case, rounds, slow_rounds)
+                    yield measure(inputs, case, rounds)
 
 
 def table(rows: list[Row]) -> str:
@@ -232,18 +232,18 @@ def machine() -> str:
     )
 
 
-def _extra_memory(inputs: Inputs, case: Case, name: str) -> float:
-    """Peak resident memory of one step beyond what was there before it, in bytes an entry."""
-    inputs.fresh()
-    step = PROVIDERS[name](inputs, case)
+def _time(step: Step) -> tuple[float, float]:
+    """Seconds of one step, and its peak resident memory beyond what was there before, in bytes."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # else freed memory is used again unnoticed
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     before = _status("VmRSS")
-    kept_alive = step()
+    begin = time.perf_counter()
+    kept_alive = step()  # freeing the result is not part of the step
+    seconds = time.perf_counter() - begin
     extra = _status("VmHWM") - before
     del kept_alive
-    return extra / inputs.entries
+    return seconds, extra
 
 
 def _status(field: str) -> int:
