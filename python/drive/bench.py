@@ -5,10 +5,10 @@ from __future__ import annotations
 import ctypes
 import gc
 import platform
-import subprocess
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import groupby, product
 from pathlib import Path
 from statistics import median
 
@@ -18,6 +18,7 @@ from torch.nn.utils import prune as torch_prune
 
 from drive_kernels.prune import kth_by_kthvalue
 
+from . import __version__
 from .fused import fused_drive_prune
 from .reference import drive_prune
 
@@ -73,6 +74,11 @@ class Row:
     entries: int
     seconds: dict[str, float]
     memory: dict[str, float]
+
+    def as_dict(self) -> dict[str, object]:
+        """As plain values, for JSON."""
+        case = {**asdict(self.case), "dtype": str(self.case.dtype).removeprefix("torch.")}
+        return {**case, "entries": self.entries, "seconds": self.seconds, "memory": self.memory}
 
 
 class Inputs:
@@ -144,7 +150,7 @@ PROVIDERS: dict[str, Provider] = {
     "reference, kthvalue": _step(drive_prune, kth_largest=kth_by_kthvalue),
     "global_unstructured": _global_unstructured,
 }
-QUICK = (OURS, YARDSTICK)  # milliseconds: more rounds than the others
+RIVALS = [name for name in PROVIDERS if name not in (OURS, YARDSTICK)]
 
 
 def validate(inputs: Inputs, case: Case) -> None:
@@ -168,7 +174,7 @@ def measure(inputs: Inputs, case: Case, rounds: int) -> Row:
     memory: dict[str, float] = {}
     for number in range(rounds):
         for name, prepare in PROVIDERS.items():
-            if name not in QUICK and number >= slow_rounds(inputs.entries):
+            if name in RIVALS and number >= slow_rounds(inputs.entries):
                 continue
             inputs.fresh()
             seconds, extra = _time(prepare(inputs, case))
@@ -178,57 +184,69 @@ def measure(inputs: Inputs, case: Case, rounds: int) -> Row:
 
 
 def slow_rounds(entries: int) -> int:
-    """How often rivals that take seconds are run: 3 times at 11 M entries, twice at 138 M, once at 300 M."""
-    return min(3, max(1, round(300e6 / entries)))
+    """How often rivals are run that take seconds: 3 times at 11 M entries, once at 138 M and 300 M."""
+    return 3 if entries < 100e6 else 1
 
 
-def run(sizes: list[str], dtypes: list[torch.dtype], sparsities: list[float], rounds: int) -> Iterator[Row]:
-    """Validate, then time, every case."""
-    for size in sizes:
-        for dtype in dtypes:
-            inputs = Inputs(SIZES[size], dtype)
-            for sparsity in sparsities:
-                for old_masks in (False, True):
-                    case = Case(size, dtype, sparsity, old_masks)
-                    validate(inputs, case)
-                    yield measure(inputs, case, rounds)
+def cases(sizes: list[str], dtypes: list[torch.dtype], sparsities: list[float]) -> list[Case]:
+    """All combinations, each as a first step and as one with old masks."""
+    return [
+        Case(size, dtype, sparsity, old_masks)
+        for size, dtype in product(sizes, dtypes)
+        for sparsity, old_masks in product(sparsities, (False, True))
+    ]
 
 
-def table(rows: list[Row]) -> str:
-    """Markdown: our time and traffic, our ratio to the yardstick, the rivals' to us."""
-    rivals = [name for name in PROVIDERS if name not in QUICK]
+def run(cases: list[Case], rounds: int) -> Iterator[Row]:
+    """Validate, then time, every case; inputs are kept while size and dtype stay the same."""
+    inputs: Inputs | None = None
+    for (size, dtype), group in groupby(cases, lambda case: (case.size, case.dtype)):
+        del inputs  # the next ones may need its memory
+        inputs = Inputs(SIZES[size], dtype)
+        for case in group:
+            validate(inputs, case)
+            yield measure(inputs, case, rounds)
+
+
+def columns() -> list[str]:
+    """Headings of `cells`: a rival's factor is its time / ours, memory is extra bytes an entry."""
     head = ["entries", "dtype", "sparsity", "call", "ours", "GB/s", f"ours / {YARDSTICK}"]
-    head += [f"{name} / ours" for name in rivals] + ["extra memory, ours", *rivals]
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    for row in rows:
-        case, ours = row.case, row.seconds[OURS]
-        cells = [
-            f"{row.entries / 1e6:.1f} M",
-            str(case.dtype).removeprefix("torch."),
-            f"{case.sparsity:.1%}",
-            "old masks" if case.old_masks else "first",
-            f"{ours * 1e3:.1f} ms",
-            f"{row.entries * case.bytes_an_entry / ours / 1e9:.1f}",
-            f"{ours / row.seconds[YARDSTICK]:.2f}",
-            *(f"{row.seconds[name] / ours:.1f}x" for name in rivals),
-            *(f"{row.memory[name]:.2f}" for name in (OURS, *rivals)),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return [*head, *(f"{name} / ours" for name in RIVALS), "extra memory, ours", *RIVALS]
+
+
+def cells(row: Row) -> list[str]:
+    """One row of the table as text."""
+    case, ours = row.case, row.seconds[OURS]
+    return [
+        f"{row.entries / 1e6:.1f} M",
+        str(case.dtype).removeprefix("torch."),
+        f"{case.sparsity:.1%}",
+        "old masks" if case.old_masks else "first",
+        f"{ours * 1e3:.1f} ms",
+        f"{row.entries * case.bytes_an_entry / ours / 1e9:.1f}",
+        f"{ours / row.seconds[YARDSTICK]:.2f}",
+        *(f"{row.seconds[name] / ours:.1f}x" for name in RIVALS),
+        *(f"{row.memory[name]:.2f}" for name in (OURS, *RIVALS)),
+    ]
+
+
+def markdown(rows: list[Row]) -> str:
+    """The table in Markdown."""
+    lines = [columns(), ["---"] * len(columns()), *(cells(row) for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def machine() -> str:
-    """Processor, threads, versions, date and commit, in one line."""
+    """Processor, threads, versions and date, in one line."""
     model = platform.machine()
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             model = line.partition(":")[2].strip()
             break
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return (
         f"{model}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads; "
-        f"torch {torch.__version__}, Python {platform.python_version()}; "
-        f"{time.strftime('%Y-%m-%d')}, commit {git.stdout.strip() or 'unknown'}"
+        f"drive {__version__}, torch {torch.__version__}, Python {platform.python_version()}; "
+        f"{time.strftime('%Y-%m-%d')}"
     )
 
 

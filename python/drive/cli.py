@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from . import inputs, methods
+from .bench import SIZES
 from .console import BAD_INPUT, INTERRUPTED, bars, complain, load, open_console
 from .info import facts
 from .inputs import InputError
@@ -35,7 +37,7 @@ from .options import (
     prune_defaults,
     train_defaults,
 )
-from .runs import keep_config, write_json
+from .runs import keep_config, make_folder, write_json
 
 # the root of typer's usage errors, whichever click it stands on
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -184,6 +186,49 @@ def train(
             f"{100 * result['accuracy']:.2f} % test accuracy at {100 * result['sparsity']:.2f} % pruned; "
             f"results in {folder}", highlight=False,
         )  # fmt: skip
+
+
+@app.command()
+def bench(
+    size: Annotated[
+        str,
+        option("--size", "entries: those of ResNet-18, VGG-16, or two of them", inputs.one_of(SIZES), "NAME"),
+    ] = "11M",
+    sparsities: Annotated[
+        Fractions | None,
+        option("--sparsities", "fractions of zeros [default: 0.9]", inputs.sparsities, "X,Y"),
+    ] = None,
+    rounds: Annotated[int, option("--rounds", "of the quick ones", inputs.whole_number(1))] = 9,
+    out: Annotated[Path | None, file("--out", "folder for bench.json and bench.png", "DIR")] = None,
+) -> None:
+    """Time one pruning step on the CPU against its rivals, on real shapes, validated first.
+
+    11M takes some 20 seconds, 138M (6 GB of memory) three minutes, 300M (20 GB) five.
+
+    Examples:
+
+        drive bench
+
+        drive bench --size 138M --sparsities 0.5,0.9 --out runs/bench
+    """
+    from . import bench as timing
+    from . import report
+
+    if out is not None:
+        report.check_packages()
+        make_folder(out)
+    console = Console()
+    cases = timing.cases([size], [torch.float32], sparsities or [0.9])
+    with bars(console) as progress:
+        rows = list(progress.track(timing.run(cases, rounds), total=len(cases), description="timing"))
+    table = Table(*timing.columns(), title=timing.machine(), title_justify="left")
+    for row in rows:
+        table.add_row(*timing.cells(row))
+    console.print(table)
+    if out is not None:
+        write_json(out / "bench.json", [row.as_dict() for row in rows])
+        report.draw_bench(rows, out / "bench.png")
+        console.print(f"results in {out}", highlight=False)
 
 
 @app.command()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from typing_extensions import Self
 
+from .files import write_atomic
 from .targets import unwrap
 
 _FORMAT = "drive.masks.v1"
@@ -125,13 +126,8 @@ class Masks(Mapping[str, Tensor]):
             for name, mask in self.items()
         }
         shapes = json.dumps({name: list(mask.shape) for name, mask in self.items()})
-        path = Path(path)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            partial.write_bytes(safetensors.torch.save(packed, {"format": _FORMAT, "shapes": shapes}))
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        metadata = {"format": _FORMAT, "shapes": shapes}
+        write_atomic(Path(path), safetensors.torch.save(packed, metadata))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Self:

@@ -9,9 +9,10 @@ from typing import Any
 
 from rich.table import Table
 
+from .bench import OURS, Row
 from .experiment import Config, Experiment
+from .files import write_atomic
 from .inputs import require
-from .runs import write_atomic
 from .targets import prunable
 
 Results = list[dict[str, Any]]  # of the cells, as `Experiment.run` gives them
@@ -87,7 +88,7 @@ def draw_accuracy(report: dict[str, Any], path: Path) -> None:
     while they work.
     """
     config, dense = report["config"], 100 * report["dense"]["mean"]
-    figure = _figure(10.0, 4.2)
+    figure = figure_of(10.0, 4.2)
     panels = figure.subplots(1, 2)
     places = list(range(len(config["sparsities"])))  # evenly spaced: the interesting ones crowd near 1
     for axes in panels:
@@ -109,7 +110,7 @@ def draw_accuracy(report: dict[str, Any], path: Path) -> None:
     seeds = config["seeds"]
     band = f"mean of {seeds} seeds ± standard deviation" if seeds > 1 else "one seed"
     panels[0].set_title(f"{config['model']} on {config['data']} ({band})", fontsize=10)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_layers(report: dict[str, Any], path: Path) -> None:
@@ -117,7 +118,7 @@ def draw_layers(report: dict[str, Any], path: Path) -> None:
     names, sparsities = list(report["prunable"]), report["config"]["sparsities"]
     columns = min(2, len(sparsities))
     rows = -(-len(sparsities) // columns)
-    figure = _figure(max(4.2, 0.3 * len(names)) * columns, 2.9 * rows + 0.5)
+    figure = figure_of(max(4.2, 0.3 * len(names)) * columns, 2.9 * rows + 0.5)
     panels = figure.subplots(rows, columns, sharey=True, squeeze=False).flatten()
     floor = 0.5 * min((d for row in report["pruned"] for d in row["density"].values() if d), default=1)
     places = list(range(len(names)))
@@ -142,7 +143,23 @@ def draw_layers(report: dict[str, Any], path: Path) -> None:
         axes.remove()
     figure.supylabel("fraction of the layer's weights that is kept", fontsize=10)
     panels[0].legend(fontsize=8)
-    _save(figure, path)
+    save_figure(figure, path)
+
+
+def draw_bench(rows: list[Row], path: Path) -> None:
+    """PNG: milliseconds of a step, a panel per case, a bar per provider, on a logarithmic axis."""
+    figure = figure_of(9.0, 0.6 + 1.6 * len(rows))
+    panels = figure.subplots(len(rows), 1, sharex=True, squeeze=False).flatten()
+    for axes, row in zip(panels, rows, strict=True):
+        names = list(row.seconds)[::-1]
+        times = [1e3 * row.seconds[name] for name in names]
+        bars = axes.barh(names, times, color=["C0" if name == OURS else "C7" for name in names])
+        axes.bar_label(bars, fmt="%.3g ms", padding=3, fontsize=8)
+        axes.set_xscale("log")
+        axes.margins(x=0.15)
+        call = "with old masks" if row.case.old_masks else "first step"
+        axes.set_title(f"{row.entries / 1e6:.0f} M entries, {row.case.sparsity:.1%}, {call}", fontsize=10)
+    save_figure(figure, path)
 
 
 def _of(results: Results, method: str, sparsity: float) -> Results:
@@ -178,12 +195,13 @@ def _shown(row: dict[str, Any], seeds: int) -> str:
     return f"{100 * row['mean']:.2f}" + (f" ± {100 * row['std']:.2f}" if seeds > 1 else "")
 
 
-def _figure(width: float, height: float) -> Any:
+def figure_of(width: float, height: float) -> Any:
     """A matplotlib figure that belongs to no window system."""
     return require("matplotlib.figure").Figure(figsize=(width, height), layout="constrained")
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
+    """`write_atomic` of a PNG."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
     write_atomic(path, buffer.getvalue())

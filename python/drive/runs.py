@@ -14,22 +14,10 @@ from typing import Any
 
 import torch
 
+from .files import write_atomic
 from .inputs import InputError
 
 Options = dict[str, Any]
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file; a kill at any moment leaves the old content or the new one."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -98,13 +86,18 @@ def open_run(
     if (folder / "config.json").exists():
         raise InputError(f"--out must be a folder without a run (or give --resume), got {folder}")
     options = complete(given)
+    make_folder(folder)
+    return folder, options
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder of --out if there is none; InputError if nothing can be written to it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise InputError(f"--out must be a writable folder, got {folder} ({error.strerror})") from error
-    return folder, options
 
 
 def keep_config(folder: Path, command: str, options: Options) -> None:
