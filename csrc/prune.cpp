@@ -16,7 +16,6 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
-#include <array>
 #include <atomic>
 #include <cmath>
 #include <numeric>
@@ -27,84 +26,15 @@
 #include "common.h"
 #include "key.h"
 #include "prune_isa.h"
+#include "radix.h"
+#include "sample.h"
 #include "work.h"
 
 namespace drive {
 namespace {
 
-// 5 sigma on both sides of the threshold put 2.4 % (k = n / 10) to 4 % (k = n / 2) of the entries into a
-// bracket of 2^14 samples, half of that into one of 2^16, which pays from some 64 M entries on. Up to
-// 2^14 entries, all of them are in the bracket.
-constexpr int64_t kMinSample = 1 << 14;
-constexpr int64_t kMaxSample = 1 << 16;
-constexpr int64_t kEntriesPerSample = 1 << 12;
-constexpr double kSigmas = 5;
-constexpr int64_t kSampleRun = 512;  // samples gathered together; divides the above
 // Scratch for the keys in the bracket: 0.25 byte an entry, 6 % of the entries for 32-bit keys.
 constexpr int64_t kEntriesPerScratchByte = 4;
-
-template <class Key>
-const Kernels<Key>& kernels_for(const Item& item) {
-  switch (item.dtype()) {
-    case at::kFloat: return kernels<float, Key>();
-    case at::kBFloat16: return kernels<BFloat16, Key>();
-    case at::kHalf: return kernels<Half, Key>();
-    default:
-      if constexpr (sizeof(Key) == 8) return kernels<double, Key>();
-      TORCH_INTERNAL_ASSERT(false, "float64 entries have 64-bit keys");
-  }
-}
-
-// A pseudo-random 64-bit number for an index (splitmix64): samples must not fall in step with a
-// tensor's shape, and the time of a step should not depend on anything but its input.
-uint64_t scramble(uint64_t x) {
-  x += 0x9e3779b97f4a7c15u;
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
-  return x ^ (x >> 31);
-}
-
-// (Step 3) The k-th largest key between lo and hi. count(prefix, digit, counts) adds up, by bucket of
-// that digit, the keys that agree with the prefix in the digits before.
-template <class Key, class Count>
-Key kth_largest(int64_t k, Key lo, Key hi, const Count& count) {
-  using Bits = typename KeyTraits<Key>::Bits;
-  Bits prefix = 0;
-  for (int digit = 0; digit < kDigits<Key>; ++digit) {
-    int found = bucket(lo, digit);
-    if (!has_prefix(lo, hi, digit + 1)) {
-      std::vector<int64_t> counts(kBuckets);
-      count(static_cast<Key>(prefix), digit, counts);
-      for (found = kBuckets - 1; counts[found] < k; --found) k -= counts[found];
-    }
-    prefix |= static_cast<Bits>(found) << digit_shift<Key>(digit);
-  }
-  return static_cast<Key>(prefix);
-}
-
-// counts += the histograms that fill(i, histogram) makes for every i in [0, n), over all threads.
-template <class Fill>
-void count_parallel(int64_t n, std::vector<int64_t>& counts, const Fill& fill) {
-  std::vector<std::vector<int64_t>> partial(at::get_num_threads(), std::vector<int64_t>(kBuckets));
-  parallel(n, kGrain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) fill(i, partial[at::get_thread_num()]);
-  });
-  for (const auto& part : partial) {
-    for (int b = 0; b < kBuckets; ++b) counts[b] += part[b];
-  }
-}
-
-template <class Key>
-void add_keys(const Key* keys, int64_t n, Key prefix, int digit, std::vector<int64_t>& counts) {
-  for (int64_t i = 0; i < n; ++i) {
-    if (has_prefix(keys[i], prefix, digit)) ++counts[bucket(keys[i], digit)];
-  }
-}
-
-template <class Key>
-int64_t padded(int64_t count) {
-  return (count + kBlock<Key> - 1) / kBlock<Key> * kBlock<Key>;
-}
 
 // Entries of a chunk above and on a threshold.
 struct Split {
@@ -208,70 +138,6 @@ class PruneStep {
     kernels_for<Key>(item).compute_keys(stage(item, chunk, n, room), n, keys);
   }
 
-  // (Step 1) Keys of `count` entries: a random one of each of `count` equal parts.
-  std::vector<Key> sample(const Ids& ids, int64_t n, int64_t count) const {
-    std::vector<int64_t> ends;
-    for (const int32_t id : ids) ends.push_back((ends.empty() ? 0 : ends.back()) + items_[id].numel());
-    std::vector<Key> keys(count);
-    parallel(count / kSampleRun, 1, [&](int64_t first, int64_t last) {
-      Staging room;
-      std::array<int64_t, kSampleRun> position;
-      for (int64_t run = first; run < last; ++run) {
-        for (int64_t j = 0; j < kSampleRun; ++j) {
-          const int64_t part = run * kSampleRun + j;
-          const double at = part + static_cast<double>(scramble(part) >> 11) * 0x1p-53;
-          position[j] = std::min(static_cast<int64_t>(at * n / count), n - 1);
-        }
-        for (int64_t j = 0; j < kSampleRun;) {  // the part of the run that lies in one item
-          const int64_t which = std::upper_bound(ends.begin(), ends.end(), position[j]) - ends.begin();
-          const auto stop = std::lower_bound(position.begin() + j, position.end(), ends[which]);
-          const int64_t m = stop - position.begin() - j;
-          for (int64_t i = j; i < j + m; ++i) position[i] -= ends[which] - items_[ids[which]].numel();
-          sample_item(items_[ids[which]], &position[j], m, room, &keys[run * kSampleRun + j]);
-          j += m;
-        }
-      }
-    });
-    return keys;
-  }
-
-  void sample_item(const Item& item, const int64_t* position, int64_t m, Staging& room, Key* keys) const {
-    std::array<Offsets, kSampleRun> at;
-    for (int64_t i = 0; i < m; ++i) at[i] = item.walk.at(position[i]);
-    for (int o = 0; o < kMaxOperands; ++o) {
-      const char* data = item.data(o);
-      const int64_t size = item.entry_size(o);
-      // a loop of its own for each operand: short enough for many cache misses at a time
-      for (int64_t i = 0; data && i < m; ++i) {
-        std::memcpy(room.operand[o] + i * size, data + at[i][o] * size, size);
-      }
-    }
-    const Entries entries{room.operand[kWeight], room.operand[kGrad],
-                          item.data(kMaskGrad) ? room.operand[kMaskGrad] : nullptr,
-                          item.fresh ? nullptr : reinterpret_cast<uint8_t*>(room.operand[kMask])};
-    std::array<Key, kSampleRun> found;
-    kernels_for<Key>(item).compute_keys(entries, padded<Key>(m), found.data());
-    std::copy_n(found.begin(), m, keys);
-  }
-
-  std::pair<Key, Key> bracket(const Ids& ids, int64_t n, int64_t k) const {
-    if (n <= kMinSample) return {kDead<Key>, kTop<Key>};
-    const int64_t count = n / kEntriesPerSample < kMinSample ? kMinSample : kMaxSample;
-    std::vector<Key> keys = sample(ids, n, count);
-    const double share = static_cast<double>(k) / n;
-    const double margin = kSigmas * std::sqrt(count * share * (1 - share)) + 1;
-    const auto ranked = [&](double rank) {  // from the largest
-      const auto nth = keys.begin() + static_cast<int64_t>(rank);
-      std::nth_element(keys.begin(), nth, keys.end(), std::greater<Key>());
-      return *nth;
-    };
-    const double first = share * count - margin;
-    const double last = share * count + margin;
-    const Key hi = first < 0 ? kTop<Key> : ranked(first);
-    const Key lo = last >= count ? kDead<Key> : ranked(last);
-    return {std::min<Key>(lo, hi - 1), hi};
-  }
-
   // (Step 2) Fills counts_. False: the keys inside did not fit.
   bool survey(const std::vector<Chunk>& chunks, Key lo, Key hi) {
     counts_.resize(chunks.size());
@@ -296,7 +162,7 @@ class PruneStep {
     Selection<Key> s{kTop<Key>, 0, chunks_of(items_, ids), {}};
     int64_t n = 0;
     for (const int32_t id : ids) n += items_[id].numel();
-    const auto [lo, hi] = bracket(ids, n, k);
+    const auto [lo, hi] = bracket<Key>(items_, ids, n, k);
     const bool complete = survey(s.chunks, lo, hi);
     int64_t above = 0, at_hi = 0, inside = 0, at_lo = 0, alive = 0;
     for (const Counts& c : counts_) {

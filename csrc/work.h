@@ -57,6 +57,23 @@ struct Staging {
   alignas(64) uint8_t new_mask[kChunk];
 };
 
+template <class Key>
+const Kernels<Key>& kernels_for(const Item& item) {
+  switch (item.dtype()) {
+    case at::kFloat: return kernels<float, Key>();
+    case at::kBFloat16: return kernels<BFloat16, Key>();
+    case at::kHalf: return kernels<Half, Key>();
+    default:
+      if constexpr (sizeof(Key) == 8) return kernels<double, Key>();
+      TORCH_INTERNAL_ASSERT(false, "float64 entries have 64-bit keys");
+  }
+}
+
+template <class Key>
+int64_t padded(int64_t count) {
+  return (count + kBlock<Key> - 1) / kBlock<Key> * kBlock<Key>;
+}
+
 inline std::vector<Chunk> chunks_of(const std::vector<Item>& items, const std::vector<int32_t>& ids) {
   std::vector<Chunk> chunks;
   for (const int32_t id : ids) {

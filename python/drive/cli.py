@@ -221,10 +221,9 @@ def bench(
     cases = timing.cases([size], [torch.float32], sparsities or [0.9])
     with bars(console) as progress:
         rows = list(progress.track(timing.run(cases, rounds), total=len(cases), description="timing"))
-    table = Table(*timing.columns(), title=timing.machine(), title_justify="left")
+    console.print(timing.machine(), highlight=False)
     for row in rows:
-        table.add_row(*timing.cells(row))
-    console.print(table)
+        console.print(report.bench_table(row))
     if out is not None:
         write_json(out / "bench.json", [row.as_dict() for row in rows])
         report.draw_bench(rows, out / "bench.png")

@@ -146,6 +146,18 @@ def draw_layers(report: dict[str, Any], path: Path) -> None:
     save_figure(figure, path)
 
 
+def bench_table(row: Row) -> Table:
+    """One case of the benchmark: a row per provider."""
+    result = Table(title=_case(row), min_width=78)
+    result.add_column("one step")
+    for heading in ("ms", "times ours", "extra bytes an entry"):
+        result.add_column(heading, justify="right")
+    for name, seconds in row.seconds.items():
+        ratio = seconds / row.seconds[OURS]
+        result.add_row(name, f"{1e3 * seconds:.1f}", f"{ratio:.2f}", f"{row.memory[name]:.2f}")
+    return result
+
+
 def draw_bench(rows: list[Row], path: Path) -> None:
     """PNG: milliseconds of a step, a panel per case, a bar per provider, on a logarithmic axis."""
     figure = figure_of(9.0, 0.6 + 1.6 * len(rows))
@@ -157,9 +169,13 @@ def draw_bench(rows: list[Row], path: Path) -> None:
         axes.bar_label(bars, fmt="%.3g ms", padding=3, fontsize=8)
         axes.set_xscale("log")
         axes.margins(x=0.15)
-        call = "with old masks" if row.case.old_masks else "first step"
-        axes.set_title(f"{row.entries / 1e6:.0f} M entries, {row.case.sparsity:.1%}, {call}", fontsize=10)
+        axes.set_title(_case(row), fontsize=10)
     save_figure(figure, path)
+
+
+def _case(row: Row) -> str:
+    call = "with old masks" if row.case.old_masks else "first step"
+    return f"{row.entries / 1e6:.1f} M entries, {row.case.sparsity:.1%} pruned, {call}"
 
 
 def _of(results: Results, method: str, sparsity: float) -> Results:
