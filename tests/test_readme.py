@@ -40,3 +40,9 @@ def test_make_target_exists(command: list[str]):
 def test_files_exist():
     for path in re.findall(r"\]\((docs/[^)#]+)\)", README):
         assert (ROOT / path).exists(), path
+
+
+def test_figures_are_those_of_the_results():
+    results = (ROOT / "docs/results/cpu.md").read_text().splitlines()
+    rows = [line for line in README.splitlines() if line.startswith("| ")]
+    assert rows and all(row in results for row in rows)
