@@ -33,6 +33,22 @@ struct Lanes {
   using Bytes = Vector<uint8_t, N>;
 };
 
+// One register's entries of 8 or 16 bits, as words.
+template <class Key, class T>
+DRIVE_INLINE Vector<uint32_t, Lanes<Key>::N> words(const T* p) {
+  constexpr int N = Lanes<Key>::N;
+#if DRIVE_WIDTH == 64  // one instruction, where the compiler makes four of 16 bits, nine of 8
+  if constexpr (N == 16) {
+    const auto v = load<Vector<T, N>>(p);
+    if constexpr (sizeof(T) == 1) return (Vector<uint32_t, N>)_mm512_cvtepu8_epi32((__m128i)v);
+    if constexpr (sizeof(T) == 2) return (Vector<uint32_t, N>)_mm512_cvtepu16_epi32((__m256i)v);
+  }
+#endif
+  // doubling the width step by step: compilers scalarise wider jumps
+  const auto halves = __builtin_convertvector(load<Vector<T, N>>(p), Vector<uint16_t, N>);
+  return __builtin_convertvector(halves, Vector<uint32_t, N>);
+}
+
 // N entries as float32 or float64 scores' factors; exact.
 template <class Key>
 DRIVE_INLINE typename Lanes<Key>::Scores widen(const Vector<float, Lanes<Key>::N>& v) {
@@ -53,7 +69,7 @@ DRIVE_INLINE typename Lanes<Key>::Scores factor(const T* p) {
   } else if constexpr (std::is_same_v<T, float>) {
     return widen<Key>(load<Floats>(p));
   } else {
-    const Words half = __builtin_convertvector(load<Vector<uint16_t, N>>(p), Words);
+    const Words half = words<Key>(&p->bits);
     if constexpr (std::is_same_v<T, BFloat16>) return widen<Key>((Floats)(half << 16));
     // float16: shift the exponent into place and rescale by 2^112, exact for denormals too. The sign
     // is dropped: only |score| counts.
@@ -86,10 +102,7 @@ template <class Key>
 DRIVE_INLINE typename Lanes<Key>::Ints alive(const Entries& e, int64_t i) {
   using Ints = typename Lanes<Key>::Ints;
   if (!e.mask) return Ints{} == 0;
-  // doubling the width step by step: compilers scalarise wider jumps
-  constexpr int N = Lanes<Key>::N;
-  const auto words = __builtin_convertvector(load<typename Lanes<Key>::Bytes>(e.mask + i), Vector<uint16_t, N>);
-  return __builtin_convertvector(__builtin_convertvector(words, Vector<uint32_t, N>), Ints) != 0;
+  return __builtin_convertvector(words<Key>(e.mask + i), Ints) != 0;
 }
 
 // One block's lanes of the sum of |S|, in float64: those of S = (theta * G)^2, or of S itself where
