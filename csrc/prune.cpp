@@ -25,6 +25,7 @@
 
 #include "common.h"
 #include "key.h"
+#include "prune_arguments.h"
 #include "prune_isa.h"
 #include "radix.h"
 #include "sample.h"
@@ -313,21 +314,21 @@ class PruneStep {
 using Outputs = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
 template <class Key>
-Outputs run(std::vector<Item> items, bool fresh, bool squared, int64_t prune, int64_t min_keep,
-            at::TensorList masks) {
-  int64_t total = 0;
-  for (const Item& item : items) total += item.numel();
+Outputs run(const PruneArguments& arguments) {
+  std::vector<Item> items;
+  for (size_t i = 0; i < arguments.weights.size(); ++i) items.emplace_back(arguments.operands(i), arguments.fresh);
   at::Tensor kept = at::empty({static_cast<int64_t>(items.size())}, at::kLong);
   at::Tensor nonfinite = at::empty_like(kept);
   at::Tensor scores = at::full({2}, NAN, at::kDouble);
 
   PruneStep<Key> step(std::move(items));
-  const bool finite = step.plan(total - prune, min_keep);
+  const bool finite = step.plan(arguments.entries() - arguments.prune, arguments.min_keep);
   if (finite) {
     step.apply();
-    std::tie(scores.data_ptr<double>()[0], scores.data_ptr<double>()[1]) = step.scores(squared);
-  } else if (fresh) {
-    for (const at::Tensor& mask : masks) mask.fill_(true);
+    std::tie(scores.data_ptr<double>()[0], scores.data_ptr<double>()[1]) =
+        step.scores(/*squared=*/arguments.mask_grads.empty());
+  } else if (arguments.fresh) {
+    for (const at::Tensor& mask : arguments.masks) mask.fill_(true);
   }
   const std::vector<int64_t>& survivors = finite ? step.kept() : step.alive();
   std::copy(survivors.begin(), survivors.end(), kept.data_ptr<int64_t>());
@@ -337,42 +338,16 @@ Outputs run(std::vector<Item> items, bool fresh, bool squared, int64_t prune, in
 
 Outputs prune_cpu(at::TensorList weights, at::TensorList grads, at::TensorList mask_grads,
                   at::TensorList masks, bool fresh, int64_t prune, int64_t min_keep) {
-  const char* op = "drive::prune_";
-  TORCH_CHECK_VALUE(!weights.empty(), op, ": weights must not be empty");
-  TORCH_CHECK_VALUE(grads.size() == weights.size() && masks.size() == weights.size() &&
-                        (mask_grads.empty() || mask_grads.size() == weights.size()),
-                    op, ": weights, grads, mask_grads and masks must be of one length, got ", weights.size(),
-                    ", ", grads.size(), ", ", mask_grads.size(), ", ", masks.size());
-  TORCH_CHECK_VALUE(prune >= 0 && min_keep >= 0, op, ": prune and min_keep must be >= 0, got ", prune, ", ",
-                    min_keep);
-  bool wide = !mask_grads.empty();
-  std::vector<Item> items;
-  for (size_t i = 0; i < weights.size(); ++i) {
-    const at::ScalarType dtype = weights[i].scalar_type();
-    TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble,
-                     op, ": weights[", i, "] must be float32, bfloat16, float16 or float64, got ", dtype);
-    check_like(op, "grads", i, grads[i], weights[i], dtype);
-    check_like(op, "masks", i, masks[i], weights[i], at::kBool);
-    std::vector<at::Tensor> tensors{weights[i], grads[i], masks[i]};
-    if (!mask_grads.empty()) {
-      check_like(op, "mask_grads", i, mask_grads[i], weights[i], dtype);
-      tensors.push_back(mask_grads[i]);
-    }
-    wide |= dtype == at::kDouble;
-    if (fresh && (i == 0 || !masks[i].is_alias_of(masks[i - 1]))) {
+  const PruneArguments arguments{weights, grads, mask_grads, masks, fresh, prune, min_keep};
+  const bool wide = arguments.check();
+  for (size_t i = 0; fresh && i < masks.size(); ++i) {
+    if (i == 0 || !masks[i].is_alias_of(masks[i - 1])) {
       expect_writes(masks[i].storage().mutable_data(), masks[i].storage().nbytes());
     }
-    items.emplace_back(std::move(tensors), fresh);
   }
-  const bool squared = mask_grads.empty();
   const DefaultRounding rounding;
-  Outputs outputs = wide ? run<int64_t>(std::move(items), fresh, squared, prune, min_keep, masks)
-                         : run<int32_t>(std::move(items), fresh, squared, prune, min_keep, masks);
-  for (const at::TensorList changed : {weights, masks}) {
-    for (const at::Tensor& tensor : changed) {
-      if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
-    }
-  }
+  Outputs outputs = wide ? run<int64_t>(arguments) : run<int32_t>(arguments);
+  arguments.bump_versions();
   return outputs;
 }
 

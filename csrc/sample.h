@@ -3,34 +3,22 @@
 
 #include <algorithm>
 #include <array>
-#include <cmath>
 #include <cstring>
 #include <functional>
 #include <utility>
 #include <vector>
 
 #include "key.h"
+#include "sampling.h"
 #include "work.h"
 
 namespace drive {
 
-// 5 sigma on both sides of the threshold put 2.4 % (k = n / 10) to 4 % (k = n / 2) of the entries into a
-// bracket of 2^14 samples, half of that into one of 2^16, which pays from some 64 M entries on. Up to
-// 2^14 entries, all of them are in the bracket.
-constexpr int64_t kMinSample = 1 << 14;
+// 2^14 samples put 2.4 % (k = n / 10) to 4 % (k = n / 2) of the entries into the bracket, 2^16 half of
+// that, which pays from some 64 M entries on.
 constexpr int64_t kMaxSample = 1 << 16;
 constexpr int64_t kEntriesPerSample = 1 << 12;
-constexpr double kSigmas = 5;
-constexpr int64_t kSampleRun = 512;  // samples gathered together; divides the above
-
-// A pseudo-random 64-bit number for an index (splitmix64): samples must not fall in step with a
-// tensor's shape, and the time of a step should not depend on anything but its input.
-inline uint64_t scramble(uint64_t x) {
-  x += 0x9e3779b97f4a7c15u;
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
-  return x ^ (x >> 31);
-}
+constexpr int64_t kSampleRun = 512;  // samples gathered together; divides both
 
 // Keys of `m` entries of one item.
 template <class Key>
@@ -66,8 +54,7 @@ std::vector<Key> sample(const std::vector<Item>& items, const std::vector<int32_
     for (int64_t run = first; run < last; ++run) {
       for (int64_t j = 0; j < kSampleRun; ++j) {
         const int64_t part = run * kSampleRun + j;
-        const double at = part + static_cast<double>(scramble(part) >> 11) * 0x1p-53;
-        position[j] = std::min(static_cast<int64_t>(at * n / count), n - 1);
+        position[j] = sampled_entry(part, count, n);
       }
       for (int64_t j = 0; j < kSampleRun;) {  // the part of the run that lies in one item
         const int64_t which = std::upper_bound(ends.begin(), ends.end(), position[j]) - ends.begin();
@@ -89,17 +76,14 @@ std::pair<Key, Key> bracket(const std::vector<Item>& items, const std::vector<in
   if (n <= kMinSample) return {kDead<Key>, kTop<Key>};
   const int64_t count = n / kEntriesPerSample < kMinSample ? kMinSample : kMaxSample;
   std::vector<Key> keys = sample<Key>(items, ids, n, count);
-  const double share = static_cast<double>(k) / n;
-  const double margin = kSigmas * std::sqrt(count * share * (1 - share)) + 1;
-  const auto ranked = [&](double rank) {  // from the largest
-    const auto nth = keys.begin() + static_cast<int64_t>(rank);
+  const BracketRanks ranks = bracket_ranks(k, n, count);
+  const auto ranked = [&](int64_t rank) {
+    const auto nth = keys.begin() + rank - 1;
     std::nth_element(keys.begin(), nth, keys.end(), std::greater<Key>());
     return *nth;
   };
-  const double first = share * count - margin;
-  const double last = share * count + margin;
-  const Key hi = first < 0 ? kTop<Key> : ranked(first);
-  const Key lo = last >= count ? kDead<Key> : ranked(last);
+  const Key hi = ranks.high == 0 ? kTop<Key> : ranked(ranks.high);
+  const Key lo = ranks.low == 0 ? kDead<Key> : ranked(ranks.low);
   return {std::min<Key>(lo, hi - 1), hi};
 }
 

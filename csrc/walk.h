@@ -11,8 +11,9 @@
 namespace drive {
 
 constexpr int kMaxOperands = 4;
-constexpr size_t kMaxDims = 64;  // PyTorch's own limit
-using Offsets = std::array<int64_t, kMaxOperands>;  // in entries, one per operand
+constexpr int kMaxStrides = kMaxOperands + 1;  // and those of the row-major index, which GPUs walk along
+constexpr size_t kMaxDims = 64;                // PyTorch's own limit
+using Offsets = std::array<int64_t, kMaxStrides>;  // in entries, one per operand
 
 class Walk {
  public:
@@ -20,12 +21,21 @@ class Walk {
   // (channels_last, say) become one contiguous row. logical: row-major order of the indices.
   enum class Order { memory, logical };
 
-  Walk(const std::vector<at::Tensor>& operands, Order order) {
+  struct Dim {
+    int64_t size;
+    Offsets stride;
+  };
+
+  Walk(const std::vector<at::Tensor>& operands, Order order) : Walk(operands, {}, order) {}
+
+  // `index`: strides of one more operand, in place kMaxOperands.
+  Walk(const std::vector<at::Tensor>& operands, const std::vector<int64_t>& index, Order order) {
     const at::Tensor& first = operands.front();
     for (int64_t d = 0; d < first.dim(); ++d) {
       if (first.size(d) == 1) continue;
       Dim dim{first.size(d), {}};
       for (size_t o = 0; o < operands.size(); ++o) dim.stride[o] = operands[o].stride(d);
+      if (!index.empty()) dim.stride[kMaxOperands] = index[d];
       dims_.push_back(dim);
     }
     if (order == Order::memory) {
@@ -33,8 +43,10 @@ class Walk {
                        [](const Dim& a, const Dim& b) { return a.stride[0] > b.stride[0]; });
     }
     merge();
-    if (dims_.empty()) dims_.push_back(Dim{1, {1, 1, 1, 1}});
+    if (dims_.empty()) dims_.push_back(Dim{1, {1, 1, 1, 1, 1}});
   }
+
+  const std::vector<Dim>& dims() const { return dims_; }
 
   // Is this operand's memory visited front to back without gaps?
   bool contiguous(int operand) const {
@@ -74,13 +86,8 @@ class Walk {
   }
 
  private:
-  struct Dim {
-    int64_t size;
-    Offsets stride;
-  };
-
   void advance(Offsets& offset, size_t d, int64_t by) const {
-    for (int o = 0; o < kMaxOperands; ++o) offset[o] += by * dims_[d].stride[o];
+    for (int o = 0; o < kMaxStrides; ++o) offset[o] += by * dims_[d].stride[o];
   }
 
   // Joins neighbouring dimensions that every operand steps through evenly.
@@ -88,7 +95,7 @@ class Walk {
     std::vector<Dim> merged;
     for (const Dim& dim : dims_) {
       bool joins = !merged.empty();
-      for (int o = 0; joins && o < kMaxOperands; ++o) {
+      for (int o = 0; joins && o < kMaxStrides; ++o) {
         joins = merged.back().stride[o] == dim.stride[o] * dim.size;
       }
       if (joins) {
