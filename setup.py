@@ -18,7 +18,7 @@ CXX_FLAGS = ["-O3", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno
 # IEEE products on every backend: no contraction to FMA. -Wno-psabi: vectors wider than the baseline's
 # registers are passed between inlined functions only. GCC 12's own AVX-512 headers seem uninitialised to it.
 CXX_FLAGS += ["-ffp-contract=off", "-Wno-psabi", "-Wno-maybe-uninitialized"]
-NVCC_FLAGS = ["-O3", "--fmad=false", "--ftz=false", "-lineinfo"]
+NVCC_FLAGS = ["-O3", "--fmad=false", "--ftz=false", "-lineinfo", "--threads=0"]
 ARCHITECTURES = "8.0;9.0;10.0+PTX"
 
 
@@ -56,7 +56,7 @@ def with_cuda(sources: list[str]) -> bool:
 
 def extension() -> cpp_extension.CppExtension:
     sources, cuda_sources = sorted(glob.glob("csrc/*.cpp")), sorted(glob.glob("csrc/*.cu"))
-    headers = sorted(glob.glob("csrc/*.h"))
+    headers = sorted(glob.glob("csrc/*.h") + glob.glob("csrc/*.cuh"))
     flags = {"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS}
     make = cpp_extension.CppExtension
     if with_cuda(cuda_sources):
@@ -69,4 +69,17 @@ def extension() -> cpp_extension.CppExtension:
     )
 
 
-setup(ext_modules=[extension()], cmdclass={"build_ext": cpp_extension.BuildExtension})
+class Build(cpp_extension.BuildExtension):
+    """prune.cpp and prune.cu would both be compiled to prune.o."""
+
+    def build_extensions(self) -> None:
+        names = self.compiler.object_filenames
+        self.compiler.object_filenames = lambda sources, *args, **options: [
+            name.removesuffix(".o") + (".cuda.o" if source.endswith(".cu") else ".o")
+            for source in sources
+            for name in names([source], *args, **options)
+        ]
+        super().build_extensions()
+
+
+setup(ext_modules=[extension()], cmdclass={"build_ext": Build})
