@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 BUILD_TOOLS := "setuptools>=77" pybind11 ninja wheel
 
-.PHONY: demo test bench results lint sanitize clean
+.PHONY: demo test bench results gpu lint sanitize clean
 
 demo: $(VENV)/.built
 	$(BIN)/drive prune
@@ -18,6 +18,12 @@ bench: $(VENV)/.built
 # The table in docs/results/cpu.md: long, and meaningful on a quiet machine only.
 results: $(VENV)/.built
 	$(BIN)/python benchmarks/bench_prune.py --out docs/results/cpu.md
+
+# Builds, checks and measures on a GPU (docs/gpu.md) with the torch that is there: $(PYTHON)'s, else the
+# environment's. make gpu OUT_DIR=folder MINUTES=9
+gpu:
+	@for python in $(PYTHON) $(wildcard $(BIN)/python); do $$python -c 'import torch' 2>/dev/null && break; done; \
+	$$python benchmarks/gpu.py $(if $(OUT_DIR),--out $(OUT_DIR)) $(if $(MINUTES),--minutes $(MINUTES))
 
 lint: $(VENV)/.built
 	$(BIN)/ruff check .

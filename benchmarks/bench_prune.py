@@ -15,19 +15,20 @@ import torch
 
 from drive import bench
 from drive.files import write_atomic
+from drive.workload import Case, Inputs, validate
 
-CASE = bench.Case("11M", torch.float32, 0.9, old_masks=False)
+CASE = Case("11M", torch.float32, 0.9, old_masks=False)
 
 
 @pytest.fixture(scope="module")
-def inputs() -> bench.Inputs:
-    made = bench.Inputs(bench.SIZES[CASE.size], CASE.dtype)
-    bench.validate(made, CASE)
+def inputs() -> Inputs:
+    made = Inputs(bench.SIZES[CASE.size], CASE.dtype)
+    validate(made, CASE, torch.ops.drive.prune_)
     return made
 
 
 @pytest.mark.parametrize("provider", bench.PROVIDERS)
-def test_prune_step(benchmark, inputs: bench.Inputs, provider: str):
+def test_prune_step(benchmark, inputs: Inputs, provider: str):
     def setup():
         inputs.fresh()
         return (bench.PROVIDERS[provider](inputs, CASE),), {}

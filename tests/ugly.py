@@ -34,11 +34,23 @@ class Step:
         """Copies of what the op changes, with the same strides."""
         return replace(self, weights=[copy(w) for w in self.weights], masks=[copy(m) for m in self.masks])
 
+    def to(self, device: str) -> Step:
+        """Copies of all tensors on another device, with the same strides and offsets."""
+        lists = ("weights", "grads", "mask_grads", "masks")
+        return replace(self, **{name: [moved(t, device) for t in getattr(self, name)] for name in lists})
+
 
 def copy(tensor: Tensor) -> Tensor:
     """A copy with the same strides (clone() would close the gaps of a slice)."""
-    like = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+    like = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
     return like.copy_(tensor)
+
+
+def moved(tensor: Tensor, device: str) -> Tensor:
+    """A copy on a device with the same strides and offset: with all that it is a view of."""
+    entries = tensor.untyped_storage().nbytes() // tensor.element_size()
+    room = tensor.as_strided((entries,), (1,), 0).to(device, copy=True)
+    return room.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
 def laid_out(tensor: Tensor, layout: str) -> Tensor:

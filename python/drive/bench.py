@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import prune as torch_prune
 
 from drive_kernels.prune import kth_by_kthvalue
@@ -21,49 +21,13 @@ from drive_kernels.prune import kth_by_kthvalue
 from . import __version__
 from .fused import fused_drive_prune
 from .reference import drive_prune
-
-Shapes = list[tuple[int, ...]]
-
-
-def resnet18_shapes() -> Shapes:
-    """Prunable tensors of ResNet-18 (3x3 stem, 10 classes): 11.2 M entries in 21 tensors."""
-    shapes: Shapes = [(64, 3, 3, 3)]
-    width = 64
-    for stage in (64, 128, 256, 512):
-        shapes += [(stage, width, 3, 3), (stage, stage, 3, 3), (stage, stage, 3, 3), (stage, stage, 3, 3)]
-        if stage != width:
-            shapes.append((stage, width, 1, 1))
-        width = stage
-    return [*shapes, (10, 512)]
-
-
-def vgg16_shapes(scale: int = 1) -> Shapes:
-    """Prunable tensors of VGG-16 (ImageNet, 1000 classes): 138.3 M entries in 16 tensors, times `scale`."""
-    convs: Shapes = [(64, 3), (64, 64), (128, 64), (128, 128), (256, 128), (256, 256), (256, 256), (512, 256)]
-    convs += [(512, 512)] * 5
-    return [*((*conv, 3, 3) for conv in convs), (4096, 25088), (4096, 4096), (1000, 4096)] * scale
-
+from .workload import Case, Inputs, Shapes, resnet18_shapes, validate, vgg16_shapes
 
 SIZES: dict[str, Shapes] = {
     "11M": resnet18_shapes(),
     "138M": vgg16_shapes(),
     "300M": [*vgg16_shapes(2), *resnet18_shapes(), (3000, 4096)],
 }
-
-
-@dataclass(frozen=True)
-class Case:
-    """What is timed: one step at `sparsity`, the first one or one that finds masks of half of it."""
-
-    size: str
-    dtype: torch.dtype
-    sparsity: float
-    old_masks: bool
-
-    @property
-    def bytes_an_entry(self) -> int:
-        """Least traffic of two passes: theta and G read twice, theta and mask written, old mask read."""
-        return 5 * self.dtype.itemsize + 1 + 2 * self.old_masks
 
 
 @dataclass(frozen=True)
@@ -81,42 +45,21 @@ class Row:
         return {**case, "entries": self.entries, "seconds": self.seconds, "memory": self.memory}
 
 
-class Inputs:
-    """Weights and gradients of one size and dtype; `fresh` puts the weights back before every run."""
-
-    def __init__(self, shapes: Shapes, dtype: torch.dtype):
-        generator = torch.Generator().manual_seed(0)
-        self.shapes = shapes
-        self.entries = sum(torch.Size(s).numel() for s in shapes)
-        self.start = torch.randn(self.entries, generator=generator).to(dtype)
-        self.grad = torch.randn(self.entries, generator=generator).to(dtype)
-        self.weight = self.start.clone()
-        self.out = torch.zeros_like(self.start)
-        self.weights, self.grads = self._views(self.weight), self._views(self.grad)
-
-    def _views(self, flat: Tensor) -> list[Tensor]:
-        parts = flat.split([torch.Size(s).numel() for s in self.shapes])
-        return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
-
-    def fresh(self) -> None:
-        self.weight.copy_(self.start)
-
-
 Step = Callable[[], object]
-Provider = Callable[[Inputs, Case], Step]
+Provider = Callable[[Inputs, Case], Step]  # called before every run, untimed
 
 
-def _step(prune: Callable[..., object], **options: object) -> Provider:
+def step(prune: Callable[..., object], **options: object) -> Provider:
+    """A provider that calls a function with the arguments of fused_drive_prune."""
+
     def prepare(inputs: Inputs, case: Case) -> Step:
-        masks = None
-        if case.old_masks:
-            masks = fused_drive_prune(inputs.weights, inputs.grads, sparsity=case.sparsity / 2).masks
+        masks = inputs.old_masks()
         return lambda: prune(inputs.weights, inputs.grads, sparsity=case.sparsity, masks=masks, **options)
 
     return prepare
 
 
-def _global_unstructured(inputs: Inputs, case: Case) -> Step:
+def global_unstructured(inputs: Inputs, case: Case) -> Step:
     modules = [nn.Module() for _ in inputs.weights]
     for module, weight in zip(modules, inputs.weights, strict=True):
         module.weight = nn.Parameter(weight, requires_grad=False)
@@ -138,34 +81,19 @@ def _global_unstructured(inputs: Inputs, case: Case) -> Step:
     return lambda: run(case.sparsity)
 
 
-def _mul(inputs: Inputs, case: Case) -> Step:
-    return lambda: torch.mul(inputs.start, inputs.grad, out=inputs.out)
+def mul(inputs: Inputs, case: Case) -> Step:
+    return lambda: torch.mul(inputs.start, inputs.grad, out=inputs.weight)
 
 
 OURS, YARDSTICK = "fused_drive_prune", "torch.mul"
 PROVIDERS: dict[str, Provider] = {
-    OURS: _step(fused_drive_prune),
-    YARDSTICK: _mul,
-    "reference, topk": _step(drive_prune),
-    "reference, kthvalue": _step(drive_prune, kth_largest=kth_by_kthvalue),
-    "global_unstructured": _global_unstructured,
+    OURS: step(fused_drive_prune),
+    YARDSTICK: mul,
+    "reference, topk": step(drive_prune),
+    "reference, kthvalue": step(drive_prune, kth_largest=kth_by_kthvalue),
+    "global_unstructured": global_unstructured,
 }
 RIVALS = [name for name in PROVIDERS if name not in (OURS, YARDSTICK)]
-
-
-def validate(inputs: Inputs, case: Case) -> None:
-    """Raise AssertionError unless ours and the reference agree, masks and weights, to the bit."""
-    found = []
-    for prune in (fused_drive_prune, drive_prune):
-        inputs.fresh()
-        masks = None
-        if case.old_masks:
-            masks = fused_drive_prune(inputs.weights, inputs.grads, sparsity=case.sparsity / 2).masks
-        result = prune(inputs.weights, inputs.grads, sparsity=case.sparsity, masks=masks)
-        found.append((result.masks, inputs.weight.clone()))
-    (ours, weight), (theirs, expected) = found
-    if not (torch.equal(weight, expected) and all(torch.equal(ours[n], theirs[n]) for n in ours)):
-        raise AssertionError(f"{case}: masks differ from the reference's")
 
 
 def measure(inputs: Inputs, case: Case, rounds: int) -> Row:
@@ -204,7 +132,8 @@ def run(cases: list[Case], rounds: int) -> Iterator[Row]:
         del inputs  # the next ones may need its memory
         inputs = Inputs(SIZES[size], dtype)
         for case in group:
-            validate(inputs, case)
+            inputs.begin(case)
+            validate(inputs, case, torch.ops.drive.prune_)
             yield measure(inputs, case, rounds)
 
 
@@ -238,16 +167,19 @@ def markdown(rows: list[Row]) -> str:
 
 def machine() -> str:
     """Processor, threads, versions and date, in one line."""
-    model = platform.machine()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            model = line.partition(":")[2].strip()
-            break
     return (
-        f"{model}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads; "
+        f"{processor()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads; "
         f"drive {__version__}, torch {torch.__version__}, Python {platform.python_version()}; "
         f"{time.strftime('%Y-%m-%d')}"
     )
+
+
+def processor() -> str:
+    """The processor's name, or its architecture."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
 
 
 def _time(step: Step) -> tuple[float, float]:

@@ -1,0 +1,215 @@
+"""One pruning step on a GPU against its rivals: prune.csv, prune.md and prune.png in a folder.
+
+python benchmarks/bench_prune_gpu.py --out docs/results/nvidia-h200 --minutes 5
+
+The most important cases come first, and the files are complete after each: it can be stopped at any time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from itertools import groupby, product
+from pathlib import Path
+from statistics import median
+
+import gpu_report
+import torch
+from gpu_providers import CHECKED, PROVIDERS, Provider, Unavailable
+from gpu_report import NAN, Row
+
+from drive.bench import Step
+from drive.fused import PruneOp
+from drive.workload import (
+    Case,
+    Inputs,
+    Shapes,
+    implementation,
+    prove,
+    resnet18_shapes,
+    validate,
+    vgg16_shapes,
+)
+
+SIZES: dict[str, Shapes] = {
+    "1M": [(128, 128, 3, 3)] * 7,
+    "11M": resnet18_shapes(),
+    "138M": vgg16_shapes(),
+    "1B": [*vgg16_shapes(7), *resnet18_shapes() * 3],
+    "4B": [(600_000, 4096), *vgg16_shapes(11)],  # the first one alone has more than 2^31 entries
+}
+
+
+def plan(sizes: list[str]) -> list[Case]:
+    """All cases, the most important ones first."""
+    dtypes = (torch.float32, torch.bfloat16)
+    calls = (False, True)
+    hard = ("one bucket", "half zero", "equal")
+    found = [Case(s, d, 0.9, old) for s, d, old in product(("138M", "1B"), dtypes, calls)]
+    found += [Case("138M", d, 0.9, False, scores) for d, scores in product(dtypes, hard)]
+    found += [Case(s, d, 0.9, old) for s, d, old in product(("11M", "1M", "4B"), dtypes, calls)]
+    found += [Case("1B", d, 0.9, False, scores) for d, scores in product(dtypes, hard)]
+    found += [Case(s, d, x, False) for s, d, x in product(("138M", "1B"), dtypes, (0.5, 0.993))]
+    found += [Case(s, d, x, False) for s, d, x in product(("11M", "1M", "4B"), dtypes, (0.5, 0.993))]
+    return [case for case in found if case.size in sizes]
+
+
+class CudaMeter:
+    """Seconds by CUDA events, peak memory by PyTorch's allocator."""
+
+    def __init__(self) -> None:
+        nbytes = 4 * torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+        self.cache = torch.empty(nbytes, dtype=torch.uint8, device="cuda")
+
+    def seconds(self, step: Step) -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.cache.zero_()  # no input stays in the L2 cache
+        begin.record()
+        kept_alive = step()  # freeing the result is not part of the step
+        end.record()
+        end.synchronize()
+        del kept_alive
+        return begin.elapsed_time(end) / 1e3
+
+    def memory(self, step: Step) -> float:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+
+
+class CpuMeter:
+    """To try this file where there is no GPU."""
+
+    def seconds(self, step: Step) -> float:
+        begin = time.perf_counter()
+        step()
+        return time.perf_counter() - begin
+
+    def memory(self, step: Step) -> float:
+        step()
+        return NAN
+
+
+Meter = CudaMeter | CpuMeter
+
+
+class Contestant:
+    """A provider in a case, prepared, checked and warm; or `note` says why not."""
+
+    def __init__(self, provider: Provider, inputs: Inputs, case: Case, meter: Meter):
+        self.provider, self.inputs, self.case = provider, inputs, case
+        self.times: list[float] = []
+        self.memory = self.warm = NAN
+        self.checked = self.note = ""
+        try:
+            if provider.name in CHECKED:
+                self.checked = check(inputs, case, implementation(CHECKED[provider.name], inputs.device))
+            self.step = provider.prepare(inputs, case) if provider.once else None
+            self.memory = self.run(meter.memory) / inputs.entries
+            self.warm = self.run(meter.seconds)
+        except (Unavailable, ImportError) as error:
+            self.note = str(error)
+        except AssertionError as error:
+            self.note = f"{gpu_report.WRONG}: {error}"
+        except torch.OutOfMemoryError:
+            self.note = "out of memory"
+        except RuntimeError as error:  # a rival's own limit; if the device is lost, it ends here
+            self.note = str(error).splitlines()[0]
+            if inputs.device == "cuda":
+                torch.cuda.synchronize()
+
+    def run(self, measure: Callable[[Step], float]) -> float:
+        self.inputs.fresh()
+        return measure(self.step or self.provider.prepare(self.inputs, self.case))
+
+    def row(self) -> Row:
+        row = Row(
+            self.case, self.provider.name, self.inputs.entries, len(self.inputs.shapes),
+            memory=self.memory, checked=self.checked, note=self.note,
+        )  # fmt: skip
+        times = self.times
+        if not times:
+            return row
+        return replace(row, runs=len(times), seconds=median(times), fastest=min(times), slowest=max(times))
+
+
+def check(inputs: Inputs, case: Case, op: PruneOp) -> str:
+    """Masks and weights against the reference's, or against their definition if it does not fit."""
+    inputs.run(op, case)  # its own failure is not the reference's
+    with suppress(RuntimeError):  # out of memory, or too many entries for the reference
+        validate(inputs, case, op)
+        return "equal to the reference"
+    empty_cache(inputs)
+    prove(inputs, case, op)
+    return "by the definition"
+
+
+def empty_cache(inputs: Inputs) -> None:
+    """Give back what a failed provider left in PyTorch's allocator."""
+    if inputs.device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def measure(inputs: Inputs, case: Case, meter: Meter, rounds: int, seconds: float) -> list[Row]:
+    """Every provider `rounds` times, in turn; a slow one as often as it can within `seconds`."""
+    inputs.begin(case)
+    contestants = []
+    for provider in PROVIDERS:
+        contestants.append(Contestant(provider, inputs, case, meter))
+        if contestants[-1].note:
+            empty_cache(inputs)
+    able = [contestant for contestant in contestants if not contestant.note]
+    for number in range(rounds):
+        for contestant in able:
+            if number < max(1, seconds / contestant.warm):
+                contestant.times.append(contestant.run(meter.seconds))
+    return [contestant.row() for contestant in contestants]
+
+
+def run(cases: list[Case], device: str, rounds: int, seconds: float) -> Iterator[list[Row] | str]:
+    """Rows of each case, or why there are none; inputs are kept while size, dtype and scores are the same."""
+    meter = CudaMeter() if device == "cuda" else CpuMeter()
+    for (size, dtype, scores), group in groupby(cases, lambda case: (case.size, case.dtype, case.scores)):
+        inputs: Inputs | None = None  # the next ones need the memory
+        for case in group:
+            try:
+                inputs = inputs or Inputs(SIZES[size], dtype, device, scores)
+                yield measure(inputs, case, meter, rounds, seconds)
+            except torch.OutOfMemoryError:
+                yield "the inputs do not fit into memory"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--minutes", type=float, default=60, help="begin no case after these")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--seconds", type=float, default=0.6, help="for a slow provider, in each case")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("no CUDA device")
+    deadline = time.monotonic() + 60 * options.minutes
+    options.out.mkdir(parents=True, exist_ok=True)
+    facts = gpu_report.facts(options.device)
+    report = gpu_report.Report(options.out, facts, options.rounds, options.seconds)
+    cases = plan(options.sizes)
+    results = run(cases, options.device, options.rounds, options.seconds)
+    for case in cases:
+        begin = time.monotonic()
+        found = next(results) if begin < deadline else "no time was left"
+        report.add(case, found)
+        took = time.monotonic() - begin
+        print(f"{gpu_report.title(case)}, {took:.1f} s: {gpu_report.brief(found)}", flush=True)
+    print(report.tables())
+    if wrong := [row for row in report.rows if row.note.startswith(gpu_report.WRONG)]:
+        raise SystemExit(f"wrong masks in {len(wrong)} of {len(report.rows)} rows")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,271 @@
+"""What the GPU benchmark writes: every row as CSV, two tables in Markdown, a figure."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import os
+import subprocess
+import time
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from gpu_providers import API, COMPILED, CUB, GRAPH, PYTORCH, TRITON, YARDSTICK
+
+from drive import bench
+from drive.files import write_atomic
+from drive.workload import Case
+
+WRONG = "WRONG MASKS"
+NAN = math.nan
+
+
+@dataclass(frozen=True)
+class Row:
+    """One provider on one case: seconds over `runs` runs, or in `note` why there are none."""
+
+    case: Case
+    provider: str
+    entries: int
+    tensors: int
+    runs: int = 0
+    seconds: float = NAN  # median
+    fastest: float = NAN
+    slowest: float = NAN
+    memory: float = NAN  # peak beyond the inputs, in bytes an entry
+    checked: str = ""  # how masks and weights were found to be right
+    note: str = ""
+
+    @property
+    def gigabytes(self) -> float:
+        """The least that must be moved: two operands read, one written, by a step masks as well."""
+        masks = 0 if self.provider == YARDSTICK else 1 + self.case.old_masks
+        return NAN if self.provider == CUB else self.entries * (3 * self.case.dtype.itemsize + masks) / 1e9
+
+
+HEADER = """# One pruning step on {device}
+
+{facts}
+
+CUDA: `torch.ops.drive.prune_` on CUDA tensors. API: the same through `fused_drive_prune(check_finite=False)`.
+Graph: the same replayed from a CUDA graph. Triton: the version that needs no compiler. Rivals that make the
+same masks: `drive.reference` by topk, sort or kthvalue; `torch.nn.utils.prune.global_unstructured` with
+importance scores. `cub::DeviceTopK` is timed on stored scores: it selects, and neither computes scores nor
+writes masks. The yardstick is `torch.mul(a, b, out=c)` of the same number of entries and dtype.
+
+Medians of {rounds} runs by CUDA events, all providers in turn on the same tensors; slow ones as often as fits
+into {seconds} s (`runs` in prune.csv). Weights and old masks are put back before every run, then four times
+the L2 cache is overwritten, so that no run finds its inputs there. The device is busy with that when a step
+is called: launches overlap with it, as they do in a training loop. Before they were timed, masks and weights
+of CUDA and Triton were equal to the reference's to the bit or, where that needs too much memory, checked
+against the definition of the step (`checked` in prune.csv).
+
+A case is a size, a dtype and a sparsity. Old masks: the step finds masks of half the sparsity. One bucket:
+the highest 14 bits of all scores are the same. GB/s counts the least that any step must move, 3 x dtype + 1
+bytes an entry (one more with old masks): weights and gradients read once, weights and mask written. Memory is
+the most that was allocated beyond the inputs, in bytes an entry. The rivals' and the API's includes the new
+masks of a first step; CUDA and Triton are given masks.
+
+"""
+
+
+class Report:
+    """All rows so far; prune.csv, prune.md and prune.png are written anew after each case."""
+
+    def __init__(self, out: Path, facts: dict[str, str], rounds: int, seconds: float):
+        self.out, self.facts = out, facts
+        described = ", ".join(f"{name} {value}" for name, value in facts.items() if name != "device")
+        self.header = HEADER.format(device=facts["device"], facts=described, rounds=rounds, seconds=seconds)
+        self.rows: list[Row] = []
+        self.missed: list[str] = []
+
+    def add(self, case: Case, found: list[Row] | str) -> None:
+        """The rows of a case, or why there are none."""
+        if isinstance(found, str):
+            self.missed.append(f"{title(case)}: {found}")
+        else:
+            self.rows += found
+        write_atomic(self.out / "prune.csv", as_csv(self.rows, self.facts).encode())
+        write_atomic(self.out / "prune.md", f"{self.header}{self.tables()}\n".encode())
+        if in_figure(case):
+            draw(self.rows, self.facts["device"], self.out / "prune.png")
+
+    def tables(self) -> str:
+        """Rivals, notes, and last what matters most."""
+        groups = groupby(self.rows, lambda row: row.case)
+        cases = {case: {row.provider: row for row in group} for case, group in groups}
+        notes = {f"{row.provider}: {row.note}": None for row in self.rows if row.note}  # each once, in order
+        parts = [
+            markdown(RIVAL_COLUMNS, [rival_cells(found) for found in cases.values()]),
+            "\n".join(f"- {note}" for note in (*notes, *self.missed)),
+            markdown(OUR_COLUMNS, [our_cells(found, cases) for found in cases.values()]),
+        ]
+        return "\n\n".join(filter(None, parts))
+
+
+def title(case: Case) -> str:
+    """A case in the fewest words."""
+    words = [case.size, dtype_of(case), f"{100 * case.sparsity:g} %"]
+    words += ["old masks"] if case.old_masks else []
+    words += [case.scores] if case.scores != "normal" else []
+    return ", ".join(words)
+
+
+def brief(found: list[Row] | str) -> str:
+    """What came out of a case, for the log."""
+    if isinstance(found, str):
+        return found
+    return ", ".join(f"{row.provider} {shown(row)}" for row in found)
+
+
+def dtype_of(case: Case) -> str:
+    return str(case.dtype).removeprefix("torch.")
+
+
+def shown(row: Row) -> str:
+    """Milliseconds, or in a word why there are none."""
+    if not row.note:
+        return f"{row.seconds * 1e3:.4g}"
+    return WRONG if row.note.startswith(WRONG) else "OOM" if "out of memory" in row.note else "-"
+
+
+def number(value: float, form: str) -> str:
+    return "" if math.isnan(value) else format(value, form)
+
+
+def ours(found: dict[str, Row]) -> Row:
+    """The compiled version, or the Triton one where there is no other."""
+    return found[TRITON] if found[COMPILED].note else found[COMPILED]
+
+
+RIVAL_COLUMNS = [
+    "case",
+    *(f"{name}, ms" for name in (*PYTORCH, CUB)),
+    *(f"memory, {name}" for name in PYTORCH),
+]
+
+
+def rival_cells(found: dict[str, Row]) -> list[str]:
+    rivals = [shown(found[name]) for name in (*PYTORCH, CUB)]
+    return [title(found[YARDSTICK].case), *rivals, *(number(found[name].memory, ".1f") for name in PYTORCH)]
+
+
+OUR_COLUMNS = [
+    "case", "torch.mul, ms", "CUDA, ms", "GB/s", "/ mul", "graph, ms", "API, ms", "Triton, ms", "/ mul",
+    "best of PyTorch, ms", "/ ours", "ours / normal scores", "memory, CUDA", "memory, Triton",
+]  # fmt: skip
+
+
+def our_cells(found: dict[str, Row], cases: dict[Case, dict[str, Row]]) -> list[str]:
+    yardstick, compiled, triton, mine = found[YARDSTICK], found[COMPILED], found[TRITON], ours(found)
+    timed = [found[name] for name in PYTORCH if not found[name].note]
+    best = min(timed, key=lambda row: row.seconds, default=None)
+    normal = cases.get(replace(mine.case, scores="normal")) if mine.case.scores != "normal" else None
+    return [
+        title(mine.case),
+        shown(yardstick),
+        shown(compiled),
+        number(compiled.gigabytes / compiled.seconds, ".0f"),
+        number(compiled.seconds / yardstick.seconds, ".2f"),
+        shown(found[GRAPH]),
+        shown(found[API]),
+        shown(triton),
+        number(triton.seconds / yardstick.seconds, ".2f"),
+        f"{best.provider} {shown(best)}" if best else "-",
+        number(best.seconds / mine.seconds, ".1f") if best else "",
+        number(mine.seconds / ours(normal).seconds, ".2f") if normal else "",
+        number(compiled.memory, ".3f"),
+        number(triton.memory, ".3f"),
+    ]
+
+
+def markdown(head: list[str], lines: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines))
+
+
+CSV_COLUMNS = """size entries tensors dtype sparsity old_masks scores provider runs median_ms min_ms max_ms
+    gb_per_s ratio_to_mul extra_bytes_an_entry checked note"""
+
+
+def as_csv(rows: list[Row], facts: dict[str, str]) -> str:
+    """A line per provider and case, with what traces it to its machine."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow([*CSV_COLUMNS.split(), *facts])
+    mul = {row.case: row.seconds for row in rows if row.provider == YARDSTICK}
+    for row in rows:
+        case = row.case
+        line = [
+            case.size,
+            row.entries,
+            row.tensors,
+            dtype_of(case),
+            case.sparsity,
+            case.old_masks,
+            case.scores,
+        ]
+        line += [row.provider, row.runs]
+        line += [number(seconds * 1e3, ".5g") for seconds in (row.seconds, row.fastest, row.slowest)]
+        line += [number(row.gigabytes / row.seconds, ".5g"), number(row.seconds / mul[case], ".4g")]
+        writer.writerow([*line, number(row.memory, ".4g"), row.checked, row.note, *facts.values()])
+    return file.getvalue()
+
+
+STYLES = {  # from the slowest, as the legend is read
+    **{name: {"color": "C7", "marker": m} for name, m in zip(PYTORCH, "v^<>", strict=True)},
+    CUB: {"color": "C2", "marker": "x"},
+    TRITON: {"color": "C0", "linewidth": 2.5, "marker": "s"},
+    COMPILED: {"color": "C3", "linewidth": 2.5, "marker": "o"},
+    GRAPH: {"color": "C1", "marker": "o", "markersize": 4},
+    YARDSTICK: {"color": "black", "linestyle": "--"},
+}
+
+
+def in_figure(case: Case) -> bool:
+    return case == Case(case.size, case.dtype, 0.9, old_masks=False)
+
+
+def draw(rows: list[Row], device: str, path: Path) -> None:
+    """PNG: milliseconds of a first step at 90 % against entries, a panel per dtype, a line per provider."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return  # the numbers are complete without it
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    lines = {}
+    panels = figure.subplots(1, 2, sharex=True, sharey=True)
+    for axes, dtype in zip(panels, (torch.float32, torch.bfloat16), strict=True):
+        drawn = [row for row in rows if in_figure(row.case) and row.case.dtype == dtype and row.runs]
+        for name, style in STYLES.items():
+            if points := sorted((row.entries, row.seconds * 1e3) for row in drawn if row.provider == name):
+                (lines[name],) = axes.plot(*zip(*points, strict=True), **style)
+        axes.set(xscale="log", yscale="log", xlabel="entries", title=str(dtype).removeprefix("torch."))
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("milliseconds")
+    figure.legend(lines.values(), lines, loc="outside right center")
+    figure.suptitle(f"One pruning step to 90 % sparsity on {device}")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    write_atomic(path, buffer.getvalue())
+
+
+def facts(device: str) -> dict[str, str]:
+    """What was measured, with what: the device first."""
+    found = {"device": bench.processor()}
+    if device == "cuda":
+        driver = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
+        found = {"device": torch.cuda.get_device_name(), "driver": driver, "CUDA": str(torch.version.cuda)}
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    commit = os.environ.get("COMMIT") or output(*git)  # a copy of the sources may lack its history
+    return {**found, "torch": torch.__version__, "commit": commit, "date": time.strftime("%Y-%m-%d")}
+
+
+def output(*command: str) -> str:
+    """What a command prints; "unknown" if it fails or is not there."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

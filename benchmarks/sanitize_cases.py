@@ -1,0 +1,59 @@
+"""Small steps through every kernel of drive::prune_, for compute-sanitizer: each checked against the CPU."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
+from test_gpu import assert_parity
+from test_prune_op import sampled_positions
+from ugly import Step, sample_inputs
+
+from drive.workload import implementation
+
+
+def misleading(n: int, samples: int) -> Step:
+    """A sample that lies on the wrong side of the threshold: the bracket fails, all digits are counted."""
+    grad = torch.rand(n, generator=torch.Generator().manual_seed(0)) + 1
+    grad[sampled_positions(n, samples)] += 100
+    return Step([torch.ones(n)], [grad], [], [torch.ones(n, dtype=torch.bool)], True, n // 2, 0)
+
+
+def cases() -> dict[str, Step]:
+    found = {f"sample input {index}": step for index, step in enumerate(sample_inputs())}
+    first = found["sample input 0"]
+    weight = first.weights[0].clone()
+    weight[0, 0, 0, 0] = torch.nan
+    many = [torch.randn(64) for _ in range(300)]
+    ones = [torch.ones(9000), torch.ones(0), torch.ones(5000, 3)]
+    long = torch.randn(1_100_000)  # from 2^20 entries on the sample is larger
+    masks = [torch.ones_like(t, dtype=torch.bool) for t in (*many, *ones, long)]
+    return {
+        **found,
+        "not finite": replace(first, weights=[weight]),
+        "many tensors": Step(many, many, [], masks[:300], False, 10_000, 2),
+        "all equal": Step(ones, ones, [], masks[300:303], True, 7000, 0),
+        "over a million": Step([long], [long], [], masks[303:], True, 990_000, 0),
+        "nothing to prune": replace(first, prune=0),
+        "misleading sample": misleading(40_007, 1 << 14),
+    }
+
+
+def main() -> None:
+    for name in ("compiled", "triton"):
+        try:
+            op = implementation(name)
+        except ImportError as error:
+            print(f"{name}: {error}")
+            continue
+        for case, step in cases().items():
+            assert_parity(op, step)
+            print(f"{name}: {case}: right", flush=True)
+
+
+if __name__ == "__main__":
+    main()
