@@ -120,7 +120,7 @@ struct Step {
   double* sums;           // [survey's blocks] of |S|
   Counter* alive;         // [items]
   ChunkCounts* chunks;    // [chunks]
-  uint32_t* bits;         // [chunks, kChunk / 32]: is the key at least hi? In the order of `bit_of`.
+  uint32_t* bits;         // [chunks, kWords]: is the key at least hi?
   Key* list;              // [places]: keys strictly inside the bracket
   uint16_t* positions;    // [places]: where in their chunks
   Selection<Key> all, guards, rest;
@@ -168,17 +168,19 @@ __device__ Plan<Key> plan(const Step<Key>& step) {
   return {Where::edge, {bracket_edge(step, 1), k - above - at_hi - inside, at_lo}};
 }
 
-// ---- Bits: in the order in which __ballot_sync makes them. With entries visited L at a time (one, or a vector
-// of 16 bytes), entry v * L + j has bit v % 32 of word v / 32 * L + j. ----
+// ---- Bits: a word of 16 for each thread, one for each of its own entries ----
+
+using OwnBits = uint16_t;
+constexpr int kWords = kThreads / 2;  // of a chunk, as words of 32 bits
 
 __device__ int lanes_of(const Item& item, const Chunk& chunk) {
   if (!in_vectors(item, chunk)) return 1;
   return item.type == Type::f32 ? 4 : item.type == Type::f64 ? 2 : 8;
 }
 
-__device__ void set_bit(uint32_t* words, int lanes, int position) {
-  const int v = position / lanes;
-  atomicOr(&words[v / kWarp * lanes + position % lanes], 1u << v % kWarp);
+__device__ void set_bit(uint32_t* words, int lanes, int i) {
+  const int thread = owner(i, lanes);
+  atomicOr(&words[thread / 2], 1u << (thread % 2 * kOwn + own_index(i, lanes)));
 }
 
 // ---- (Step 1) ----
@@ -236,18 +238,15 @@ __global__ void __launch_bounds__(kThreads) narrow(const __grid_constant__ Step<
 
 // Of one chunk, in shared memory.
 struct ChunkSums {
-  uint32_t top, at_hi, at_lo, alive, nonfinite;
-  uint32_t inside[kWarps];
-  int64_t begin;
+  uint32_t top, at_hi, at_lo, alive, nonfinite, inside;
+  int64_t begin;  // of its part of the list
 };
 
 template <class Key>
 __global__ void __launch_bounds__(kThreads, kTuning<Key>.survey) survey(const __grid_constant__ Step<Key> step) {
   using Bits = typename KeyTraits<Key>::Bits;
-  constexpr int kWords = kChunk / kWarp;
-  __shared__ Key lists[kWarps][kWords * kWarp / kWarps];
-  __shared__ uint16_t places[kWarps][kWords * kWarp / kWarps];
-  __shared__ alignas(16) uint32_t bits[kWords];
+  __shared__ Key list[kChunk];
+  __shared__ uint16_t positions[kChunk];
   __shared__ ChunkSums sums;
   const Work& work = step.work;
   const Key hi = max(bracket_search(step, 0, kDigits<Key>).prefix, kDead<Key> + 1);  // above what is dead
@@ -263,85 +262,82 @@ __global__ void __launch_bounds__(kThreads, kTuning<Key>.survey) survey(const __
     const Chunk chunk = chunk_at(work, c);
     const Item item = work.items[chunk.item];
     if (threadIdx.x == 0) sums = {};
+    __syncthreads();
 
-    uint32_t at_hi = 0, at_lo = 0, alive = 0;
-    uint32_t inside = 0;  // keys in the warp's list
+    uint32_t top = 0, at_hi = 0, at_lo = 0, alive = 0;
     Bits largest = 0;
-    // Takes note of one entry of each lane; returns the warp's bits. Few keys are near the bracket, so most of the
-    // time a warp has none.
-    const auto see = [&](Key key, int position) {
+    const auto see = [&](Key key) {
       const double score = score_of(key);
       sum = sizeof(Key) == 8 && work.three ? sum + score : fma(score, score, sum);
       largest = max(largest, static_cast<Bits>(key));
-      const bool near = static_cast<Bits>(key) - static_cast<Bits>(lo) <= width;
-      if (__any_sync(kFull, near)) {
-        at_hi += key == hi;
-        at_lo += key == lo;
-        const bool within = near && key != hi && key != lo;
-        const unsigned listed = __ballot_sync(kFull, within);
-        if (within) {
-          const int place = inside + __popc(listed & ((1u << lane()) - 1));
-          lists[warp()][place] = key;
-          places[warp()][place] = static_cast<uint16_t>(position);
-        }
-        inside += __popc(listed);
-      }
-      return __ballot_sync(kFull, key >= hi);
+    };
+    const auto is_near = [&](Key key) { return static_cast<Bits>(key) - static_cast<Bits>(lo) <= width; };
+    const auto take = [&](Key key, int i) {  // of a key that is near
+      at_hi += key == hi;
+      at_lo += key == lo;
+      if (key == hi || key == lo) return;
+      const uint32_t place = atomicAdd(&sums.inside, 1u);
+      list[place] = key;
+      positions[place] = static_cast<uint16_t>(i);
     };
     if (in_vectors(item, chunk)) {
       with_type<Key>(item, [&](auto type) {
         using T = decltype(type);
+        uint32_t near = 0;
         for_each_vector<T>(
             [&](int v) { return load<Key, T>(work, item, chunk.begin + v * kLanes<T>); },
             [&](int v, const Entries<T>& e) {
-              Words<T> words;
+              uint32_t top_here = 0, near_here = 0;
 #pragma unroll
-              for (int j = 0; j < kLanes<T>; ++j) words.at[j] = see(key_of<Key>(work, e, j), v * kLanes<T> + j);
-              if (lane() == 0) reinterpret_cast<Words<T>*>(bits)[v / kWarp] = words;
+              for (int j = 0; j < kLanes<T>; ++j) {
+                const Key key = key_of<Key>(work, e, j);
+                see(key);
+                top_here |= static_cast<uint32_t>(key >= hi) << j;
+                near_here |= static_cast<uint32_t>(is_near(key)) << j;
+              }
+              top |= top_here << v / kThreads * kLanes<T>;
+              near |= (near_here & e.alive) << v / kThreads * kLanes<T>;
               alive += __popc(e.alive);
             });
+        // Few are near: loaded again rather than picked from 16 registers by an index that is not a constant.
+#pragma unroll 1
+        for (; near; near &= near - 1) {
+          const int i = chunk_index(__ffs(near) - 1, kLanes<T>);
+          take(living_key_at<Key, T>(work, item, chunk.begin + i), i);
+        }
       });
     } else {
       for_each_entry(chunk, [&](int i, bool exists) {
         const Key key = exists ? key_at<Key>(work, item, chunk.begin + i) : kDead<Key>;
-        const uint32_t word = see(key, i);
-        if (lane() == 0) bits[i / kWarp] = word;
+        see(key);
+        top |= static_cast<uint32_t>(key >= hi) << own_index(i, 1);
         alive += key != kDead<Key>;
+        if (key != kDead<Key> && is_near(key)) take(key, i);
       });
     }
-    // A barrier too: bits and sums are there
-    const bool finite = !__syncthreads_or(largest >= static_cast<Bits>(kTop<Key>));
-    if (!finite) {
-      uint32_t nonfinite = 0;
+    reinterpret_cast<OwnBits*>(step.bits + c * kWords)[threadIdx.x] = static_cast<OwnBits>(top);
+    if (largest >= static_cast<Bits>(kTop<Key>)) {  // the rare case gets a look of its own
       for_each_entry(chunk, [&](int i, bool exists) {
-        nonfinite += exists && !is_finite(key_at<Key>(work, item, chunk.begin + i));
+        if (exists && !is_finite(key_at<Key>(work, item, chunk.begin + i))) atomicAdd(&sums.nonfinite, 1u);
       });
-      atomicAdd(&sums.nonfinite, nonfinite);
+      largest = 0;
     }
-    if (threadIdx.x < kWords) {
-      step.bits[c * kWords + threadIdx.x] = bits[threadIdx.x];
-      const uint32_t top = __reduce_add_sync(kFull, static_cast<unsigned>(__popc(bits[threadIdx.x])));
-      if (lane() == 0) atomicAdd(&sums.top, top);
-    }
+    top = __reduce_add_sync(kFull, static_cast<unsigned>(__popc(top)));
     at_hi = __reduce_add_sync(kFull, at_hi);
     at_lo = __reduce_add_sync(kFull, at_lo);
     alive = __reduce_add_sync(kFull, alive);
     if (lane() == 0) {
+      atomicAdd(&sums.top, top);
       atomicAdd(&sums.at_hi, at_hi);
       atomicAdd(&sums.at_lo, at_lo);
       atomicAdd(&sums.alive, alive);
-      sums.inside[warp()] = inside;
     }
     __syncthreads();
 
-    int64_t before = 0, all = 0;  // of the list
-    for (int w = 0; w < kWarps; ++w) {
-      if (w == warp()) before = all;
-      all += sums.inside[w];
-    }
+    const uint32_t inside = sums.inside;
     if (threadIdx.x == 0) {
-      sums.begin = all ? static_cast<int64_t>(atomicAdd(&step.totals->inside, static_cast<Counter>(all))) : 0;
-      step.chunks[c] = {sums.begin, static_cast<int32_t>(all), static_cast<int32_t>(sums.at_hi),
+      sums.begin = inside ? static_cast<int64_t>(atomicAdd(&step.totals->inside, static_cast<Counter>(inside))) : 0;
+      step.chunks[c] = {sums.begin, static_cast<int32_t>(inside), static_cast<int32_t>(sums.at_hi),
                         static_cast<int32_t>(sums.at_lo)};
       totals.above += sums.top - sums.at_hi;
       totals.at_hi += sums.at_hi;
@@ -349,13 +345,13 @@ __global__ void __launch_bounds__(kThreads, kTuning<Key>.survey) survey(const __
       totals.alive += sums.alive;
       totals.nonfinite += sums.nonfinite;
       atomicAdd(&step.alive[chunk.item], static_cast<Counter>(sums.alive));
-      if (!finite) atomicAdd(&step.nonfinite[chunk.item], static_cast<Counter>(sums.nonfinite));
+      if (sums.nonfinite) atomicAdd(&step.nonfinite[chunk.item], static_cast<Counter>(sums.nonfinite));
     }
     __syncthreads();
-    if (sums.begin + all <= step.places) {
-      for (uint32_t i = lane(); i < inside; i += kWarp) {
-        step.list[sums.begin + before + i] = lists[warp()][i];
-        step.positions[sums.begin + before + i] = places[warp()][i];
+    if (sums.begin + inside <= step.places) {
+      for (uint32_t i = threadIdx.x; i < inside; i += kThreads) {
+        step.list[sums.begin + i] = list[i];
+        step.positions[sums.begin + i] = positions[i];
       }
     }
     __syncthreads();
@@ -579,7 +575,7 @@ __global__ void __launch_bounds__(kThreads) tally(const __grid_constant__ Step<K
     uint32_t kept = 0;
     if (source == Where::list) {
       const ChunkCounts counts = step.chunks[c];
-      for (int w = lane(); w < kChunk / kWarp; w += kWarp) kept += __popc(step.bits[c * (kChunk / kWarp) + w]);
+      for (int w = lane(); w < kWords; w += kWarp) kept += __popc(step.bits[c * kWords + w]);
       for (int i = lane(); i < counts.inside; i += kWarp) {
         kept += keeps(step.list[counts.list + i], step.positions[counts.list + i]);
       }
@@ -653,7 +649,7 @@ __device__ void add_kept(uint32_t own, uint32_t* shared, Counter* kept) {
 // By the bits and the list.
 template <class Key>
 __global__ void __launch_bounds__(kThreads, kTuning<Key>.list) apply_list(const __grid_constant__ Step<Key> step) {
-  __shared__ alignas(16) uint32_t words[kChunk / kWarp];
+  __shared__ uint32_t words[kWords];
   __shared__ uint32_t kept;
   if (plan(step).where != Where::list || *step.guarded) return;
   const Work& work = step.work;
@@ -663,7 +659,7 @@ __global__ void __launch_bounds__(kThreads, kTuning<Key>.list) apply_list(const 
     const Chunk chunk = chunk_at(work, c);
     const Item item = work.items[chunk.item];
     const ChunkCounts counts = step.chunks[c];
-    if (threadIdx.x < kChunk / kWarp) words[threadIdx.x] = step.bits[c * (kChunk / kWarp) + threadIdx.x];
+    if (threadIdx.x < kWords) words[threadIdx.x] = step.bits[c * kWords + threadIdx.x];
     __syncthreads();
     const int lanes = lanes_of(item, chunk);
 #pragma unroll 1
@@ -674,29 +670,22 @@ __global__ void __launch_bounds__(kThreads, kTuning<Key>.list) apply_list(const 
       if (key > cut.key || global_index(work, item, chunk.begin + at) <= cut.last) set_bit(words, lanes, at);
     }
     __syncthreads();
-    uint32_t own = 0;
+    const uint32_t keep = reinterpret_cast<const OwnBits*>(words)[threadIdx.x];
     if (in_vectors(item, chunk)) {
       with_type<Key>(item, [&](auto type) {
         using T = decltype(type);
         for_each_vector<T>(
             [&](int v) { return vector_at<T>(item, kWeight, chunk.begin + v * kLanes<T>); },
             [&](int v, const Vec<T>& weight) {
-              const Words<T> own_words = reinterpret_cast<const Words<T>*>(words)[v / kWarp];
-              uint32_t keep = 0;
-#pragma unroll
-              for (int j = 0; j < kLanes<T>; ++j) keep |= (own_words.at[j] >> lane() & 1) << j;
-              own += __popc(keep);
-              write<T>(item, chunk.begin + v * kLanes<T>, weight, keep);
+              write<T>(item, chunk.begin + v * kLanes<T>, weight, keep >> v / kThreads * kLanes<T>);
             });
       });
     } else {
       for_each_entry(chunk, [&](int i, bool exists) {
-        const bool keep = words[i / kWarp] >> lane() & 1;
-        own += keep;
-        if (exists) write_at(work, item, chunk.begin + i, keep);
+        if (exists) write_at(work, item, chunk.begin + i, keep >> own_index(i, 1) & 1);
       });
     }
-    add_kept(own, &kept, &step.kept[chunk.item]);
+    add_kept(__popc(keep), &kept, &step.kept[chunk.item]);
   }
 }
 
@@ -818,7 +807,8 @@ struct WorkList {
     item.first_dim = static_cast<int32_t>(dims.size());
     item.dims = static_cast<int32_t>(walk.dims().size());
     item.type = type_of(weight);
-    const Walk in_memory(operands, Walk::Order::memory);
+    const bool one = walk.dims().size() == 1;
+    const Walk in_memory = one ? walk : Walk(operands, Walk::Order::memory);
     item.vector = true;
     for (size_t o = 0; o < operands.size(); ++o) {
       item.data[o] = static_cast<char*>(operands[o].data_ptr());
@@ -935,7 +925,7 @@ Outputs run(const PruneArguments& arguments) {
   scratch.take(step.sums, survey_blocks);
   scratch.take(step.chunks, list.chunks);
   const int64_t before = scratch.bytes();
-  scratch.take(step.bits, list.chunks * (kChunk / kWarp));
+  scratch.take(step.bits, list.chunks * kWords);
   scratch.take(step.list, step.places);
   scratch.take(step.positions, step.places);
   const int64_t bytes = std::max<int64_t>(scratch.bytes(), before + step.samples * sizeof(Key));

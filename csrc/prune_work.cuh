@@ -217,12 +217,6 @@ struct Entries {
   uint32_t alive;  // bit j: entry j is not pruned
 };
 
-// The bits that a warp's 32 vectors have of one kind: word j is that of their entries j, bit l of lane l's.
-template <class T>
-struct alignas(kLanes<T> < 4 ? 8 : 16) Words {
-  uint32_t at[kLanes<T>];
-};
-
 // A vector's part of the mask, one byte an entry, each 0 or 1.
 template <class T>
 struct alignas(kLanes<T>) MaskBytes {
@@ -275,18 +269,41 @@ __device__ Entries<T> load(const Work& work, const Item& item, int64_t position)
 }
 
 template <class Key, class T>
-__device__ Key key_of(const Work& work, const Entries<T>& e, int j) {
+__device__ Key key_of(const Work& work, T weight, T grad, T mask_grad, bool alive) {
   using Score = typename KeyTraits<Key>::Score;
-  if (!(e.alive >> j & 1)) return kDead<Key>;
-  return key_of(static_cast<Score>(widen(e.weight.at[j])), static_cast<Score>(widen(e.grad.at[j])),
-                static_cast<Score>(widen(e.mask_grad.at[j])), work.three);
+  if (!alive) return kDead<Key>;
+  return key_of(static_cast<Score>(widen(weight)), static_cast<Score>(widen(grad)),
+                static_cast<Score>(widen(mask_grad)), work.three);
+}
+
+template <class Key, class T>
+__device__ Key key_of(const Work& work, const Entries<T>& e, int j) {
+  return key_of<Key>(work, e.weight.at[j], e.grad.at[j], e.mask_grad.at[j], e.alive >> j & 1);
+}
+
+// The same of an entry that is not pruned, loaded once more.
+template <class Key, class T>
+__device__ Key living_key_at(const Work& work, const Item& item, int64_t position) {
+  const auto entry = [&](int o) { return global<T>(item.data[o] + position * sizeof(T)); };
+  return key_of<Key>(work, entry(kWeight), entry(kGrad), work.three ? entry(kMaskGrad) : T{}, true);
+}
+
+// A thread's entries of a chunk, and so the bits of a word that it keeps of them.
+constexpr int kOwn = kChunk / kThreads;
+
+// Entries are dealt out to the threads `lanes` at a time (a vector, or one). The thread that has entry i of a chunk,
+// which of its own entries it is; and back.
+__device__ inline int owner(int i, int lanes) { return i / lanes % kThreads; }
+__device__ inline int own_index(int i, int lanes) { return i / lanes / kThreads * lanes + i % lanes; }
+__device__ inline int chunk_index(int own, int lanes) {
+  return (own / lanes * kThreads + static_cast<int>(threadIdx.x)) * lanes + own % lanes;
 }
 
 // body(v, what load(v) returned) for each vector v of a chunk that is this thread's; kInFlight loads go before
 // the first body.
 template <class T, class Load, class Body>
 __device__ void for_each_vector(Load load, Body body) {
-  constexpr int kVectors = kChunk / kLanes<T> / kThreads;
+  constexpr int kVectors = kOwn / kLanes<T>;
   constexpr int kTurn = kVectors < kInFlight ? kVectors : kInFlight;
 #pragma unroll 1
   for (int first = threadIdx.x; first < kVectors * kThreads; first += kTurn * kThreads) {
