@@ -317,10 +317,11 @@ __global__ void __launch_bounds__(kThreads, kTuning<Key>.survey) survey(const __
     }
     reinterpret_cast<OwnBits*>(step.bits + c * kWords)[threadIdx.x] = static_cast<OwnBits>(top);
     if (largest >= static_cast<Bits>(kTop<Key>)) {  // the rare case gets a look of its own
-      for_each_entry(chunk, [&](int i, bool exists) {
-        if (exists && !is_finite(key_at<Key>(work, item, chunk.begin + i))) atomicAdd(&sums.nonfinite, 1u);
-      });
-      largest = 0;
+#pragma unroll 1
+      for (int own = 0; own < kOwn; ++own) {
+        const int i = chunk_index(own, lanes_of(item, chunk));
+        if (i < chunk.count && !is_finite(key_at<Key>(work, item, chunk.begin + i))) atomicAdd(&sums.nonfinite, 1u);
+      }
     }
     top = __reduce_add_sync(kFull, static_cast<unsigned>(__popc(top)));
     at_hi = __reduce_add_sync(kFull, at_hi);

@@ -1,0 +1,51 @@
+// csrc/prune.cu as a Python module, and kernels with mistakes that the emulation must notice.
+#include <torch/extension.h>
+#include <torch/library.h>
+
+#undef TORCH_LIBRARY_IMPL  // nothing here serves CUDA tensors
+#define TORCH_LIBRARY_IMPL(space, key, m) [[maybe_unused]] void not_registered(torch::Library& m)
+
+#include "../../csrc/prune.cu"
+
+namespace {
+
+// Each thread reads its neighbour's number: without the barrier, perhaps before it is written.
+__global__ void neighbours(bool barrier, int* sum) {
+  __shared__ int numbers[64];
+  const int i = static_cast<int>(threadIdx.x);
+  numbers[i] = 0;
+  __syncthreads();
+  numbers[i] = i + 1;
+  if (barrier) __syncthreads();
+  *sum += numbers[(i + 1) % 64];
+}
+
+__global__ void diverging() {
+  if (threadIdx.x < 7) {
+    __ballot_sync(0xffffffffu, 1);
+  } else {
+    __any_sync(0xffffffffu, 1);
+  }
+}
+
+__global__ void leaving() {
+  if (threadIdx.x < 32) return;
+  __syncthreads();
+}
+
+}  // namespace
+
+PYBIND11_MODULE(cuda_on_host, m) {
+  m.def("set_order", [](int order) { cuda_on_host::order = order; });
+  m.def("prune_", [](std::vector<at::Tensor> weights, std::vector<at::Tensor> grads, std::vector<at::Tensor> mask_grads,
+                     std::vector<at::Tensor> masks, bool fresh, int64_t prune, int64_t min_keep) {
+    return drive::prune_cuda(weights, grads, mask_grads, masks, fresh, prune, min_keep);
+  });
+  m.def("neighbours", [](bool barrier) {
+    int sum = 0;
+    drive::launch(neighbours, 1, 64, nullptr, barrier, &sum);
+    return sum;
+  });
+  m.def("diverging", [] { drive::launch(diverging, 1, 32, nullptr); });
+  m.def("leaving", [] { drive::launch(leaving, 1, 64, nullptr); });
+}

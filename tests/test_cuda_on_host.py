@@ -1,0 +1,185 @@
+"""csrc/prune.cu without a GPU: its kernels, threads as fibers on the host (tests/cuda_on_host), against the oracle."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import subprocess
+import sysconfig
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_prune_op import sampled_positions
+from torch.utils import cpp_extension
+from ugly import Step, laid_out, sample_inputs, steps, valued
+
+from drive_kernels.prune import reference
+
+ROOT = Path(__file__).parent.parent
+HERE = Path(__file__).parent / "cuda_on_host"
+
+
+@pytest.fixture(scope="module")
+def host() -> ModuleType:
+    """The module, built again whenever a source changes: 20 seconds."""
+    sources = sorted([*HERE.rglob("*.*"), *(ROOT / "csrc").glob("*")])
+    state = hashlib.sha256(b"".join(path.read_bytes() for path in sources) + torch.__version__.encode())
+    library = ROOT / "build" / "cuda_on_host" / f"cuda_on_host-{state.hexdigest()[:16]}.so"
+    if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        include = [*cpp_extension.include_paths("cpu"), sysconfig.get_paths()["include"]]
+        lib = Path(torch.__file__).parent / "lib"
+        subprocess.run(
+            [
+                "g++", "-std=c++20", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-shared", "-fPIC",
+                "-Wall", "-Wno-unknown-pragmas", "-DDRIVE_HOST_CUDA", "-DTORCH_EXTENSION_NAME=cuda_on_host",
+                f"-I{HERE}", f"-I{ROOT / 'csrc'}", *(f"-isystem{path}" for path in include),
+                str(HERE / "host.cpp"), "-o", str(library),
+                f"-L{lib}", f"-Wl,-rpath,{lib}", "-ltorch", "-ltorch_cpu", "-ltorch_python", "-lc10",
+            ],
+            check=True,
+        )  # fmt: skip
+    spec = importlib.util.spec_from_file_location("cuda_on_host", library)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(params=(0, 1, 7), ids="order {}".format)
+def ordered(request: pytest.FixtureRequest, host: ModuleType) -> ModuleType:
+    """The same with threads and blocks in another order."""
+    host.set_order(request.param)
+    return host
+
+
+def assert_same(host: ModuleType, step: Step) -> None:
+    ours, theirs = step.clone(), step.clone()
+    kept, nonfinite, scores = host.prune_(*ours.args())
+    expected = reference(*theirs.args())
+    for mine, other in zip(ours.masks + ours.weights, theirs.masks + theirs.weights, strict=True):
+        assert torch.equal(mine, other)
+    for weight, mask in zip(ours.weights, ours.masks, strict=True):
+        assert expected[1].any() or not weight[~mask].signbit().any(), "pruned weights are +0, never -0"
+    assert torch.equal(kept, expected[0])
+    assert torch.equal(nonfinite, expected[1])
+    # float64 sums in another order
+    torch.testing.assert_close(scores, expected[2], rtol=1e-12, atol=0, equal_nan=True)
+
+
+def test_emulation_notices_mistakes(host: ModuleType):
+    sums = []
+    for order in (0, 1, 7):
+        host.set_order(order)
+        assert host.neighbours(True) == 64 * 65 // 2
+        sums.append(host.neighbours(False))
+        with pytest.raises(RuntimeError, match="different intrinsics"):
+            host.diverging()
+        with pytest.raises(RuntimeError, match="a barrier that others never reach"):
+            host.leaving()
+    assert len(set(sums)) > 1
+
+
+@pytest.mark.parametrize("index", range(len(sample_inputs())))
+def test_sample_inputs(ordered: ModuleType, index: int):
+    assert_same(ordered, sample_inputs()[index])
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(step=steps(), order=st.integers(0, 5), poison=st.booleans(), at=st.integers(0, 2**20))
+def test_equals_reference(host: ModuleType, step: Step, order: int, poison: bool, at: int):
+    weight = step.weights[at % len(step.weights)]
+    if poison and at % 5 == 0 and weight.numel():
+        weight[tuple(at % size for size in weight.shape)] = torch.inf
+    host.set_order(order)
+    assert_same(host, step)
+
+
+@pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
+@pytest.mark.parametrize("values", ("normal", "ties", "equal"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_many_chunks(host: ModuleType, dtype: torch.dtype, values: str, layout: str):
+    """Large enough for sampling, with ties that end in the middle of a tensor."""
+    generator = torch.Generator().manual_seed(1)
+    shapes = ([32, 64, 3, 3], [30_003], [7], [96, 64, 3, 3])
+    weights = [laid_out(valued(s, dtype, values, generator), layout) for s in shapes]
+    grads = [laid_out(valued(s, dtype, values, generator), layout) for s in shapes]
+    masks = [torch.rand(s, generator=generator) < 0.9 for s in shapes]
+    total = sum(w.numel() for w in weights)
+    for fraction, fresh in ((0.001, False), (0.5, True), (0.95, False)):
+        assert_same(host, Step(weights, grads, [], masks, fresh, round(fraction * total), 0))
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+def test_guards(ordered: ModuleType, dtype: torch.dtype):
+    """Tensors that would lose nearly everything keep their best entries; the others pay for it, ties included."""
+    generator = torch.Generator().manual_seed(2)
+    shapes = ([40, 30, 3, 3], [9000], [300], [50])
+    for values in ("normal", "ties"):
+        weights = [laid_out(valued(s, dtype, values, generator), "channels_last") for s in shapes]
+        grads = [valued(s, dtype, values, generator) for s in shapes]
+        for weight in weights[1:3]:
+            weight.mul_(1e-3)
+        masks = [torch.rand(s, generator=generator) < 0.5 for s in shapes]
+        for fresh in (True, False):
+            assert_same(ordered, Step(weights, grads, [], masks, fresh, 18_000, 200))
+
+
+@pytest.mark.parametrize("trap", ("threshold far below", "threshold far above", "bracket too full"))
+def test_misleading_sample(host: ModuleType, trap: str):
+    """Scores made so that the sample is wrong: the counts must notice, and the masks stay exact."""
+    n, samples = 70_003, 1 << 14
+    position = sampled_positions(n, samples)
+    grad = torch.rand(n, generator=torch.Generator().manual_seed(3)) + 1
+    if trap == "threshold far below":
+        grad[position] += 100
+    elif trap == "threshold far above":
+        grad[position] /= 100
+    else:  # the sample is spread evenly over [0, 3], all else lies within its middle
+        grad = 1.5 + grad * 1e-3
+        grad[position] = torch.linspace(0, 3, samples)
+    mask = torch.ones(n, dtype=torch.bool)
+    for prune in (n // 2, n // 10, n - n // 10):
+        assert_same(host, Step([torch.ones(n)], [grad], [], [mask], True, prune, 0))
+
+
+def test_large_sample(ordered: ModuleType):
+    """From 2^20 entries on the sample is larger, and the list smaller than it could be at worst."""
+    n = (1 << 20) + 77
+    generator = torch.Generator().manual_seed(4)
+    weight, grad = (torch.randn(n, generator=generator) for _ in range(2))
+    mask = torch.ones(n, dtype=torch.bool)
+    assert_same(ordered, Step([weight], [grad], [], [mask], True, n - n // 10, 0))
+
+
+@pytest.mark.parametrize("offsets", ((1, 1, 1), (0, 1, 0), (3, 0, 5)))
+def test_unaligned(host: ModuleType, offsets: tuple[int, int, int]):
+    """Views that begin some entries into their memory: no loads of 16 bytes."""
+    generator = torch.Generator().manual_seed(5)
+    n = 20_001
+    tensors = torch.randn(n + 8, generator=generator), torch.randn(n + 8, generator=generator)
+    mask = torch.rand(n + 8, generator=generator) < 0.9
+    operands = [[t[o : o + n]] for t, o in zip((*tensors, mask), offsets, strict=True)]
+    for fresh in (True, False):
+        assert_same(host, Step(operands[0], operands[1], [], operands[2], fresh, n // 2, 0))
+
+
+@pytest.mark.parametrize("fresh", (True, False))
+@pytest.mark.parametrize("bad", (torch.nan, -torch.inf, 1e38))
+def test_non_finite_scores_change_nothing(host: ModuleType, bad: float, fresh: bool):
+    generator = torch.Generator().manual_seed(6)
+    weights = [torch.randn(s, generator=generator) for s in (5000, 20_000, 33)]
+    grads = [torch.randn(w.shape, generator=generator) for w in weights]
+    masks = [torch.rand(w.shape, generator=generator) < 0.9 for w in weights]
+    grads[1][[3, 17, 19_999]] = bad
+    weights[1][[3, 17, 19_999]] = 1e3  # 1e38 * 1e3 overflows
+    step = Step(weights, grads, [], masks, fresh, 10_000, 3)
+    ours = step.clone()
+    _, nonfinite, scores = host.prune_(*ours.args())
+    assert scores.isnan().all() and nonfinite[1] > 0 and nonfinite[0] == nonfinite[2] == 0
+    assert all(map(torch.equal, ours.weights, weights))
+    assert_same(host, step)
