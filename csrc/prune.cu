@@ -23,7 +23,6 @@
 // Bytes an entry, float32: read 8, written 1/8; read 4 1/8, written 4 + 1: 17.3, where torch.mul moves 12. Scratch:
 // 0.23 byte an entry (bits 0.125, list 0.094, counts 0.01) and less than 1 MB.
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
@@ -119,6 +118,8 @@ struct Step {
   Totals* totals;
   double* sums;           // [survey's blocks] of |S|
   Counter* alive;         // [items]
+  Counter* nonfinite;     // [items]
+  Counter* kept;          // [items]
   ChunkCounts* chunks;    // [chunks]
   uint32_t* bits;         // [chunks, kWords]: is the key at least hi?
   Key* list;              // [places]: keys strictly inside the bracket
@@ -126,9 +127,9 @@ struct Step {
   Selection<Key> all, guards, rest;
   bool* guarded;          // does a guard count?
 
-  Counter* kept;       // [items], as int64
-  Counter* nonfinite;  // [items], as int64
-  double* scores;      // [2]
+  int64_t* kept_out;       // [items]
+  int64_t* nonfinite_out;  // [items]
+  double* scores_out;      // [2]
 
   template <Stage kStage>
   __device__ const Selection<Key>& selection() const {
@@ -185,8 +186,8 @@ __device__ void set_bit(uint32_t* words, int lanes, int i) {
 
 // ---- (Step 1) ----
 
-struct Piece {  // travels as a kernel's argument: no staging buffer whose life would have to be managed
-  char bytes[4000];
+struct Piece {
+  char bytes[4000];  // arguments of a kernel: 4 KB at most
 };
 
 __global__ void upload(const __grid_constant__ Piece piece, char* to, int count) {
@@ -754,14 +755,14 @@ __global__ void __launch_bounds__(kThreads, kTuning<Key>.keys) apply_keys(const 
   }
 }
 
-// [normalised score of the weakest survivor (inf if none survives), sum of |S|] (Eq. 7); of a step that
-// does nothing NaN, and the entries alive before as those kept. One block.
+// The op's outputs: survivors, non-finite scores, and [normalised score of the weakest survivor (inf if none
+// survives), sum of |S|] (Eq. 7); of a step that does nothing NaN, and all that were alive survive. One block.
 template <class Key>
 __global__ void __launch_bounds__(kThreads) finish(const __grid_constant__ Step<Key> step, int blocks) {
-  if (step.totals->nonfinite) {
-    for (int i = threadIdx.x; i < step.work.count; i += kThreads) step.kept[i] = step.alive[i];
-    if (threadIdx.x < 2) step.scores[threadIdx.x] = NAN;
-    return;
+  const bool refused = step.totals->nonfinite;
+  for (int i = threadIdx.x; i < step.work.count; i += kThreads) {
+    step.kept_out[i] = static_cast<int64_t>(refused ? step.alive[i] : step.kept[i]);
+    step.nonfinite_out[i] = static_cast<int64_t>(step.nonfinite[i]);
   }
   double sum = 0;
   for (int b = threadIdx.x; b < blocks; b += kThreads) sum += step.sums[b];
@@ -771,8 +772,9 @@ __global__ void __launch_bounds__(kThreads) finish(const __grid_constant__ Step<
   for (int i = 0; *step.guarded && i < step.work.count; ++i) weakest = min(weakest, step.guards.cuts[i].key);
   const double score = score_of(weakest);
   const double size = step.work.three ? score : score * score;
-  step.scores[0] = weakest == kTop<Key> ? INFINITY : sum == 0 ? size : size / sum;
-  step.scores[1] = sum;
+  const double z = weakest == kTop<Key> ? INFINITY : sum == 0 ? size : size / sum;
+  step.scores_out[0] = refused ? NAN : z;
+  step.scores_out[1] = refused ? NAN : sum;
 }
 
 // ---- Launchers ----
@@ -828,28 +830,67 @@ struct WorkList {
   }
 };
 
-// Scratch memory: one allocation, of which what must start at zero comes first.
-class Scratch {
- public:
+// Hands out places in one piece of memory, on 256 bytes each.
+struct Arena {
+  char* memory;
+  int64_t used = 0;
+
   template <class T>
   void take(T*& pointer, int64_t count) {
-    places_.push_back({reinterpret_cast<char**>(&pointer), bytes_});
-    bytes_ = (bytes_ + count * static_cast<int64_t>(sizeof(T)) + 255) / 256 * 256;
+    pointer = reinterpret_cast<T*>(memory + used);
+    used = (used + count * static_cast<int64_t>(sizeof(T)) + 255) / 256 * 256;
   }
-  int64_t bytes() const { return bytes_; }
-  void lies_at(char* memory) {
-    for (const auto& [pointer, at] : places_) *pointer = memory + at;
-  }
-
- private:
-  std::vector<std::pair<char**, int64_t>> places_;
-  int64_t bytes_ = 0;
 };
 
+// Where everything lies in the scratch memory; what must start at zero comes first.
+struct Layout {
+  int64_t zeros, bytes;
+};
+
+template <class Key>
+Layout lay_out(Step<Key>& step, const WorkList& list, int64_t survey_blocks, char* memory) {
+  Arena arena{memory};
+  const auto items = static_cast<int64_t>(list.items.size());
+  const bool guards = step.min_keep > 0;
+  const auto take_zeros = [&](Selection<Key>& selection, int64_t segments) {
+    arena.take(selection.histograms, segments * kDigits<Key> * kBuckets);
+    arena.take(selection.ties, list.chunks);
+  };
+  const auto take_others = [&](Selection<Key>& selection, int64_t segments) {
+    arena.take(selection.searches, segments * (kDigits<Key> + 1));
+    arena.take(selection.cuts, segments);
+  };
+  arena.take(step.totals, 1);
+  arena.take(step.guarded, 1);
+  arena.take(step.alive, items);
+  arena.take(step.nonfinite, items);
+  arena.take(step.kept, items);
+  arena.take(step.bracket.histograms, 2 * kDigits<Key> * kBuckets);
+  take_zeros(step.all, 1);
+  if (guards) take_zeros(step.guards, items), take_zeros(step.rest, 1);
+  Layout layout{arena.used, 0};
+
+  arena.take(step.work.items, items);
+  arena.take(step.work.dims, static_cast<int64_t>(list.dims.size()));
+  arena.take(step.bracket.searches, 2 * (kDigits<Key> + 1));
+  take_others(step.all, 1);
+  if (guards) take_others(step.guards, items), take_others(step.rest, 1);
+  arena.take(step.sums, survey_blocks);
+  arena.take(step.chunks, list.chunks);
+  Arena sample = arena;
+  sample.take(step.sample, step.samples);
+  arena.take(step.bits, list.chunks * kWords);
+  arena.take(step.list, step.places);
+  arena.take(step.positions, step.places);
+  layout.bytes = std::max(arena.used, sample.used);
+  return layout;
+}
+
+// Travels as kernel arguments, which need no staging buffer whose life would have to be managed.
 template <class T>
 void copy_to_device(const std::vector<T>& from, const T* to, cudaStream_t stream) {
   const char* bytes = reinterpret_cast<const char*>(from.data());
-  const int64_t size = static_cast<int64_t>(from.size() * sizeof(T));
+  const auto size = static_cast<int64_t>(from.size() * sizeof(T));
   for (int64_t begin = 0; begin < size; begin += sizeof(Piece)) {
     Piece piece{};
     const int64_t count = std::min<int64_t>(size - begin, sizeof(Piece));
@@ -876,18 +917,26 @@ Outputs run(const PruneArguments& arguments) {
   const WorkList list(arguments);
   const auto items = static_cast<int64_t>(list.items.size());
   const at::TensorOptions device = arguments.weights[0].options();
-  const at::Tensor kept = at::zeros({items}, device.dtype(at::kLong));
-  const at::Tensor nonfinite = at::zeros({items}, device.dtype(at::kLong));
+  const at::Tensor kept = at::empty({items}, device.dtype(at::kLong));
+  const at::Tensor nonfinite = at::empty({items}, device.dtype(at::kLong));
   const at::Tensor scores = at::empty({2}, device.dtype(at::kDouble));
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
   int processors = 0;
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount,
                                         arguments.weights[0].device().index()));
-  const auto blocks = [&](int each) { return std::max<int64_t>(1, std::min<int64_t>(list.chunks, processors * each)); };
+  const auto blocks = [&](int each) {
+    return std::max<int64_t>(1, std::min<int64_t>(list.chunks, processors * each));
+  };
   constexpr Tuning kTuned = kTuning<Key>;
   const int64_t survey_blocks = blocks(kTuned.survey), count_blocks = blocks(kTuned.count);
+  const bool guards = arguments.min_keep > 0;
 
   Step<Key> step{};
+  step.work.count = static_cast<int32_t>(items);
+  step.work.fresh = arguments.fresh;
+  step.work.three = !arguments.mask_grads.empty();
+  step.work.entries = list.entries;
+  step.work.chunks = list.chunks;
   step.keep = std::max<int64_t>(0, list.entries - arguments.prune);
   step.min_keep = arguments.min_keep;
   if (list.entries > kMinSample) {
@@ -895,49 +944,14 @@ Outputs run(const PruneArguments& arguments) {
     step.ranks = bracket_ranks(step.keep, list.entries, step.samples);
   }
   step.places = std::max(list.entries / kEntriesPerPlace, std::min(list.entries, kMinPlaces));
-  step.kept = reinterpret_cast<Counter*>(kept.data_ptr<int64_t>());
-  step.nonfinite = reinterpret_cast<Counter*>(nonfinite.data_ptr<int64_t>());
-  step.scores = scores.data_ptr<double>();
+  step.kept_out = kept.data_ptr<int64_t>();
+  step.nonfinite_out = nonfinite.data_ptr<int64_t>();
+  step.scores_out = scores.data_ptr<double>();
+  const Layout layout = lay_out(step, list, survey_blocks, nullptr);
+  const at::Tensor memory = at::empty({layout.bytes}, device.dtype(at::kByte));
+  lay_out(step, list, survey_blocks, static_cast<char*>(memory.data_ptr()));
 
-  Scratch scratch;
-  const bool guards = arguments.min_keep > 0;
-  const auto take_zeros = [&](Selection<Key>& selection, int64_t segments) {
-    scratch.take(selection.histograms, segments * kDigits<Key> * kBuckets);
-    scratch.take(selection.ties, list.chunks);
-  };
-  const auto take_rest = [&](Selection<Key>& selection, int64_t segments) {
-    scratch.take(selection.searches, segments * (kDigits<Key> + 1));
-    scratch.take(selection.cuts, segments);
-  };
-  scratch.take(step.totals, 1);
-  scratch.take(step.guarded, 1);
-  scratch.take(step.alive, items);
-  scratch.take(step.bracket.histograms, 2 * kDigits<Key> * kBuckets);
-  take_zeros(step.all, 1);
-  if (guards) take_zeros(step.guards, items), take_zeros(step.rest, 1);
-  const int64_t zeros = scratch.bytes();
-  Item* device_items;
-  Dim* device_dims;
-  scratch.take(device_items, items);
-  scratch.take(device_dims, static_cast<int64_t>(list.dims.size()));
-  scratch.take(step.bracket.searches, 2 * (kDigits<Key> + 1));
-  take_rest(step.all, 1);
-  if (guards) take_rest(step.guards, items), take_rest(step.rest, 1);
-  scratch.take(step.sums, survey_blocks);
-  scratch.take(step.chunks, list.chunks);
-  const int64_t before = scratch.bytes();
-  scratch.take(step.bits, list.chunks * kWords);
-  scratch.take(step.list, step.places);
-  scratch.take(step.positions, step.places);
-  const int64_t bytes = std::max<int64_t>(scratch.bytes(), before + step.samples * sizeof(Key));
-
-  const at::Tensor memory = at::empty({bytes}, device.dtype(at::kByte));
-  scratch.lies_at(static_cast<char*>(memory.data_ptr()));
-  step.sample = reinterpret_cast<Key*>(static_cast<char*>(memory.data_ptr()) + before);
-  step.work = {device_items, device_dims, static_cast<int32_t>(items), arguments.fresh,
-               !arguments.mask_grads.empty(), list.entries, list.chunks};
-
-  C10_CUDA_CHECK(cudaMemsetAsync(memory.data_ptr(), 0, zeros, stream));
+  C10_CUDA_CHECK(cudaMemsetAsync(memory.data_ptr(), 0, layout.zeros, stream));
   copy_to_device(list.items, step.work.items, stream);
   copy_to_device(list.dims, step.work.dims, stream);
   if (step.samples > 0) {

@@ -1,4 +1,4 @@
-"""The compiled CUDA kernels, looked at without a GPU: architectures, registers, the machine code of hot loops."""
+"""The compiled CUDA kernels, looked at without a GPU: architectures, registers, machine code of hot loops."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""csrc/prune.cu without a GPU: its kernels, threads as fibers on the host (tests/cuda_on_host), against the oracle."""
+"""csrc/prune.cu without a GPU: its threads are fibers on the host (tests/cuda_on_host), against the oracle."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_many_chunks(host: ModuleType, dtype: torch.dtype, values: str, layout: 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
 def test_guards(ordered: ModuleType, dtype: torch.dtype):
-    """Tensors that would lose nearly everything keep their best entries; the others pay for it, ties included."""
+    """Tensors that would lose nearly everything keep their best entries, ties included; the others pay."""
     generator = torch.Generator().manual_seed(2)
     shapes = ([40, 30, 3, 3], [9000], [300], [50])
     for values in ("normal", "ties"):
