@@ -4,8 +4,8 @@
 //   1. Sample: up to 2^17 keys bracket the threshold, lo <= T <= hi, by a radix search for two ranks (sample,
 //      narrow).
 //   2. Survey (reads theta, G and an old mask): how many keys lie above, at and inside the bracket; one
-//      bit an entry, "at or above hi"; a list of the keys inside, chunk by chunk. Also the sum of |S|, and the
-//      count of non-finite scores, which makes the rest of the step a no-op.
+//      bit an entry, "at or above hi"; a list of the keys inside, chunk by chunk. Also the sum of |S|, and
+//      the count of non-finite scores, which makes the rest of the step a no-op.
 //   3. Threshold T, the k-th largest key: a radix search through the list (count). The survey's counts
 //      prove that the bracket held; if it did not, or the list is full, through all entries.
 //   4. Ties: of the entries on the threshold the first ones in row-major order survive. They are counted by
@@ -17,11 +17,11 @@
 // Where min_keep is given and a tensor would fall below it, steps 3 and 4 run twice more before step 5:
 // for every tensor by itself (its guard), and for all entries that no guard keeps.
 //
-// A digit's bucket is chosen by every block of the next launch for itself (pick): a histogram is complete when its
-// launch is, and an all-reduce can go between.
+// A digit's bucket is chosen by every block of the next launch for itself (pick): a histogram is complete
+// when its launch is, and an all-reduce can go between.
 //
-// Bytes an entry, float32: read 8, written 1/8; read 4 1/8, written 4 + 1: 17.3, where torch.mul moves 12. Scratch:
-// 0.23 byte an entry (bits 0.125, list 0.094, counts 0.01) and less than 1 MB.
+// Bytes an entry, float32: read 8, written 1/8; read 4 1/8, written 4 + 1: 17.3, where torch.mul moves 12.
+// Scratch: 0.23 byte an entry (bits 0.125, list 0.094, counts 0.01) and less than 1 MB.
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -53,8 +53,8 @@ struct Tuning {
   int keys;    // as the survey, and the cuts
   int count;   // few, so that a block counts many keys before it adds its 2048 counters to the global ones
 };
-template <class Key>
-constexpr Tuning kTuning = sizeof(Key) == 4 ? Tuning{3, 5, 3, 2} : Tuning{2, 5, 2, 2};  // scores twice as wide
+template <class Key>  // scores of 64 bits need twice the registers
+constexpr Tuning kTuning = sizeof(Key) == 4 ? Tuning{3, 5, 3, 2} : Tuning{2, 5, 2, 2};
 
 // 2^14 samples put 4 % of the entries into the bracket (k = n / 2), 2^17 1.4 %, less than the list holds from
 // there on.
@@ -102,8 +102,8 @@ struct Selection {
   }
 };
 
-// all: the selection that counts in most steps. guards: of min_keep entries of each tensor. rest: of the entries
-// that no guard keeps.
+// all: the selection that counts in most steps. guards: of min_keep entries of each tensor. rest: of the
+// entries that no guard keeps.
 enum class Stage { all, guards, rest };
 
 template <class Key>
@@ -114,7 +114,7 @@ struct Step {
   int64_t samples, places;  // places: of the list
 
   Key* sample;            // [samples], in the memory of bits and list, which come later
-  Selection<Key> bracket; // [2]: hi and lo
+  Selection<Key> bracket;  // [2]: hi and lo
   Totals* totals;
   double* sums;           // [survey's blocks] of |S|
   Counter* alive;         // [items]
@@ -244,7 +244,8 @@ struct ChunkSums {
 };
 
 template <class Key>
-__global__ void __launch_bounds__(kThreads, kTuning<Key>.survey) survey(const __grid_constant__ Step<Key> step) {
+__global__ void __launch_bounds__(kThreads, kTuning<Key>.survey)
+survey(const __grid_constant__ Step<Key> step) {
   using Bits = typename KeyTraits<Key>::Bits;
   __shared__ Key list[kChunk];
   __shared__ uint16_t positions[kChunk];
@@ -321,7 +322,8 @@ __global__ void __launch_bounds__(kThreads, kTuning<Key>.survey) survey(const __
 #pragma unroll 1
       for (int own = 0; own < kOwn; ++own) {
         const int i = chunk_index(own, lanes_of(item, chunk));
-        if (i < chunk.count && !is_finite(key_at<Key>(work, item, chunk.begin + i))) atomicAdd(&sums.nonfinite, 1u);
+        if (i >= chunk.count || is_finite(key_at<Key>(work, item, chunk.begin + i))) continue;
+        atomicAdd(&sums.nonfinite, 1u);
       }
     }
     top = __reduce_add_sync(kFull, static_cast<unsigned>(__popc(top)));
@@ -338,7 +340,9 @@ __global__ void __launch_bounds__(kThreads, kTuning<Key>.survey) survey(const __
 
     const uint32_t inside = sums.inside;
     if (threadIdx.x == 0) {
-      sums.begin = inside ? static_cast<int64_t>(atomicAdd(&step.totals->inside, static_cast<Counter>(inside))) : 0;
+      if (inside) {
+        sums.begin = static_cast<int64_t>(atomicAdd(&step.totals->inside, static_cast<Counter>(inside)));
+      }
       step.chunks[c] = {sums.begin, static_cast<int32_t>(inside), static_cast<int32_t>(sums.at_hi),
                         static_cast<int32_t>(sums.at_lo)};
       totals.above += sums.top - sums.at_hi;
@@ -423,7 +427,7 @@ __global__ void __launch_bounds__(kThreads) count(const __grid_constant__ Step<K
     histogram.clear();
     const Search<Key> search = search_before<Key, kStage>(step, 0, digit);
     const auto n = static_cast<int64_t>(step.totals->inside);
-    for (int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads; first < n; first += gridDim.x * kThreads) {
+    for (int64_t first = blockIdx.x * kThreads; first < n; first += gridDim.x * kThreads) {
       const int64_t i = first + threadIdx.x;
       const bool counts = i < n && has_prefix(step.list[i], search.prefix, digit);
       histogram.add(counts ? bucket(step.list[i], digit) : -1);
@@ -456,7 +460,8 @@ __global__ void __launch_bounds__(kThreads) count(const __grid_constant__ Step<K
 
 // The chunk, by row-major index, in which an entry is counted as a tie.
 __device__ int tie_chunk(const Work& work, const Item& item, int64_t position) {
-  return static_cast<int>(item.first_chunk + (global_index(work, item, position) - item.first_entry) / kChunk);
+  const int64_t index = global_index(work, item, position) - item.first_entry;
+  return static_cast<int>(item.first_chunk + index / kChunk);
 }
 
 template <class Key, Stage kStage>
@@ -573,7 +578,9 @@ __global__ void __launch_bounds__(kThreads) tally(const __grid_constant__ Step<K
   for (int64_t c = blockIdx.x * kWarps + warp(); c < work.chunks; c += gridDim.x * kWarps) {
     const Chunk chunk = chunk_at(work, c);
     const Item item = work.items[chunk.item];
-    const auto keeps = [&](Key key, int i) { return cut.keeps(key, global_index(work, item, chunk.begin + i)); };
+    const auto keeps = [&](Key key, int i) {
+      return cut.keeps(key, global_index(work, item, chunk.begin + i));
+    };
     uint32_t kept = 0;
     if (source == Where::list) {
       const ChunkCounts counts = step.chunks[c];
@@ -622,7 +629,8 @@ __global__ void __launch_bounds__(kThreads) judge(const __grid_constant__ Step<K
 // written only where one changes: in a model pruned before, most vectors stay as they are.
 template <class T>
 __device__ void write(const Item& item, int64_t position, const Vec<T>& weight, uint32_t keep) {
-  using Bits = std::conditional_t<sizeof(T) == 8, uint64_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>>;
+  using Bits = std::conditional_t<sizeof(T) == 8, uint64_t,
+                                  std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>>;
   Vec<Bits> bits;
   memcpy(&bits, &weight, sizeof(bits));
   Bits lost = 0;
@@ -650,7 +658,8 @@ __device__ void add_kept(uint32_t own, uint32_t* shared, Counter* kept) {
 
 // By the bits and the list.
 template <class Key>
-__global__ void __launch_bounds__(kThreads, kTuning<Key>.list) apply_list(const __grid_constant__ Step<Key> step) {
+__global__ void __launch_bounds__(kThreads, kTuning<Key>.list)
+apply_list(const __grid_constant__ Step<Key> step) {
   __shared__ uint32_t words[kWords];
   __shared__ uint32_t kept;
   if (plan(step).where != Where::list || *step.guarded) return;
@@ -693,7 +702,8 @@ __global__ void __launch_bounds__(kThreads, kTuning<Key>.list) apply_list(const 
 
 // By the keys: where the threshold is on the bracket's edge or came from all entries, and where guards count.
 template <class Key>
-__global__ void __launch_bounds__(kThreads, kTuning<Key>.keys) apply_keys(const __grid_constant__ Step<Key> step) {
+__global__ void __launch_bounds__(kThreads, kTuning<Key>.keys)
+apply_keys(const __grid_constant__ Step<Key> step) {
   __shared__ uint32_t kept;
   const Work& work = step.work;
   const Where source = plan(step).where;
@@ -709,15 +719,16 @@ __global__ void __launch_bounds__(kThreads, kTuning<Key>.keys) apply_keys(const 
       continue;
     }
     const Cut<Key> guard = guarded ? step.guards.cuts[chunk.item] : Cut<Key>{kTop<Key>, -1};
-    // Survivors among the ties, one bit each, of entries from `first` on: those of the cut and those of the guard.
+    // Survivors, one bit each from entry `first` on, among the ties at the cut and those at the guard.
     const auto settle = [&](int first, uint32_t at_cut, uint32_t at_guard) {
       uint32_t keep = 0;
 #pragma unroll 1
       for (uint32_t left = at_cut | at_guard; left; left &= left - 1) {
         const int j = __ffs(left) - 1;
         const int64_t index = global_index(work, item, chunk.begin + first + j);
-        const bool keeps = (at_cut >> j & 1 && index <= cut.last) || (at_guard >> j & 1 && index <= guard.last);
-        keep |= static_cast<uint32_t>(keeps) << j;
+        const bool by_cut = at_cut >> j & 1 && index <= cut.last;
+        const bool by_guard = at_guard >> j & 1 && index <= guard.last;
+        keep |= static_cast<uint32_t>(by_cut || by_guard) << j;
       }
       return keep;
     };
@@ -756,7 +767,8 @@ __global__ void __launch_bounds__(kThreads, kTuning<Key>.keys) apply_keys(const 
 }
 
 // The op's outputs: survivors, non-finite scores, and [normalised score of the weakest survivor (inf if none
-// survives), sum of |S|] (Eq. 7); of a step that does nothing NaN, and all that were alive survive. One block.
+// survives), sum of |S|] (Eq. 7). In a step that does nothing these are NaN, and all that were alive survive.
+// One block.
 template <class Key>
 __global__ void __launch_bounds__(kThreads) finish(const __grid_constant__ Step<Key> step, int blocks) {
   const bool refused = step.totals->nonfinite;

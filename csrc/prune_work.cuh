@@ -291,16 +291,16 @@ __device__ Key living_key_at(const Work& work, const Item& item, int64_t positio
 // A thread's entries of a chunk, and so the bits of a word that it keeps of them.
 constexpr int kOwn = kChunk / kThreads;
 
-// Entries are dealt out to the threads `lanes` at a time (a vector, or one). The thread that has entry i of a chunk,
-// which of its own entries it is; and back.
+// Entries are dealt out to the threads `lanes` at a time (a vector, or one). The thread that has entry i of
+// a chunk, which of its own entries it is; and back.
 __device__ inline int owner(int i, int lanes) { return i / lanes % kThreads; }
 __device__ inline int own_index(int i, int lanes) { return i / lanes / kThreads * lanes + i % lanes; }
 __device__ inline int chunk_index(int own, int lanes) {
   return (own / lanes * kThreads + static_cast<int>(threadIdx.x)) * lanes + own % lanes;
 }
 
-// body(v, what load(v) returned) for each vector v of a chunk that is this thread's; kInFlight loads go before
-// the first body.
+// body(v, what load(v) returned) for each vector v of a chunk that is this thread's; kInFlight loads go
+// before the first body.
 template <class T, class Load, class Body>
 __device__ void for_each_vector(Load load, Body body) {
   constexpr int kVectors = kOwn / kLanes<T>;

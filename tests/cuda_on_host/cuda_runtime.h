@@ -1,9 +1,9 @@
 // CUDA on the host, for tests: the part of the language that csrc/*.cu uses, for a C++ compiler.
 //
-// A block's threads are fibers that run one after another up to the next barrier or warp intrinsic, in an order that
-// `order` changes: a missing barrier shows as a result that depends on it. Blocks follow each other, so atomics are
-// plain, and shared memory is a static that holds what the last block left. What would hang a GPU, or is undefined
-// there (lanes that meet at different intrinsics, a barrier that some threads never reach), throws.
+// A block's threads are fibers that run one after another up to the next barrier or warp intrinsic, in an order
+// that `order` changes: a missing barrier shows as a result that depends on it. Blocks follow each other, so
+// atomics are plain, and shared memory is a static that holds what the last block left. What would hang a GPU, or is
+// undefined there (lanes that meet at different intrinsics, a barrier that some threads never reach), throws.
 #pragma once
 
 #include <setjmp.h>
@@ -103,7 +103,7 @@ inline uint64_t answer(const Fiber* warp, int lane) {
   return result;
 }
 
-// Lets a warp go on whose lanes have all come to the same intrinsic. False: they wait at a barrier, or are done.
+// Lets a warp go on whose lanes have all come to the same intrinsic. False: they are at a barrier, or done.
 inline bool release(Fiber* warp) {
   const auto at_intrinsic = [](const Fiber& f) { return !f.done && f.wait != Wait::barrier; };
   if (std::none_of(warp, warp + kWarp, at_intrinsic)) return false;
@@ -166,8 +166,8 @@ inline void check_full(unsigned mask) {
 template <class T>
 T shuffle(unsigned mask, T value, int source) {
   check_full(mask);
-  const int lane = thread_index.x % kWarp;
-  return bits_as<T>(meet(Wait::shuffle, bits_as<uint64_t>(value), source >= 0 && source < kWarp ? source : lane));
+  if (source < 0 || source >= kWarp) source = thread_index.x % kWarp;
+  return bits_as<T>(meet(Wait::shuffle, bits_as<uint64_t>(value), source));
 }
 
 }  // namespace cuda_on_host

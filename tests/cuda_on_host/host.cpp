@@ -37,8 +37,9 @@ __global__ void leaving() {
 
 PYBIND11_MODULE(cuda_on_host, m) {
   m.def("set_order", [](int order) { cuda_on_host::order = order; });
-  m.def("prune_", [](std::vector<at::Tensor> weights, std::vector<at::Tensor> grads, std::vector<at::Tensor> mask_grads,
-                     std::vector<at::Tensor> masks, bool fresh, int64_t prune, int64_t min_keep) {
+  using Tensors = std::vector<at::Tensor>;
+  m.def("prune_", [](Tensors weights, Tensors grads, Tensors mask_grads, Tensors masks, bool fresh,
+                     int64_t prune, int64_t min_keep) {
     return drive::prune_cuda(weights, grads, mask_grads, masks, fresh, prune, min_keep);
   });
   m.def("neighbours", [](bool barrier) {
