@@ -9,7 +9,9 @@ is missing. Where it has no CUDA kernel, one in Triton serves, and where that is
 from importlib import import_module
 from types import ModuleType
 
+from . import blocked as blocked
 from . import prune as prune
+from . import sparse as sparse
 
 _C: ModuleType | None
 build_error: str | None
@@ -19,4 +21,4 @@ except ImportError as error:
     _C, build_error = None, str(error)
 implementations = {"drive::prune_": prune.complete(build_error)}
 
-__all__ = ["build_error", "implementations", "prune"]
+__all__ = ["blocked", "build_error", "implementations", "prune", "sparse"]

@@ -1,0 +1,424 @@
+// drive::sparse_conv2d on CPU: direct convolution by the non-zeros of the weight.
+//
+//   1. Pieces: a block of 16 images, the lanes, and some rows of the output, so few that the part of the
+//      input that they need stays in the L2 cache.
+//   2. The input of a piece is copied into a Window: padded, lanes innermost, phases apart. There every
+//      non-zero ("tap") is one offset.
+//   3. For each output channel a tile of sums is kept in registers while its taps are walked: one broadcast
+//      of the value, one FMA with a load for each 16 outputs. No index an element, only one a non-zero.
+//   4. The sums go to their place in the output, transposed if it is [N, C, H, W].
+//
+// The gradient to the input is the same with the taps sorted by input channel. The gradient to the weight
+// is a dot product a tap, of the gradient to the output with the shifted window.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <array>
+#include <limits>
+#include <tuple>
+
+#include "common.h"
+#include "sparse_layout.h"
+#include "sparse_pattern.h"
+#include "sparse_work.h"
+
+namespace drive {
+namespace {
+
+constexpr const char* kOp = "drive::sparse_conv2d";
+
+struct Conv {
+  int64_t out_channels, group_channels, groups;
+  std::array<int64_t, 2> kernel, stride, padding, dilation;
+
+  Conv(at::IntArrayRef shape, at::IntArrayRef s, at::IntArrayRef p, at::IntArrayRef d, int64_t g)
+      : out_channels(shape[0]),
+        group_channels(shape[1]),
+        groups(g),
+        kernel{shape[2], shape[3]},
+        stride{s[0], s[1]},
+        padding{p[0], p[1]},
+        dilation{d[0], d[1]} {}
+
+  int64_t in_channels() const { return group_channels * groups; }
+  int64_t area() const { return kernel[0] * kernel[1]; }
+  int64_t columns() const { return group_channels * area(); }
+  int64_t out_size(int d, int64_t in) const {
+    return (in + 2 * padding[d] - dilation[d] * (kernel[d] - 1) - 1) / stride[d] + 1;
+  }
+  // Places and phase (see Window) that entry k of the kernel is away from the output's place.
+  int64_t shift(int d, int64_t k) const { return k * dilation[d] / stride[d]; }
+  int64_t phase(int d, int64_t k) const { return k * dilation[d] % stride[d]; }
+  int64_t reach(int d) const { return shift(d, kernel[d] - 1); }
+  Axis in_axis(int d, int64_t size) const { return {size, stride[d], padding[d]}; }
+
+  std::vector<bool> used_phases() const {
+    std::vector<bool> used(stride[0] * stride[1]);
+    for (int64_t ky = 0; ky < kernel[0]; ++ky) {
+      for (int64_t kx = 0; kx < kernel[1]; ++kx) used[phase(0, ky) * stride[1] + phase(1, kx)] = true;
+    }
+    return used;
+  }
+};
+
+// Pieces of `blocks` x `places` rows of output: rows so that the input fits the cache, channels split
+// where there would be fewer pieces than threads.
+struct Pieces {
+  int64_t blocks, rows, tiles, channel_groups, channels;
+
+  Pieces(int64_t blocks_, int64_t places, int64_t channels_, int64_t bytes_a_row, int64_t halo)
+      : blocks(blocks_), channels(channels_) {
+    const int64_t fit = static_cast<int64_t>(kShareOfL2 * l2_bytes()) / std::max<int64_t>(bytes_a_row, 1) - halo;
+    tiles = (places + std::max<int64_t>(fit, 1) - 1) / std::max<int64_t>(fit, 1);
+    rows = (places + tiles - 1) / tiles;
+    tiles = (places + rows - 1) / rows;
+    const int64_t threads = at::get_num_threads();
+    channel_groups = blocks * tiles % threads == 0 || blocks * tiles >= 4 * threads
+                         ? 1 : std::min(threads, channels);
+  }
+
+  // body(block, tile, first channel, last channel, is the window another one than before?)
+  template <class Body>
+  void run(const Body& body) const {
+    at::parallel_for(0, blocks * tiles * channel_groups, 1, [&](int64_t begin, int64_t end) {
+      int64_t before = -1;
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t window = i / channel_groups, group = i % channel_groups;
+        body(window / tiles, window % tiles, channels * group / channel_groups,
+             channels * (group + 1) / channel_groups, window != before);
+        before = window;
+      }
+    });
+  }
+};
+
+// (Step 2) Offsets of the columns of one group's weight in a window on the input.
+std::vector<int32_t> column_offsets(const Conv& conv, const Window& window) {
+  std::vector<int32_t> offsets(conv.columns());
+  for (int64_t c = 0, i = 0; c < conv.group_channels; ++c) {
+    for (int64_t ky = 0; ky < conv.kernel[0]; ++ky) {
+      for (int64_t kx = 0; kx < conv.kernel[1]; ++kx, ++i) {
+        offsets[i] = static_cast<int32_t>(
+            c * window.channel_size() + window.slot(conv.phase(0, ky), conv.phase(1, kx)) * window.slot_size() +
+            conv.shift(0, ky) * window.pitch() + conv.shift(1, kx) * kLanes);
+      }
+    }
+  }
+  return offsets;
+}
+
+template <class T>
+Taps<T> forward_taps(const Conv& conv, const Pattern& pattern, const T* values, const Window& window) {
+  const std::vector<int32_t> offsets = column_offsets(conv, window);
+  Taps<T> taps(pattern.count);
+  taps.start.assign(pattern.row_start, pattern.row_start + conv.out_channels + 1);
+  const int64_t group_size = conv.group_channels * window.channel_size();
+  const int64_t grain = channel_grain(conv.out_channels, pattern.count);
+  at::parallel_for(0, conv.out_channels, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t o = begin; o < end; ++o) {
+      const int32_t base = static_cast<int32_t>(o / (conv.out_channels / conv.groups) * group_size);
+      for (int32_t i = pattern.row_start[o]; i < pattern.row_start[o + 1]; ++i) {
+        taps.taps[i] = {base + offsets[pattern.column[i]], values ? values[i] : T(0)};
+      }
+    }
+  });
+  return taps;
+}
+
+// Taps of each input channel's phases, in a window on the gradient to the output.
+template <class T>
+Taps<T> backward_taps(const Conv& conv, const Pattern& pattern, const T* values, const Window& window) {
+  const int64_t phases = conv.stride[0] * conv.stride[1], area = conv.area();
+  std::vector<int32_t> offset(area), phase(area);
+  for (int64_t ky = 0, i = 0; ky < conv.kernel[0]; ++ky) {
+    for (int64_t kx = 0; kx < conv.kernel[1]; ++kx, ++i) {
+      offset[i] = static_cast<int32_t>((conv.reach(0) - conv.shift(0, ky)) * window.pitch() +
+                                       (conv.reach(1) - conv.shift(1, kx)) * kLanes);
+      phase[i] = static_cast<int32_t>(conv.phase(0, ky) * conv.stride[1] + conv.phase(1, kx));
+    }
+  }
+  Taps<T> taps(pattern.count);
+  taps.start.assign(conv.in_channels() * phases + 1, 0);
+  for (int64_t c = 0; c < conv.in_channels(); ++c) {
+    const int32_t* start = pattern.column_start + c * area;
+    for (int64_t k = 0; k < area; ++k) taps.start[c * phases + phase[k] + 1] += start[k + 1] - start[k];
+  }
+  for (size_t i = 1; i < taps.start.size(); ++i) taps.start[i] += taps.start[i - 1];
+  const int64_t grain = channel_grain(conv.in_channels(), pattern.count);
+  at::parallel_for(0, conv.in_channels(), grain, [&](int64_t begin, int64_t end) {
+    std::vector<Tap<T>*> next(phases);
+    for (int64_t c = begin; c < end; ++c) {
+      for (int64_t p = 0; p < phases; ++p) next[p] = taps.taps.get() + taps.start[c * phases + p];
+      for (int64_t k = 0; k < area; ++k) {
+        Tap<T>*& tap = next[phase[k]];
+        for (int32_t i = pattern.column_start[c * area + k]; i < pattern.column_start[c * area + k + 1]; ++i) {
+          *tap++ = {static_cast<int32_t>(pattern.row[i] * window.channel_size()) + offset[k],
+                    values[pattern.packed[i]]};
+        }
+      }
+    }
+  });
+  return taps;
+}
+
+void check_reach(const Window& window, int64_t channels) {
+  TORCH_CHECK_VALUE(window.channel_size() * channels < std::numeric_limits<int32_t>::max(), kOp,
+                    ": input must have rows of fewer than 2^31 entries in all its channels together");
+}
+
+at::Tensor empty_output(at::IntArrayRef size, const at::TensorOptions& options) {
+  at::Tensor out = at::empty(size, options);
+  expect_writes(out.data_ptr(), out.nbytes());
+  return out;
+}
+
+std::vector<int64_t> output_size(const at::Tensor& input, int64_t channels, int64_t height, int64_t width) {
+  std::vector<int64_t> size = input.sizes().vec();
+  size[1] = channels, size[2] = height, size[3] = width;
+  return size;
+}
+
+template <class T>
+struct Epilogue {
+  const T* bias = nullptr;
+  const T* residual = nullptr;  // laid out as the output, which is blocked
+  T floor = -std::numeric_limits<T>::infinity();
+};
+
+template <class T>
+at::Tensor forward(const Conv& conv, const at::Tensor& input, const Pattern& pattern, const T* values,
+                   const Epilogue<T>& epilogue) {
+  const int64_t height = conv.out_size(0, input.size(2)), width = conv.out_size(1, input.size(3));
+  at::Tensor output = empty_output(output_size(input, conv.out_channels, height, width), input.options());
+  if (output.numel() == 0) return output;
+  const Images<T> in(input), out(output);
+  const int64_t cols = width + conv.reach(1);
+  const auto window_of = [&](int64_t rows) {
+    return Window(conv.in_axis(0, in.height), conv.in_axis(1, in.width), rows + conv.reach(0), cols, 0,
+                  conv.used_phases());
+  };
+  const Window row = window_of(1 - conv.reach(0));
+  const Pieces pieces(in.blocks(), height, conv.out_channels, row.channel_size() * in.channels * sizeof(T),
+                      conv.reach(0));
+  const Window in_window = window_of(pieces.rows);
+  check_reach(in_window, in.channels);
+  const Taps<T> taps = forward_taps(conv, pattern, values, in_window);
+  const auto multiply = sparse_kernels<T>().multiply;
+
+  pieces.run([&](int64_t block, int64_t tile, int64_t begin, int64_t end, bool moved) {
+    thread_local T* window_data;
+    const int64_t y0 = tile * pieces.rows, rows = std::min(pieces.rows, height - y0);
+    if (moved) {
+      Window window = in_window;
+      window.move(y0);
+      window_data = scratch<T>(0, window.channel_size() * in.channels);
+      for (int64_t c = 0; c < in.channels; ++c) {
+        in.load(block, c, window, window_data + c * window.channel_size());
+      }
+    }
+    Window target({height}, {width}, rows, width, 0, {true});
+    T* const sums = scratch<T>(1, target.channel_size());
+    if (!out.blocked) target.move(y0);
+    for (int64_t o = begin; o < end; ++o) {
+      Product<T> product{window_data, in_window.pitch(), taps.of(o), taps.count(o), rows, width,
+                         sums, target.pitch(), nullptr, epilogue.bias ? epilogue.bias[o] : T(0), epilogue.floor};
+      if (out.blocked) {
+        product.out = out.at(block, o) + y0 * width * kLanes;
+        if (epilogue.residual) product.start = epilogue.residual + (product.out - out.data);
+        multiply(product);
+      } else {
+        multiply(product);
+        out.store(block, o, target, sums);
+      }
+    }
+  });
+  return output;
+}
+
+// The gradient to the input.
+template <class T>
+at::Tensor backward_input(const Conv& conv, const at::Tensor& grad, const at::Tensor& input,
+                          const Pattern& pattern, const T* values) {
+  at::Tensor output = empty_output(input.sizes(), input.options());
+  if (output.numel() == 0) return output;
+  const Images<T> in(grad), out(output);
+  const int64_t phases = conv.stride[0] * conv.stride[1];
+  const Axis y = conv.in_axis(0, out.height), x = conv.in_axis(1, out.width);
+  const int64_t y_first = y.place(0), places = y.place(out.height - 1) + 1 - y_first;
+  const int64_t x_first = x.place(0), cols = x.place(out.width - 1) + 1 - x_first;
+  const auto window_of = [&](int64_t rows) {
+    return Window({in.height}, {in.width}, rows + conv.reach(0), cols + conv.reach(1), x_first - conv.reach(1),
+                  {true});
+  };
+  const Window row = window_of(1 - conv.reach(0));
+  const Pieces pieces(out.blocks(), places, out.channels, row.channel_size() * in.channels * sizeof(T),
+                      conv.reach(0));
+  const Window in_window = window_of(pieces.rows);
+  check_reach(in_window, in.channels);
+  const Taps<T> taps = backward_taps(conv, pattern, values, in_window);
+  const auto multiply = sparse_kernels<T>().multiply;
+
+  pieces.run([&](int64_t block, int64_t tile, int64_t begin, int64_t end, bool moved) {
+    thread_local T* window_data;
+    const int64_t y0 = y_first + tile * pieces.rows;
+    const int64_t rows = std::min(pieces.rows, y_first + places - y0);
+    if (moved) {
+      Window window = in_window;
+      window.move(y0 - conv.reach(0));
+      window_data = scratch<T>(0, window.channel_size() * in.channels);
+      for (int64_t o = 0; o < in.channels; ++o) {
+        in.load(block, o, window, window_data + o * window.channel_size());
+      }
+    }
+    Window target(y, x, rows, cols, x_first, std::vector<bool>(phases, true));
+    T* const sums = scratch<T>(1, target.channel_size());
+    const bool direct = out.blocked && phases == 1;
+    target.move(y0);
+    for (int64_t c = begin; c < end; ++c) {
+      for (int64_t p = 0; p < phases; ++p) {
+        const int64_t v = c * phases + p;
+        multiply({window_data, in_window.pitch(), taps.of(v), taps.count(v), rows, cols,
+                  direct ? out.at(block, c) + target.first() * kLanes : sums + p * target.slot_size(),
+                  target.pitch(), nullptr, T(0), -std::numeric_limits<T>::infinity()});
+      }
+      if (!direct) out.store(block, c, target, sums);
+    }
+  });
+  return output;
+}
+
+// The gradient to the packed values.
+template <class T>
+at::Tensor backward_values(const Conv& conv, const at::Tensor& grad, const at::Tensor& input,
+                           const Pattern& pattern) {
+  const int64_t threads = at::get_num_threads();
+  at::Tensor sums = at::zeros({threads, pattern.count}, input.options());
+  if (grad.numel() == 0 || input.numel() == 0) return sums.sum(0);
+  const Images<T> in(input), out(grad);
+  const auto window_of = [&](int64_t rows) {
+    return Window(conv.in_axis(0, in.height), conv.in_axis(1, in.width), rows + conv.reach(0),
+                  out.width + conv.reach(1), 0, conv.used_phases());
+  };
+  const Window row = window_of(1 - conv.reach(0));
+  const Pieces pieces(in.blocks(), out.height, conv.out_channels, row.channel_size() * in.channels * sizeof(T),
+                      conv.reach(0));
+  const Window in_window = window_of(pieces.rows);
+  check_reach(in_window, in.channels);
+  const Taps<T> taps = forward_taps<T>(conv, pattern, nullptr, in_window);
+  const auto sample = sparse_kernels<T>().sample;
+
+  pieces.run([&](int64_t block, int64_t tile, int64_t begin, int64_t end, bool moved) {
+    thread_local T* window_data;
+    T* const mine = sums.data_ptr<T>() + at::get_thread_num() * pattern.count;
+    const int64_t y0 = tile * pieces.rows, rows = std::min(pieces.rows, out.height - y0);
+    if (moved) {
+      Window window = in_window;
+      window.move(y0);
+      window_data = scratch<T>(0, window.channel_size() * in.channels);
+      for (int64_t c = 0; c < in.channels; ++c) {
+        in.load(block, c, window, window_data + c * window.channel_size());
+      }
+    }
+    Window source({out.height}, {out.width}, rows, out.width, 0, {true});
+    T* const lanes = scratch<T>(1, source.channel_size());
+    source.move(y0);
+    for (int64_t o = begin; o < end; ++o) {
+      if (taps.count(o) == 0) continue;
+      if (!out.blocked) out.load(block, o, source, lanes);
+      const T* from = out.blocked ? out.at(block, o) + source.first() * kLanes : lanes;
+      sample({window_data, in_window.pitch(), taps.of(o), taps.count(o), rows, out.width, from, source.pitch(),
+              mine + taps.start[o]});
+    }
+  });
+  return threads == 1 ? sums[0] : sums.sum(0);
+}
+
+void check_arguments(const char* op, const at::Tensor& input, const at::Tensor& values, at::IntArrayRef shape,
+                     at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
+  TORCH_CHECK_VALUE(shape.size() == 4, op, ": shape must be that of a weight [O, C / groups, kh, kw], got ",
+                    shape);
+  TORCH_CHECK_VALUE(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2, op,
+                    ": stride, padding and dilation must be two numbers each, got ", stride, ", ", padding, ", ",
+                    dilation);
+  for (int d = 0; d < 2; ++d) {
+    TORCH_CHECK_VALUE(stride[d] > 0 && dilation[d] > 0 && padding[d] >= 0 && shape[2 + d] > 0, op,
+                      ": stride, dilation and the kernel's size must be > 0 and padding >= 0, got ", stride, ", ",
+                      dilation, ", ", shape, ", ", padding);
+  }
+  TORCH_CHECK_VALUE(groups > 0 && shape[0] % groups == 0, op, ": groups must divide ", shape[0],
+                    " output channels, got ", groups);
+  TORCH_CHECK_TYPE(input.scalar_type() == at::kFloat || input.scalar_type() == at::kDouble, op,
+                   ": input must be float32 or float64, got ", input.scalar_type());
+  TORCH_CHECK_TYPE(values.scalar_type() == input.scalar_type(), op, ": values must be ", input.scalar_type(),
+                   ", as input is, got ", values.scalar_type());
+  TORCH_CHECK_VALUE(input.dim() == 4 || (input.dim() == 5 && input.size(4) == kLanes), op,
+                    ": input must be [N, C, H, W] or blocked [N / 16, C, H, W, 16], got ", input.sizes());
+  TORCH_CHECK_VALUE(input.size(1) == shape[1] * groups, op, ": input must have ", shape[1] * groups,
+                    " channels, got ", input.size(1));
+  for (int d = 0; d < 2; ++d) {
+    TORCH_CHECK_VALUE(input.size(2 + d) + 2 * padding[d] > dilation[d] * (shape[2 + d] - 1), op,
+                      ": input must, padded, be no smaller than the kernel, got ", input.sizes());
+  }
+}
+
+at::Tensor sparse_conv2d_cpu(const at::Tensor& input, const at::Tensor& values, at::TensorList pattern,
+                             const std::optional<at::Tensor>& bias, at::IntArrayRef shape, at::IntArrayRef stride,
+                             at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
+                             const std::optional<at::Tensor>& residual, bool relu) {
+  check_arguments(kOp, input, values, shape, stride, padding, dilation, groups);
+  const Conv conv(shape, stride, padding, dilation, groups);
+  const Pattern where(kOp, pattern, conv.out_channels, conv.columns() * groups, values);
+  const at::Tensor x = input.contiguous(), v = values.contiguous();
+  const at::Tensor b = bias ? bias->to(x.scalar_type()).contiguous() : at::Tensor();
+  if (bias) {
+    TORCH_CHECK_VALUE(b.dim() == 1 && b.numel() == conv.out_channels, kOp, ": bias must have shape [",
+                      conv.out_channels, "], got ", b.sizes());
+  }
+  at::Tensor r;
+  if (residual) {
+    const auto size = output_size(x, conv.out_channels, conv.out_size(0, x.size(2)), conv.out_size(1, x.size(3)));
+    TORCH_CHECK_VALUE(x.dim() == 5 && residual->sizes() == at::IntArrayRef(size), kOp,
+                      ": residual must be blocked, of shape ", size, ", got ", residual->sizes());
+    r = residual->to(x.scalar_type()).contiguous();
+  }
+  return AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), kOp, [&] {
+    Epilogue<scalar_t> epilogue;
+    if (bias) epilogue.bias = b.data_ptr<scalar_t>();
+    if (residual) epilogue.residual = r.data_ptr<scalar_t>();
+    if (relu) epilogue.floor = 0;
+    return forward<scalar_t>(conv, x, where, v.data_ptr<scalar_t>(), epilogue);
+  });
+}
+
+using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+
+Gradients sparse_conv2d_backward_cpu(const at::Tensor& grad, const at::Tensor& input, const at::Tensor& values,
+                                     at::TensorList pattern, at::IntArrayRef shape, at::IntArrayRef stride,
+                                     at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
+                                     std::array<bool, 3> needed) {
+  check_arguments(kOp, input, values, shape, stride, padding, dilation, groups);
+  const Conv conv(shape, stride, padding, dilation, groups);
+  const Pattern where(kOp, pattern, conv.out_channels, conv.columns() * groups, values);
+  const at::Tensor g = grad.contiguous(), x = input.contiguous(), v = values.contiguous();
+  Gradients gradients{at::empty({0}, x.options()), at::empty({0}, x.options()), at::empty({0}, x.options())};
+  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), kOp, [&] {
+    if (needed[0]) {
+      std::get<0>(gradients) = backward_input<scalar_t>(conv, g, x, where, v.data_ptr<scalar_t>());
+    }
+    if (needed[1]) std::get<1>(gradients) = backward_values<scalar_t>(conv, g, x, where);
+  });
+  if (needed[2]) {
+    std::get<2>(gradients) = g.dim() == 5 ? g.sum({0, 2, 3, 4}) : g.sum({0, 2, 3});
+  }
+  return gradients;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(drive, CPU, m) {
+  m.impl("sparse_conv2d", &sparse_conv2d_cpu);
+  m.impl("sparse_conv2d_backward", &sparse_conv2d_backward_cpu);
+}
+
+}  // namespace drive
