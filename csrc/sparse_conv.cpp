@@ -18,7 +18,7 @@
 #include <limits>
 #include <tuple>
 
-#include "common.h"
+#include "recycle.h"
 #include "sparse_layout.h"
 #include "sparse_pattern.h"
 #include "sparse_work.h"
@@ -167,12 +167,6 @@ void check_reach(const Window& window, int64_t channels) {
                     ": input must have rows of fewer than 2^31 entries in all its channels together");
 }
 
-at::Tensor empty_output(at::IntArrayRef size, const at::TensorOptions& options) {
-  at::Tensor out = at::empty(size, options);
-  expect_writes(out.data_ptr(), out.nbytes());
-  return out;
-}
-
 std::vector<int64_t> output_size(const at::Tensor& input, int64_t channels, int64_t height, int64_t width) {
   std::vector<int64_t> size = input.sizes().vec();
   size[1] = channels, size[2] = height, size[3] = width;
@@ -190,7 +184,7 @@ template <class T>
 at::Tensor forward(const Conv& conv, const at::Tensor& input, const Pattern& pattern, const T* values,
                    const Epilogue<T>& epilogue) {
   const int64_t height = conv.out_size(0, input.size(2)), width = conv.out_size(1, input.size(3));
-  at::Tensor output = empty_output(output_size(input, conv.out_channels, height, width), input.options());
+  at::Tensor output = empty_recycled(output_size(input, conv.out_channels, height, width), input.options());
   if (output.numel() == 0) return output;
   const Images<T> in(input), out(output);
   const int64_t cols = width + conv.reach(1);
@@ -240,7 +234,7 @@ at::Tensor forward(const Conv& conv, const at::Tensor& input, const Pattern& pat
 template <class T>
 at::Tensor backward_input(const Conv& conv, const at::Tensor& grad, const at::Tensor& input,
                           const Pattern& pattern, const T* values) {
-  at::Tensor output = empty_output(input.sizes(), input.options());
+  at::Tensor output = empty_recycled(input.sizes(), input.options());
   if (output.numel() == 0) return output;
   const Images<T> in(grad), out(output);
   const int64_t phases = conv.stride[0] * conv.stride[1];

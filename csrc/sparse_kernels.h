@@ -261,14 +261,10 @@ DRIVE_INLINE Four transpose_blocks(const Four& f) {
 #endif
 }
 
+#if DRIVE_WIDTH < 64
 // 16 bytes from each of every fourth row: block b of the result is rows[4 * b].
 DRIVE_INLINE V<float> gather_blocks(const float* from, int64_t row_stride) {
-#if DRIVE_WIDTH == 64
-  __m512 v = _mm512_castps128_ps512(_mm_loadu_ps(from));
-  v = _mm512_insertf32x4(v, _mm_loadu_ps(from + 4 * row_stride), 1);
-  v = _mm512_insertf32x4(v, _mm_loadu_ps(from + 8 * row_stride), 2);
-  return _mm512_insertf32x4(v, _mm_loadu_ps(from + 12 * row_stride), 3);
-#elif DRIVE_WIDTH == 32
+#if DRIVE_WIDTH == 32
   const __m256 v = _mm256_castps128_ps256(_mm_loadu_ps(from));
   return _mm256_insertf128_ps(v, _mm_loadu_ps(from + 4 * row_stride), 1);
 #else
@@ -277,21 +273,49 @@ DRIVE_INLINE V<float> gather_blocks(const float* from, int64_t row_stride) {
 }
 
 DRIVE_INLINE void scatter_blocks(V<float> v, float* to, int64_t row_stride) {
-#if DRIVE_WIDTH == 64
-  _mm_storeu_ps(to, _mm512_castps512_ps128(v));
-  _mm_storeu_ps(to + 4 * row_stride, _mm512_extractf32x4_ps(v, 1));
-  _mm_storeu_ps(to + 8 * row_stride, _mm512_extractf32x4_ps(v, 2));
-  _mm_storeu_ps(to + 12 * row_stride, _mm512_extractf32x4_ps(v, 3));
-#elif DRIVE_WIDTH == 32
+#if DRIVE_WIDTH == 32
   _mm_storeu_ps(to, _mm256_castps256_ps128(v));
   _mm_storeu_ps(to + 4 * row_stride, _mm256_extractf128_ps(v, 1));
 #else
   _mm_storeu_ps(to, v);
 #endif
 }
+#endif
 
+#if DRIVE_WIDTH == 64
+// A 16 x 16 transpose: pieces of 16 bytes have been transposed, now the pieces themselves.
+DRIVE_INLINE void transpose_pieces(const Four (&f)[4], V<float> (&to)[16]) {
+#pragma GCC unroll 4
+  for (int r = 0; r < 4; ++r) {
+    const __m512 a = _mm512_shuffle_f32x4(f[0].v[r], f[1].v[r], 0x44);
+    const __m512 b = _mm512_shuffle_f32x4(f[2].v[r], f[3].v[r], 0x44);
+    const __m512 c = _mm512_shuffle_f32x4(f[0].v[r], f[1].v[r], 0xee);
+    const __m512 d = _mm512_shuffle_f32x4(f[2].v[r], f[3].v[r], 0xee);
+    to[r] = _mm512_shuffle_f32x4(a, b, 0x88);
+    to[r + 4] = _mm512_shuffle_f32x4(a, b, 0xdd);
+    to[r + 8] = _mm512_shuffle_f32x4(c, d, 0x88);
+    to[r + 12] = _mm512_shuffle_f32x4(c, d, 0xdd);
+  }
+}
+#endif
+
+// Sixteen rows a power of two apart fall into one set of the cache, which cannot hold them all: each of
+// their lines is touched once, in the AVX-512 variants.
 DRIVE_TARGET inline void to_lanes_whole(const float* from, int64_t row_stride, float* to,
                                         const int32_t* offsets) {
+#if DRIVE_WIDTH == 64
+  Four f[4];
+  V<float> lanes[16];
+#pragma GCC unroll 4
+  for (int q = 0; q < 4; ++q) {
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r) f[q].v[r] = read(from + (4 * q + r) * row_stride);
+    f[q] = transpose_blocks(f[q]);
+  }
+  transpose_pieces(f, lanes);
+#pragma GCC unroll 16
+  for (int j = 0; j < 16; ++j) write<float>(to + offsets[j], lanes[j]);
+#else
   constexpr int N = Register<float>::N;
 #pragma GCC unroll 4
   for (int j = 0; j < 16; j += 4) {
@@ -305,29 +329,23 @@ DRIVE_TARGET inline void to_lanes_whole(const float* from, int64_t row_stride, f
       for (int r = 0; r < 4; ++r) write(to + offsets[j + r] + lane, f.v[r]);
     }
   }
+#endif
 }
 
 DRIVE_TARGET inline void from_lanes_whole(const float* from, const int32_t* offsets, float* to,
                                           int64_t row_stride) {
-#if DRIVE_WIDTH == 64  // whole cache lines are stored: half the time of pieces of 16 bytes
+#if DRIVE_WIDTH == 64
   Four f[4];
+  V<float> rows[16];
 #pragma GCC unroll 4
   for (int q = 0; q < 4; ++q) {
 #pragma GCC unroll 4
     for (int r = 0; r < 4; ++r) f[q].v[r] = read(from + offsets[4 * q + r]);
     f[q] = transpose_blocks(f[q]);
   }
-#pragma GCC unroll 4
-  for (int r = 0; r < 4; ++r) {
-    const __m512 a = _mm512_shuffle_f32x4(f[0].v[r], f[1].v[r], 0x44);
-    const __m512 b = _mm512_shuffle_f32x4(f[2].v[r], f[3].v[r], 0x44);
-    const __m512 c = _mm512_shuffle_f32x4(f[0].v[r], f[1].v[r], 0xee);
-    const __m512 d = _mm512_shuffle_f32x4(f[2].v[r], f[3].v[r], 0xee);
-    write<float>(to + r * row_stride, _mm512_shuffle_f32x4(a, b, 0x88));
-    write<float>(to + (r + 4) * row_stride, _mm512_shuffle_f32x4(a, b, 0xdd));
-    write<float>(to + (r + 8) * row_stride, _mm512_shuffle_f32x4(c, d, 0x88));
-    write<float>(to + (r + 12) * row_stride, _mm512_shuffle_f32x4(c, d, 0xdd));
-  }
+  transpose_pieces(f, rows);
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) write<float>(to + i * row_stride, rows[i]);
 #else
   constexpr int N = Register<float>::N;
 #pragma GCC unroll 4
