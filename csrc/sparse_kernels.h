@@ -299,6 +299,10 @@ DRIVE_INLINE void transpose_pieces(const Four (&f)[4], V<float> (&to)[16]) {
 }
 #endif
 
+// Entries that transposes look ahead: the next cache lines of their sixteen rows, too far apart and too
+// many for the hardware to foresee.
+constexpr int kAhead = 16;
+
 // Sixteen rows a power of two apart fall into one set of the cache, which cannot hold them all: each of
 // their lines is touched once, in the AVX-512 variants.
 DRIVE_TARGET inline void to_lanes_whole(const float* from, int64_t row_stride, float* to,
@@ -309,7 +313,11 @@ DRIVE_TARGET inline void to_lanes_whole(const float* from, int64_t row_stride, f
 #pragma GCC unroll 4
   for (int q = 0; q < 4; ++q) {
 #pragma GCC unroll 4
-    for (int r = 0; r < 4; ++r) f[q].v[r] = read(from + (4 * q + r) * row_stride);
+    for (int r = 0; r < 4; ++r) {
+      const float* const row = from + (4 * q + r) * row_stride;
+      __builtin_prefetch(row + kAhead);
+      f[q].v[r] = read(row);
+    }
     f[q] = transpose_blocks(f[q]);
   }
   transpose_pieces(f, lanes);
@@ -345,7 +353,10 @@ DRIVE_TARGET inline void from_lanes_whole(const float* from, const int32_t* offs
   }
   transpose_pieces(f, rows);
 #pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) write<float>(to + i * row_stride, rows[i]);
+  for (int i = 0; i < 16; ++i) {
+    __builtin_prefetch(to + i * row_stride + kAhead, 1);
+    write<float>(to + i * row_stride, rows[i]);
+  }
 #else
   constexpr int N = Register<float>::N;
 #pragma GCC unroll 4

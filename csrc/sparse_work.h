@@ -11,7 +11,7 @@
 namespace drive {
 
 // Of the L2 cache, so much for a piece's input: the rest is for taps and output that stream through.
-constexpr double kShareOfL2 = 0.6;
+constexpr double kShareOfL2 = 0.7;
 
 inline int64_t l2_bytes() {
   static const int64_t bytes = [] {
