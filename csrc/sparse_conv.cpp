@@ -149,7 +149,7 @@ Taps<T> backward_taps(const Conv& conv, const Pattern& pattern, const T* values,
   at::parallel_for(0, conv.in_channels(), grain, [&](int64_t begin, int64_t end) {
     std::vector<Tap<T>*> next(phases);
     for (int64_t c = begin; c < end; ++c) {
-      for (int64_t p = 0; p < phases; ++p) next[p] = taps.taps.get() + taps.start[c * phases + p];
+      for (int64_t p = 0; p < phases; ++p) next[p] = taps.taps + taps.start[c * phases + p];
       for (int64_t k = 0; k < area; ++k) {
         Tap<T>*& tap = next[phase[k]];
         for (int32_t i = pattern.column_start[c * area + k]; i < pattern.column_start[c * area + k + 1]; ++i) {
@@ -206,13 +206,13 @@ at::Tensor forward(const Conv& conv, const at::Tensor& input, const Pattern& pat
     if (moved) {
       Window window = in_window;
       window.move(y0);
-      window_data = scratch<T>(0, window.channel_size() * in.channels);
+      window_data = scratch<T>(kInputScratch, window.channel_size() * in.channels);
       for (int64_t c = 0; c < in.channels; ++c) {
         in.load(block, c, window, window_data + c * window.channel_size());
       }
     }
     Window target({height}, {width}, rows, width, 0, {true});
-    T* const sums = scratch<T>(1, target.channel_size());
+    T* const sums = scratch<T>(kOutputScratch, target.channel_size());
     if (!out.blocked) target.move(y0);
     for (int64_t o = begin; o < end; ++o) {
       Product<T> product{window_data, in_window.pitch(), taps.of(o), taps.count(o), rows, width,
@@ -260,13 +260,13 @@ at::Tensor backward_input(const Conv& conv, const at::Tensor& grad, const at::Te
     if (moved) {
       Window window = in_window;
       window.move(y0 - conv.reach(0));
-      window_data = scratch<T>(0, window.channel_size() * in.channels);
+      window_data = scratch<T>(kInputScratch, window.channel_size() * in.channels);
       for (int64_t o = 0; o < in.channels; ++o) {
         in.load(block, o, window, window_data + o * window.channel_size());
       }
     }
     Window target(y, x, rows, cols, x_first, std::vector<bool>(phases, true));
-    T* const sums = scratch<T>(1, target.channel_size());
+    T* const sums = scratch<T>(kOutputScratch, target.channel_size());
     const bool direct = out.blocked && phases == 1;
     target.move(y0);
     for (int64_t c = begin; c < end; ++c) {
@@ -309,13 +309,13 @@ at::Tensor backward_values(const Conv& conv, const at::Tensor& grad, const at::T
     if (moved) {
       Window window = in_window;
       window.move(y0);
-      window_data = scratch<T>(0, window.channel_size() * in.channels);
+      window_data = scratch<T>(kInputScratch, window.channel_size() * in.channels);
       for (int64_t c = 0; c < in.channels; ++c) {
         in.load(block, c, window, window_data + c * window.channel_size());
       }
     }
     Window source({out.height}, {out.width}, rows, out.width, 0, {true});
-    T* const lanes = scratch<T>(1, source.channel_size());
+    T* const lanes = scratch<T>(kOutputScratch, source.channel_size());
     source.move(y0);
     for (int64_t o = begin; o < end; ++o) {
       if (taps.count(o) == 0) continue;

@@ -120,8 +120,8 @@ template <class T>
 void multiply(const Matrix<T>& in, const Matrix<T>& out, const Pieces& pieces, const Taps<T>& taps, const T* bias) {
   const auto multiply = sparse_kernels<T>().multiply;
   pieces.run([&](int64_t row, int64_t positions, int64_t begin, int64_t end, bool moved) {
-    T* const lanes = scratch<T>(0, in.features * pieces.stride());
-    T* const sums = scratch<T>(1, kFeatures * pieces.stride());
+    T* const lanes = scratch<T>(kInputScratch, in.features * pieces.stride());
+    T* const sums = scratch<T>(kOutputScratch, kFeatures * pieces.stride());
     if (moved) in.load(pieces, row, positions, 0, in.features, lanes);
     for (int64_t f = begin; f < end; f += kFeatures) {
       const int64_t last = std::min(f + kFeatures, end);
@@ -169,8 +169,8 @@ at::Tensor backward_values(const at::Tensor& grad, const at::Tensor& input, cons
                                     pattern.count, pieces.stride());
   const auto sample = sparse_kernels<T>().sample;
   pieces.run([&](int64_t row, int64_t positions, int64_t begin, int64_t end, bool moved) {
-    T* const lanes = scratch<T>(0, in.features * pieces.stride());
-    T* const grads = scratch<T>(1, kFeatures * pieces.stride());
+    T* const lanes = scratch<T>(kInputScratch, in.features * pieces.stride());
+    T* const grads = scratch<T>(kOutputScratch, kFeatures * pieces.stride());
     T* const mine = sums.data_ptr<T>() + (copies == 1 ? 0 : at::get_thread_num() * pattern.count);
     if (moved) in.load(pieces, row, positions, 0, in.features, lanes);
     for (int64_t f = begin; f < end; f += kFeatures) {

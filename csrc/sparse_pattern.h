@@ -7,10 +7,10 @@
 #include <c10/util/Exception.h>
 
 #include <cstdint>
-#include <memory>
 #include <vector>
 
 #include "sparse_isa.h"
+#include "sparse_work.h"
 
 namespace drive {
 
@@ -40,15 +40,16 @@ struct Pattern {
   }
 };
 
-// The taps of every output channel, one after the other.
+// The taps of every output channel, one after the other, in the calling thread's scratch memory: only one
+// list of them is in use at a time.
 template <class T>
 struct Taps {
-  explicit Taps(int64_t n) : taps(new Tap<T>[n]) {}
+  explicit Taps(int64_t n) : taps(scratch<Tap<T>>(kTapScratch, n)) {}
 
-  std::unique_ptr<Tap<T>[]> taps;
+  Tap<T>* taps;
   std::vector<int32_t> start;
 
-  const Tap<T>* of(int64_t channel) const { return taps.get() + start[channel]; }
+  const Tap<T>* of(int64_t channel) const { return taps + start[channel]; }
   int64_t count(int64_t channel) const { return start[channel + 1] - start[channel]; }
 };
 

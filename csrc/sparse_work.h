@@ -25,9 +25,11 @@ inline int64_t l2_bytes() {
 }
 
 // Memory of the calling thread that stays allocated between calls: fresh pages would cost a page fault
-// each, more than the work on them. `slot` tells apart what one piece of work needs at once.
+// each, more than the work on them.
+enum ScratchSlot { kInputScratch, kOutputScratch, kTapScratch, kScratchSlots };
+
 template <class T>
-T* scratch(int slot, int64_t entries) {
+T* scratch(ScratchSlot slot, int64_t entries) {
   struct Free {
     void operator()(void* p) const { std::free(p); }
   };
@@ -35,7 +37,7 @@ T* scratch(int slot, int64_t entries) {
     std::unique_ptr<void, Free> memory;
     size_t bytes = 0;
   };
-  thread_local Room rooms[2];
+  thread_local Room rooms[kScratchSlots];
   Room& room = rooms[slot];
   const size_t bytes = (entries * sizeof(T) + 4095) / 4096 * 4096;
   if (bytes > room.bytes) {
