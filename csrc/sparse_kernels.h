@@ -1,11 +1,9 @@
 // The inner loops of the sparse ops on CPU, included once for each instruction set, with DRIVE_ISA (a
-// namespace), DRIVE_TARGET (a function attribute), DRIVE_WIDTH (of a register, in bytes) and
-// DRIVE_REGISTERS (their number) set.
+// namespace), DRIVE_TARGET and DRIVE_INLINE (function attributes), DRIVE_WIDTH (of a register, in bytes)
+// and DRIVE_REGISTERS (their number) set.
 
 namespace drive {
 namespace DRIVE_ISA {
-
-#define DRIVE_INLINE DRIVE_TARGET __attribute__((always_inline)) static inline
 
 template <class T>
 struct Register {
@@ -408,12 +406,5 @@ SparseKernels<T> sparse_kernels_of() {
   return {&multiply<T>, &sample<T>, &to_lanes<T>, &from_lanes<T>};
 }
 
-#undef DRIVE_INLINE
-
 }  // namespace DRIVE_ISA
 }  // namespace drive
-
-#undef DRIVE_ISA
-#undef DRIVE_WIDTH
-#undef DRIVE_REGISTERS
-#undef DRIVE_TARGET
