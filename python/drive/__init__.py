@@ -1,10 +1,10 @@
 """DRIVE: exact, fused pruning of neural networks before or during training (arXiv 2404.03687)."""
 
-from . import methods, reference, schedules
+from . import methods, reference, schedules, sparse
 from .fused import fused_drive_prune
 from .masks import Masks
 from .prune import prune
 from .result import PruneResult
 
 __version__ = "0.1.0"
-__all__ = ["Masks", "PruneResult", "fused_drive_prune", "methods", "prune", "reference", "schedules"]
+__all__ = ["Masks", "PruneResult", "fused_drive_prune", "methods", "prune", "reference", "schedules", "sparse"]

@@ -1,0 +1,7 @@
+"""Layers that compute with the surviving weights only, and the choice of where they pay."""
+
+from .convert import convert
+from .layers import SparseConv2d, SparseLinear
+from .report import Choice, Report, report
+
+__all__ = ["Choice", "Report", "SparseConv2d", "SparseLinear", "convert", "report"]

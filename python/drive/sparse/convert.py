@@ -1,0 +1,180 @@
+"""drive.sparse.convert: each pruned layer, and the model as a whole, on whatever runs fastest."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..masks import Masks
+from ..targets import unwrap
+from .chains import link, trace
+from .layers import SparseConv2d, SparseLinear
+from .measure import CHANNELS_LAST, estimates, layer_times, model_times
+from .report import Choice, Report, attach
+
+# A sparse layer must win by so much: what is nearly even stays dense, the simpler way.
+_MARGIN = 0.97
+
+
+def convert(
+    model: nn.Module,
+    masks: Masks | Mapping[str, Tensor],
+    example_inputs: Tensor | tuple[Any, ...],
+    deterministic: bool = False,
+) -> nn.Module:
+    """The same model, sharing its parameters and buffers, faster where its masks allow.
+
+    Every Conv2d and Linear with a mask is measured at the shapes that it sees for the example: dense
+    (contiguous and channels_last) and sparse, forward, and with backward if the model is in training mode.
+    Then the whole model is: as it is, in channels_last, and with the winning layers sparse.
+
+    Args:
+        model: on the CPU; its mode, training or evaluation, says what to measure.
+        masks: of its parameters by name; the tensors are shared, so that further pruning is followed.
+        example_inputs: the model's input, or a tuple of its positional arguments.
+        deterministic: choose by a cost model instead of measuring: the same choice on every run.
+
+    Returns:
+        A module with the model's parameters, buffers and state_dict keys; see `report`.
+
+    Raises:
+        ValueError: the masks are not of this model.
+    """
+    model = unwrap(model)
+    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    Masks(masks)._pairs(model, "convert")
+    seen = _inputs_of_layers(model, inputs)
+    sparse: dict[str, nn.Module] = {}
+    choices = []
+    for name, layer in model.named_modules():
+        mask = masks.get(f"{name}.weight" if name else "weight")
+        if mask is None or not isinstance(layer, (nn.Conv2d, nn.Linear)):
+            continue
+        choice, found = _choose(name, layer, mask, seen.get(name), deterministic, model.training)
+        choices.append(choice)
+        if found is not None:
+            sparse[name] = found
+    ways = {"dense": _copied(model), CHANNELS_LAST: _copied(model)}
+    if sparse:
+        chained = _chained(model, sparse)
+        if chained is not None:
+            ways["sparse chains"] = chained
+        ways["sparse layers"] = _replaced(model, sparse)
+    whole: dict[str, float] = {}
+    if deterministic:
+        way = next(w for w in ("sparse chains", "sparse layers", "dense") if w in ways)
+    else:
+        whole = model_times(ways, inputs, model.training)
+        fastest_dense = min(("dense", CHANNELS_LAST), key=whole.__getitem__)
+        way = min(whole, key=whole.__getitem__)
+        if whole[way] > whole[fastest_dense] * _MARGIN:
+            way = fastest_dense
+    result = ways[way]
+    if way == CHANNELS_LAST:
+        result.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    attach(result, Report(choices, whole, way))
+    return result
+
+
+def _choose(
+    name: str, layer: nn.Conv2d | nn.Linear, mask: Tensor, shape: torch.Size | None, deterministic: bool, training: bool
+) -> tuple[Choice, nn.Module | None]:
+    kind: type[SparseConv2d] | type[SparseLinear]
+    kind = SparseConv2d if isinstance(layer, nn.Conv2d) else SparseLinear
+    density = float(mask.sum()) / max(mask.numel(), 1)
+    why, seconds, found = kind.reason_against(layer), {}, None  # type: ignore[arg-type]
+    if type(layer) not in (nn.Conv2d, nn.Linear):
+        why = f"{type(layer).__name__} may compute something else"
+    elif shape is None:
+        why = "not called with the example"
+    elif why is None:
+        found = kind.from_dense(layer, mask)  # type: ignore[arg-type]
+        if deterministic:
+            seconds = estimates(layer, shape, density)
+        else:
+            seconds = layer_times(layer, found, shape, training)
+    fastest = min(seconds, key=seconds.__getitem__, default="dense")
+    best_dense = min((s for kind_, s in seconds.items() if kind_.startswith("dense")), default=0.0)
+    if found is not None and seconds[fastest] > best_dense * _MARGIN:
+        found, fastest = None, min((k for k in seconds if k.startswith("dense")), key=seconds.__getitem__)
+    if deterministic:
+        why, seconds = why or "by the cost model", {}
+    chosen = fastest if why is None or found is not None or deterministic else "dense"
+    return Choice(name, tuple(layer.weight.shape), tuple(shape or ()), density, seconds, chosen, why or ""), found
+
+
+@torch.no_grad()
+def _inputs_of_layers(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, torch.Size]:
+    """Shape of the input of every Conv2d and Linear, in evaluation mode: nothing in the model changes."""
+    seen: dict[str, torch.Size] = {}
+
+    def watch(name: str) -> Any:
+        def hook(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+            if arguments and isinstance(arguments[0], Tensor):
+                seen.setdefault(name, arguments[0].shape)
+
+        return hook
+
+    handles = [
+        layer.register_forward_pre_hook(watch(name))
+        for name, layer in model.named_modules()
+        if isinstance(layer, (nn.Conv2d, nn.Linear))
+    ]
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        model(*inputs)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """A copy of the modules, with the very parameters and buffers."""
+    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)
+
+
+def _replaced(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:
+    if "" in layers:
+        return layers[""]
+    result = _copied(model)
+    for name, layer in layers.items():
+        result.set_submodule(name, _again(layer))
+    return result
+
+
+def _again(layer: nn.Module) -> nn.Module:
+    """The same sparse layer once more, for another model."""
+    assert isinstance(layer, (SparseConv2d, SparseLinear))
+    return type(layer).from_dense(layer, layer.packing.mask)  # type: ignore[arg-type]
+
+
+def _chained(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module | None:
+    """None: torch.fx cannot trace the model, or no convolution would be in a chain."""
+    convolutions = {name for name, layer in layers.items() if isinstance(layer, SparseConv2d)}
+    if not convolutions or "" in layers:
+        return None
+    replaced = _replaced(model, layers)
+    try:
+        traced = trace(replaced)
+    except Exception:  # whatever the model's Python does with a tracer's proxies
+        return None
+    for name, module in replaced.named_modules():
+        if name and not any(name == n for n, _ in traced.named_modules()) and _holds_state(module):
+            return None  # the traced model would lack its keys
+    link(traced, convolutions)
+    for name, module in traced.named_modules():
+        module.training = replaced.get_submodule(name).training
+    return traced
+
+
+def _holds_state(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters(recurse=False)) or any(True for _ in module.buffers(recurse=False))

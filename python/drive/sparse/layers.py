@@ -1,0 +1,193 @@
+"""SparseConv2d and SparseLinear: the dense layers' parameters and keys, the sparse ops' speed."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from .packing import Packing
+
+_M = TypeVar("_M", bound=nn.Module)
+
+
+def _share(cls: type[_M], layer: nn.Module) -> _M:
+    """A module of that class with the very parameters, buffers and hooks of another one."""
+    shared = cls.__new__(cls)
+    shared.__dict__.update({
+        key: value.copy() if isinstance(value, dict) else value for key, value in layer.__dict__.items()
+    })  # fmt: skip
+    return shared
+
+
+def _batch_statistics(norm: nn.BatchNorm2d) -> bool:
+    return norm.training or norm.running_mean is None
+
+
+class SparseConv2d(nn.Conv2d):
+    """A Conv2d that computes with the weights that survive in a mask.
+
+    `weight` stays the dense parameter, and its gradient is 0 where the mask is False. Weights where the
+    mask is False are taken for 0, whatever they are.
+    """
+
+    packing: Packing
+    _norm: tuple[nn.BatchNorm2d, ...] = ()  # what `absorb` took in; in a tuple: no submodule, no new keys
+
+    @classmethod
+    def from_dense(cls, layer: nn.Conv2d, mask: Tensor) -> Self:
+        """The same layer, sharing its parameters.
+
+        Raises:
+            ValueError: the mask's shape is not the weight's, or `reason_against` has one.
+        """
+        if why := cls.reason_against(layer):
+            raise ValueError(f"SparseConv2d: layer must be one that the sparse op covers, got {why}")
+        _check_mask("SparseConv2d", mask, layer.weight)
+        sparse = _share(cls, layer)
+        sparse.packing = Packing(mask, layer.groups)
+        return sparse
+
+    @staticmethod
+    def reason_against(layer: nn.Conv2d) -> str | None:
+        """Why the sparse op cannot compute this layer; None if it can."""
+        if layer.padding_mode != "zeros":
+            return f"padding_mode {layer.padding_mode!r}"
+        if layer.padding == "same" and any(
+            d * (k - 1) % 2 for d, k in zip(layer.dilation, layer.kernel_size, strict=True)
+        ):
+            return "padding 'same' with different sides"
+        return _reason_against_weight(layer.weight)
+
+    def absorb(self, norm: nn.BatchNorm2d) -> None:
+        """In `blocked`, apply this normalisation after the convolution."""
+        self._norm = (norm,)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[N, C, H, W] to [N, O, H', W'], or without N."""
+        if input.dim() == 3:
+            return self.forward(input.unsqueeze(0)).squeeze(0)
+        pattern = self.packing.pattern
+        values, bias = self._packed(())
+        return self._convolve(input, values, pattern, bias)
+
+    def blocked(self, input: Tensor, batch: int, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+        """Convolution, absorbed normalisation, residual and ReLU, all in blocks of 16 images."""
+        pattern = self.packing.pattern
+        if not self._norm:
+            values, bias = self._packed(())
+            return self._convolve(input, values, pattern, bias, residual, relu)
+        norm = self._norm[0]
+        if _batch_statistics(norm):
+            values, bias = self._packed(())
+            return _normed(norm, self._convolve(input, values, pattern, bias), batch, residual, relu)
+        mean, var = norm.running_mean, norm.running_var
+        assert mean is not None and var is not None
+        affine = (mean, var, mean.new_tensor(norm.eps), *_gain_offset(norm, mean))
+        values, bias = self._packed(affine)
+        return self._convolve(input, values, pattern, bias, residual, relu)
+
+    def _packed(self, norm: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None]:
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return self.packing.folded(self.weight, self.bias, norm)
+        values = self.packing.values(self.weight)
+        if not norm:
+            return values, self.bias
+        mean, var, eps, gain, offset = norm
+        scale = gain * (var + eps).rsqrt()
+        values = values * scale.repeat_interleave(self.packing.pattern[0].long().diff())
+        return values, (offset if self.bias is None else offset + self.bias * scale) - mean * scale
+
+    def _convolve(
+        self,
+        input: Tensor,
+        values: Tensor,
+        pattern: list[Tensor],
+        bias: Tensor | None,
+        residual: Tensor | None = None,
+        relu: bool = False,
+    ) -> Tensor:
+        output: Tensor = torch.ops.drive.sparse_conv2d(
+            input, values, pattern, bias, list(self.weight.shape), self.stride, self._padding(), self.dilation,
+            self.groups, residual, relu,
+        )  # fmt: skip
+        return output
+
+    def _padding(self) -> list[int]:
+        if self.padding == "valid":
+            return [0, 0]
+        if self.padding == "same":
+            return [d * (k - 1) // 2 for d, k in zip(self.dilation, self.kernel_size, strict=True)]
+        return [int(p) for p in self.padding]
+
+
+class SparseLinear(nn.Linear):
+    """A Linear that computes with the weights that survive in a mask; see SparseConv2d."""
+
+    packing: Packing
+
+    @classmethod
+    def from_dense(cls, layer: nn.Linear, mask: Tensor) -> Self:
+        """The same layer, sharing its parameters.
+
+        Raises:
+            ValueError: the mask's shape is not the weight's, or `reason_against` has one.
+        """
+        if why := cls.reason_against(layer):
+            raise ValueError(f"SparseLinear: layer must be one that the sparse op covers, got {why}")
+        _check_mask("SparseLinear", mask, layer.weight)
+        sparse = _share(cls, layer)
+        sparse.packing = Packing(mask)
+        return sparse
+
+    @staticmethod
+    def reason_against(layer: nn.Linear) -> str | None:
+        """Why the sparse op cannot compute this layer; None if it can."""
+        return _reason_against_weight(layer.weight)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., I] to [..., O]."""
+        pattern = self.packing.pattern
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            values, bias = self.packing.values(self.weight), self.bias
+        else:
+            values, bias = self.packing.folded(self.weight, self.bias, ())
+        output: Tensor = torch.ops.drive.sparse_linear(input, values, pattern, bias, list(self.weight.shape))
+        return output
+
+
+def _check_mask(op: str, mask: Tensor, weight: Tensor) -> None:
+    if mask.shape != weight.shape:
+        raise ValueError(f"{op}: mask must have shape {tuple(weight.shape)}, got {tuple(mask.shape)}")
+
+
+def _reason_against_weight(weight: Tensor) -> str | None:
+    if weight.dtype not in (torch.float32, torch.float64):
+        return f"{weight.dtype} weights"
+    return f"a weight on {weight.device}" if weight.device.type != "cpu" else None
+
+
+def _gain_offset(norm: nn.BatchNorm2d, like: Tensor) -> tuple[Tensor, Tensor]:
+    if norm.affine:
+        return norm.weight, norm.bias
+    return torch.ones_like(like), torch.zeros_like(like)
+
+
+def _normed(norm: nn.BatchNorm2d, input: Tensor, batch: int, residual: Tensor | None, relu: bool) -> Tensor:
+    """BatchNorm2d by the batch's statistics, which the running ones follow."""
+    gain, offset = _gain_offset(norm, input.new_empty(norm.num_features))
+    output, mean, var = torch.ops.drive.blocked_norm(input, batch, gain, offset, norm.eps, residual, relu)
+    if norm.training and norm.running_mean is not None and norm.running_var is not None:
+        with torch.no_grad():
+            assert norm.num_batches_tracked is not None
+            norm.num_batches_tracked.add_(1)
+            rate = norm.momentum
+            if rate is None:
+                rate = 1 / float(norm.num_batches_tracked)
+            count = batch * input.shape[2] * input.shape[3]
+            norm.running_mean.lerp_(mean, rate)
+            norm.running_var.lerp_(var * (count / max(count - 1, 1)), rate)
+    out: Tensor = output
+    return out
