@@ -22,10 +22,6 @@ def _share(cls: type[_M], layer: nn.Module) -> _M:
     return shared
 
 
-def _batch_statistics(norm: nn.BatchNorm2d) -> bool:
-    return norm.training or norm.running_mean is None
-
-
 class SparseConv2d(nn.Conv2d):
     """A Conv2d that computes with the weights that survive in a mask.
 
@@ -70,41 +66,21 @@ class SparseConv2d(nn.Conv2d):
         if input.dim() == 3:
             return self.forward(input.unsqueeze(0)).squeeze(0)
         pattern = self.packing.pattern
-        values, bias = self._packed(())
-        return self._convolve(input, values, pattern, bias)
+        return self._convolve(input, pattern, *_packed(self))
 
     def blocked(self, input: Tensor, batch: int, residual: Tensor | None = None, relu: bool = False) -> Tensor:
         """Convolution, absorbed normalisation, residual and ReLU, all in blocks of 16 images."""
         pattern = self.packing.pattern
-        if not self._norm:
-            values, bias = self._packed(())
-            return self._convolve(input, values, pattern, bias, residual, relu)
-        norm = self._norm[0]
-        if _batch_statistics(norm):
-            values, bias = self._packed(())
-            return _normed(norm, self._convolve(input, values, pattern, bias), batch, residual, relu)
-        mean, var = norm.running_mean, norm.running_var
-        assert mean is not None and var is not None
-        affine = (mean, var, mean.new_tensor(norm.eps), *_gain_offset(norm, mean))
-        values, bias = self._packed(affine)
-        return self._convolve(input, values, pattern, bias, residual, relu)
-
-    def _packed(self, norm: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None]:
-        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return self.packing.folded(self.weight, self.bias, norm)
-        values = self.packing.values(self.weight)
-        if not norm:
-            return values, self.bias
-        mean, var, eps, gain, offset = norm
-        scale = gain * (var + eps).rsqrt()
-        values = values * scale.repeat_interleave(self.packing.pattern[0].long().diff())
-        return values, (offset if self.bias is None else offset + self.bias * scale) - mean * scale
+        norm = self._norm[0] if self._norm else None
+        if norm is not None and (norm.training or norm.running_mean is None):
+            return _normed(norm, self._convolve(input, pattern, *_packed(self)), batch, residual, relu)
+        return self._convolve(input, pattern, *_packed(self, norm), residual, relu)
 
     def _convolve(
         self,
         input: Tensor,
-        values: Tensor,
         pattern: list[Tensor],
+        values: Tensor,
         bias: Tensor | None,
         residual: Tensor | None = None,
         relu: bool = False,
@@ -150,10 +126,7 @@ class SparseLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """[..., I] to [..., O]."""
         pattern = self.packing.pattern
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            values, bias = self.packing.values(self.weight), self.bias
-        else:
-            values, bias = self.packing.folded(self.weight, self.bias, ())
+        values, bias = _packed(self)
         output: Tensor = torch.ops.drive.sparse_linear(input, values, pattern, bias, list(self.weight.shape))
         return output
 
@@ -169,15 +142,19 @@ def _reason_against_weight(weight: Tensor) -> str | None:
     return f"a weight on {weight.device}" if weight.device.type != "cpu" else None
 
 
-def _gain_offset(norm: nn.BatchNorm2d, like: Tensor) -> tuple[Tensor, Tensor]:
-    if norm.affine:
-        return norm.weight, norm.bias
-    return torch.ones_like(like), torch.zeros_like(like)
+def _packed(
+    layer: SparseConv2d | SparseLinear, norm: nn.BatchNorm2d | None = None
+) -> tuple[Tensor, Tensor | None]:
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return layer.packing.folded(layer.weight, layer.bias, norm)
+    return layer.packing.kept(layer.weight, layer.bias, norm)
 
 
 def _normed(norm: nn.BatchNorm2d, input: Tensor, batch: int, residual: Tensor | None, relu: bool) -> Tensor:
     """BatchNorm2d by the batch's statistics, which the running ones follow."""
-    gain, offset = _gain_offset(norm, input.new_empty(norm.num_features))
+    gain, offset = norm.weight, norm.bias
+    if not norm.affine:
+        gain, offset = input.new_ones(norm.num_features), input.new_zeros(norm.num_features)
     output, mean, var = torch.ops.drive.blocked_norm(input, batch, gain, offset, norm.eps, residual, relu)
     if norm.training and norm.running_mean is not None and norm.running_var is not None:
         with torch.no_grad():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from drive_kernels import sparse as kernels
 
@@ -23,7 +23,7 @@ class Packing:
         self._version = self.mask._version
         self._pattern = kernels.pattern_of(self.mask, self.groups)
         self._index = kernels.index_of(self.mask)
-        self._folded: tuple[object, tuple[Tensor, Tensor | None]] | None = None
+        self._kept: tuple[object, tuple[Tensor, Tensor | None]] | None = None
 
     @property
     def pattern(self) -> list[Tensor]:
@@ -43,20 +43,34 @@ class Packing:
         return values
 
     def folded(
-        self, weight: Tensor, bias: Tensor | None, scale_shift: tuple[Tensor, ...]
+        self, weight: Tensor, bias: Tensor | None, norm: nn.BatchNorm2d | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Packed values and bias, without gradients, of the layer followed by a normalisation.
+        """Packed values and bias of the layer followed by a normalisation with its running statistics."""
+        values = self.values(weight)
+        if norm is None:
+            return values, bias
+        assert norm.running_mean is not None and norm.running_var is not None
+        scale = (norm.running_var + norm.eps).rsqrt()
+        if norm.affine:
+            scale = scale * norm.weight
+        shift = -norm.running_mean * scale
+        if bias is not None:
+            shift = shift + bias * scale
+        if norm.affine:
+            shift = shift + norm.bias
+        return values * scale.repeat_interleave(self._pattern[0].long().diff()), shift
 
-        `scale_shift` is empty or (mean, var, eps, weight, bias) of it. Kept while no tensor changes.
-        """
-        tensors = [t for t in (weight, bias, *scale_shift) if t is not None]
-        key = [(id(t), t.data_ptr(), t._version) for t in tensors]
-        if self._folded is None or self._folded[0] != key:
-            values = self.values(weight.detach())
-            if scale_shift:
-                mean, var, eps, gain, offset = (t.detach() for t in scale_shift)
-                scale = gain * (var + eps).rsqrt()
-                values = values * scale.repeat_interleave(self._pattern[0].long().diff())
-                bias = (offset if bias is None else offset + bias * scale) - mean * scale
-            self._folded = key, (values, bias)
-        return self._folded[1]
+    @torch.no_grad()
+    def kept(
+        self, weight: Tensor, bias: Tensor | None, norm: nn.BatchNorm2d | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The same without gradients, remade only when a tensor has changed."""
+        tensors = (weight, bias, *_tensors(norm))
+        key = [(id(t), t.data_ptr(), t._version) for t in tensors if t is not None]
+        if self._kept is None or self._kept[0] != key:
+            self._kept = key, self.folded(weight, bias, norm)
+        return self._kept[1]
+
+
+def _tensors(norm: nn.BatchNorm2d | None) -> tuple[Tensor | None, ...]:
+    return () if norm is None else (norm.running_mean, norm.running_var, norm.weight, norm.bias)
