@@ -17,7 +17,8 @@ DRIVE = ROOT / "python" / "drive"
 LIBRARY = (
     "files", "targets", "masks", "finite", "result", "fused", "reference", "schedules", "gradients",
     "capture", "feed", "methods.base", "methods.drive", "methods.snip", "methods.magnitude", "methods",
-    "prune",
+    "prune", "sparse.packing", "sparse.layers", "sparse.chains", "sparse.measure", "sparse.report",
+    "sparse.convert", "sparse",
 )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -164,17 +165,10 @@ def _chained(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module | N
         return None
     replaced = _replaced(model, layers)
     try:
-        traced = trace(replaced)
+        graph = trace(replaced)
     except Exception:  # whatever the model's Python does with a tracer's proxies
         return None
-    for name, module in replaced.named_modules():
-        if name and not any(name == n for n, _ in traced.named_modules()) and _holds_state(module):
-            return None  # the traced model would lack its keys
-    link(traced, convolutions)
-    for name, module in traced.named_modules():
-        module.training = replaced.get_submodule(name).training
-    return traced
-
-
-def _holds_state(module: nn.Module) -> bool:
-    return any(True for _ in module.parameters(recurse=False)) or any(True for _ in module.buffers(recurse=False))
+    link(graph, convolutions)
+    # The modules stay in the model's own tree and order, which keys and optimizers go by.
+    replaced.forward = types.MethodType(type(graph).forward, replaced)
+    return replaced
