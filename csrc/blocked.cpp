@@ -42,8 +42,8 @@ at::Tensor to_blocks_cpu(const at::Tensor& input) {
                    ": input must be float32 or float64, got ", input.scalar_type());
   TORCH_CHECK_VALUE(input.dim() == 4, op, ": input must be [N, C, H, W], got ", input.sizes());
   const at::Tensor x = input.contiguous();
-  at::Tensor output = empty_recycled({(x.size(0) + kLanes - 1) / kLanes, x.size(1), x.size(2), x.size(3), kLanes},
-                                     x.options());
+  const int64_t blocks = (x.size(0) + kLanes - 1) / kLanes;
+  at::Tensor output = empty_recycled({blocks, x.size(1), x.size(2), x.size(3), kLanes}, x.options());
   if (output.numel() == 0) return output;
   const Window window = whole_plane(x.size(2), x.size(3));
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), op, [&] {
@@ -109,14 +109,15 @@ struct Channel {
 
 using Normed = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
-Normed blocked_norm_cpu(const at::Tensor& input, int64_t batch, const at::Tensor& weight, const at::Tensor& bias,
+Normed blocked_norm_cpu(const at::Tensor& input, int64_t batch, const at::Tensor& weight,
+                        const at::Tensor& bias,
                         double eps, const std::optional<at::Tensor>& residual, bool relu) {
   constexpr const char* op = "drive::blocked_norm";
   check_blocked(op, "input", input, batch);
   const at::Tensor x = input.contiguous(), w = weight.contiguous(), b = bias.contiguous();
   const at::Tensor r = residual ? residual->contiguous() : at::Tensor();
-  TORCH_CHECK_VALUE(!residual || r.sizes() == x.sizes(), op, ": residual must have shape ", x.sizes(), ", got ",
-                    residual ? r.sizes() : x.sizes());
+  TORCH_CHECK_VALUE(!residual || r.sizes() == x.sizes(), op, ": residual must have shape ", x.sizes(),
+                    ", got ", residual ? r.sizes() : x.sizes());
   at::Tensor output = empty_recycled(x.sizes(), x.options());
   at::Tensor mean = at::empty({x.size(1)}, x.options()), var = at::empty_like(mean);
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), op, [&] {
@@ -141,8 +142,9 @@ Normed blocked_norm_cpu(const at::Tensor& input, int64_t batch, const at::Tensor
         const double shift = b.data_ptr<scalar_t>()[c] - m * scale;
         for (int64_t block = 0; block <= channel.last(); ++block) {
           const scalar_t* const from = channel.plane(block);
-          kernels.affine(from, extra ? extra + (from - in.data) : nullptr, n, channel.spread(block, scale).data(),
-                         channel.spread(block, shift).data(), floor, out.at(block, c));
+          kernels.affine(from, extra ? extra + (from - in.data) : nullptr, n,
+                         channel.spread(block, scale).data(), channel.spread(block, shift).data(), floor,
+                         out.at(block, c));
         }
       }
     });
@@ -179,7 +181,8 @@ NormGradients blocked_norm_backward_cpu(const at::Tensor& grad, const at::Tensor
         const double product = channel.sum([&](int64_t block, scalar_t* products) {
           std::array<scalar_t, kLanes> sums{};
           const int64_t at = channel.plane(block) - in.data;
-          kernels.add_products(from.data + at, out ? out + at : nullptr, in.data + at, n, static_cast<scalar_t>(m),
+          kernels.add_products(from.data + at, out ? out + at : nullptr, in.data + at, n,
+                               static_cast<scalar_t>(m),
                                sums.data(), products);
           for (int lane = 0; lane < channel.lanes(block); ++lane) sum += sums[lane];
         });

@@ -25,7 +25,8 @@ DRIVE_TARGET void add_deviations(const T* x, int64_t count, T center, T* sums) {
 
 // out = max(floor, x * scale[lane] + shift[lane] + residual)
 template <class T>
-DRIVE_TARGET void affine(const T* x, const T* residual, int64_t count, const T* scale, const T* shift, T floor,
+DRIVE_TARGET void affine(const T* x, const T* residual, int64_t count, const T* scale, const T* shift,
+                         T floor,
                          T* out) {
   constexpr int N = Register<T>::N;
   const V<T> low = fill(floor);

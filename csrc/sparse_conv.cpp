@@ -69,7 +69,8 @@ struct Pieces {
 
   Pieces(int64_t blocks_, int64_t places, int64_t channels_, int64_t bytes_a_row, int64_t halo)
       : blocks(blocks_), channels(channels_) {
-    const int64_t fit = static_cast<int64_t>(kShareOfL2 * l2_bytes()) / std::max<int64_t>(bytes_a_row, 1) - halo;
+    const int64_t bytes = static_cast<int64_t>(kShareOfL2 * l2_bytes());
+    const int64_t fit = bytes / std::max<int64_t>(bytes_a_row, 1) - halo;
     tiles = (places + std::max<int64_t>(fit, 1) - 1) / std::max<int64_t>(fit, 1);
     rows = (places + tiles - 1) / tiles;
     tiles = (places + rows - 1) / rows;
@@ -99,9 +100,9 @@ std::vector<int32_t> column_offsets(const Conv& conv, const Window& window) {
   for (int64_t c = 0, i = 0; c < conv.group_channels; ++c) {
     for (int64_t ky = 0; ky < conv.kernel[0]; ++ky) {
       for (int64_t kx = 0; kx < conv.kernel[1]; ++kx, ++i) {
-        offsets[i] = static_cast<int32_t>(
-            c * window.channel_size() + window.slot(conv.phase(0, ky), conv.phase(1, kx)) * window.slot_size() +
-            conv.shift(0, ky) * window.pitch() + conv.shift(1, kx) * kLanes);
+        const int64_t slot = window.slot(conv.phase(0, ky), conv.phase(1, kx));
+        offsets[i] = static_cast<int32_t>(c * window.channel_size() + slot * window.slot_size() +
+                                          conv.shift(0, ky) * window.pitch() + conv.shift(1, kx) * kLanes);
       }
     }
   }
@@ -152,7 +153,8 @@ Taps<T> backward_taps(const Conv& conv, const Pattern& pattern, const T* values,
       for (int64_t p = 0; p < phases; ++p) next[p] = taps.taps + taps.start[c * phases + p];
       for (int64_t k = 0; k < area; ++k) {
         Tap<T>*& tap = next[phase[k]];
-        for (int32_t i = pattern.column_start[c * area + k]; i < pattern.column_start[c * area + k + 1]; ++i) {
+        const int32_t* const range = pattern.column_start + c * area + k;
+        for (int32_t i = range[0]; i < range[1]; ++i) {
           *tap++ = {static_cast<int32_t>(pattern.row[i] * window.channel_size()) + offset[k],
                     values[pattern.packed[i]]};
         }
@@ -216,7 +218,8 @@ at::Tensor forward(const Conv& conv, const at::Tensor& input, const Pattern& pat
     if (!out.blocked) target.move(y0);
     for (int64_t o = begin; o < end; ++o) {
       Product<T> product{window_data, in_window.pitch(), taps.of(o), taps.count(o), rows, width,
-                         sums, target.pitch(), nullptr, epilogue.bias ? epilogue.bias[o] : T(0), epilogue.floor};
+                         sums, target.pitch(), nullptr, epilogue.bias ? epilogue.bias[o] : T(0),
+                         epilogue.floor};
       if (out.blocked) {
         product.out = out.at(block, o) + y0 * width * kLanes;
         if (epilogue.residual) product.start = epilogue.residual + (product.out - out.data);
@@ -242,7 +245,8 @@ at::Tensor backward_input(const Conv& conv, const at::Tensor& grad, const at::Te
   const int64_t y_first = y.place(0), places = y.place(out.height - 1) + 1 - y_first;
   const int64_t x_first = x.place(0), cols = x.place(out.width - 1) + 1 - x_first;
   const auto window_of = [&](int64_t rows) {
-    return Window({in.height}, {in.width}, rows + conv.reach(0), cols + conv.reach(1), x_first - conv.reach(1),
+    return Window({in.height}, {in.width}, rows + conv.reach(0), cols + conv.reach(1),
+                  x_first - conv.reach(1),
                   {true});
   };
   const Window row = window_of(1 - conv.reach(0));
@@ -295,8 +299,8 @@ at::Tensor backward_values(const Conv& conv, const at::Tensor& grad, const at::T
                   out.width + conv.reach(1), 0, conv.used_phases());
   };
   const Window row = window_of(1 - conv.reach(0));
-  const Pieces pieces(in.blocks(), out.height, conv.out_channels, row.channel_size() * in.channels * sizeof(T),
-                      conv.reach(0));
+  const Pieces pieces(in.blocks(), out.height, conv.out_channels,
+                      row.channel_size() * in.channels * sizeof(T), conv.reach(0));
   const Window in_window = window_of(pieces.rows);
   check_reach(in_window, in.channels);
   const Taps<T> taps = forward_taps<T>(conv, pattern, nullptr, in_window);
@@ -321,7 +325,8 @@ at::Tensor backward_values(const Conv& conv, const at::Tensor& grad, const at::T
       if (taps.count(o) == 0) continue;
       if (!out.blocked) out.load(block, o, source, lanes);
       const T* from = out.blocked ? out.at(block, o) + source.first() * kLanes : lanes;
-      sample({window_data, in_window.pitch(), taps.of(o), taps.count(o), rows, out.width, from, source.pitch(),
+      sample({window_data, in_window.pitch(), taps.of(o), taps.count(o), rows, out.width, from,
+              source.pitch(),
               mine + taps.start[o]});
     }
   });
@@ -329,16 +334,17 @@ at::Tensor backward_values(const Conv& conv, const at::Tensor& grad, const at::T
 }
 
 void check_arguments(const char* op, const at::Tensor& input, const at::Tensor& values, at::IntArrayRef shape,
-                     at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
+                     at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+                     int64_t groups) {
   TORCH_CHECK_VALUE(shape.size() == 4, op, ": shape must be that of a weight [O, C / groups, kh, kw], got ",
                     shape);
   TORCH_CHECK_VALUE(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2, op,
-                    ": stride, padding and dilation must be two numbers each, got ", stride, ", ", padding, ", ",
-                    dilation);
+                    ": stride, padding and dilation must be two numbers each, got ", stride, ", ", padding,
+                    ", ", dilation);
   for (int d = 0; d < 2; ++d) {
     TORCH_CHECK_VALUE(stride[d] > 0 && dilation[d] > 0 && padding[d] >= 0 && shape[2 + d] > 0, op,
-                      ": stride, dilation and the kernel's size must be > 0 and padding >= 0, got ", stride, ", ",
-                      dilation, ", ", shape, ", ", padding);
+                      ": stride, dilation and the kernel's size must be > 0 and padding >= 0, got ", stride,
+                      ", ", dilation, ", ", shape, ", ", padding);
   }
   TORCH_CHECK_VALUE(groups > 0 && shape[0] % groups == 0, op, ": groups must divide ", shape[0],
                     " output channels, got ", groups);
@@ -357,7 +363,8 @@ void check_arguments(const char* op, const at::Tensor& input, const at::Tensor& 
 }
 
 at::Tensor sparse_conv2d_cpu(const at::Tensor& input, const at::Tensor& values, at::TensorList pattern,
-                             const std::optional<at::Tensor>& bias, at::IntArrayRef shape, at::IntArrayRef stride,
+                             const std::optional<at::Tensor>& bias, at::IntArrayRef shape,
+                             at::IntArrayRef stride,
                              at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
                              const std::optional<at::Tensor>& residual, bool relu) {
   check_arguments(kOp, input, values, shape, stride, padding, dilation, groups);
@@ -371,7 +378,8 @@ at::Tensor sparse_conv2d_cpu(const at::Tensor& input, const at::Tensor& values, 
   }
   at::Tensor r;
   if (residual) {
-    const auto size = output_size(x, conv.out_channels, conv.out_size(0, x.size(2)), conv.out_size(1, x.size(3)));
+    const auto size = output_size(x, conv.out_channels, conv.out_size(0, x.size(2)),
+                                  conv.out_size(1, x.size(3)));
     TORCH_CHECK_VALUE(x.dim() == 5 && residual->sizes() == at::IntArrayRef(size), kOp,
                       ": residual must be blocked, of shape ", size, ", got ", residual->sizes());
     r = residual->to(x.scalar_type()).contiguous();
@@ -387,7 +395,8 @@ at::Tensor sparse_conv2d_cpu(const at::Tensor& input, const at::Tensor& values, 
 
 using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
-Gradients sparse_conv2d_backward_cpu(const at::Tensor& grad, const at::Tensor& input, const at::Tensor& values,
+Gradients sparse_conv2d_backward_cpu(const at::Tensor& grad, const at::Tensor& input,
+                                     const at::Tensor& values,
                                      at::TensorList pattern, at::IntArrayRef shape, at::IntArrayRef stride,
                                      at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
                                      std::array<bool, 3> needed) {

@@ -58,8 +58,10 @@ template <class T>
 struct BlockedKernels {
   void (*add)(const T* x, int64_t count, T center, T* sums);
   void (*add_squares)(const T* x, int64_t count, T center, T* sums);
-  void (*affine)(const T* x, const T* residual, int64_t count, const T* scale, const T* shift, T floor, T* out);
-  void (*add_products)(const T* grad, const T* out, const T* x, int64_t count, T center, T* sums, T* products);
+  void (*affine)(const T* x, const T* residual, int64_t count, const T* scale, const T* shift, T floor,
+                 T* out);
+  void (*add_products)(const T* grad, const T* out, const T* x, int64_t count, T center, T* sums,
+                       T* products);
   void (*combine)(const T* grad, const T* out, const T* x, int64_t count, const T* scale, const T* slope,
                   const T* shift, T* to, T* masked);
 };

@@ -181,7 +181,8 @@ DRIVE_INLINE void add_sums(const V<float> (&v)[8], float* to) {
   const __m512 halves = _mm512_add_ps(_mm512_shuffle_f32x4(four[0], four[1], 0x44),
                                       _mm512_shuffle_f32x4(four[0], four[1], 0xee));
   const __m256 lo = _mm512_castps512_ps256(halves), hi = _mm512_extractf32x8_ps(halves, 1);
-  const __m256 sums = _mm256_add_ps(_mm256_permute2f128_ps(lo, hi, 0x20), _mm256_permute2f128_ps(lo, hi, 0x31));
+  const __m256 sums = _mm256_add_ps(_mm256_permute2f128_ps(lo, hi, 0x20),
+                                    _mm256_permute2f128_ps(lo, hi, 0x31));
   _mm256_storeu_ps(to, _mm256_add_ps(_mm256_loadu_ps(to), sums));
 }
 #elif DRIVE_WIDTH == 32
@@ -189,7 +190,8 @@ DRIVE_INLINE void add_sums(const V<float> (&v)[8], float* to) {
   __m256 four[2];
 #pragma GCC unroll 2
   for (int i = 0; i < 2; ++i) {
-    four[i] = _mm256_hadd_ps(_mm256_hadd_ps(v[4 * i], v[4 * i + 1]), _mm256_hadd_ps(v[4 * i + 2], v[4 * i + 3]));
+    four[i] = _mm256_hadd_ps(_mm256_hadd_ps(v[4 * i], v[4 * i + 1]),
+                             _mm256_hadd_ps(v[4 * i + 2], v[4 * i + 3]));
   }
   const __m256 sums = _mm256_add_ps(_mm256_permute2f128_ps(four[0], four[1], 0x20),
                                     _mm256_permute2f128_ps(four[0], four[1], 0x31));

@@ -70,7 +70,8 @@ struct Matrix {
   int64_t rows, features;
 
   template <class Move>
-  void each(const Pieces& pieces, int64_t row, int64_t positions, int64_t begin, int64_t end, Move move) const {
+  void each(const Pieces& pieces, int64_t row, int64_t positions, int64_t begin, int64_t end,
+            Move move) const {
     std::array<int32_t, kFeatures> offsets;
     for (int64_t j = 0; j < kFeatures; ++j) offsets[j] = static_cast<int32_t>(j * pieces.stride());
     for (int64_t p = 0; p < positions; ++p) {
@@ -84,15 +85,18 @@ struct Matrix {
   }
 
   void load(const Pieces& pieces, int64_t row, int64_t positions, int64_t begin, int64_t end, T* to) const {
-    each(pieces, row, positions, begin, end, [&](T* at, int lanes, int cols, int64_t offset, const int32_t* o) {
+    const auto move = [&](T* at, int lanes, int cols, int64_t offset, const int32_t* o) {
       sparse_kernels<T>().to_lanes(at, features, lanes, cols, to + offset, o);
-    });
+    };
+    each(pieces, row, positions, begin, end, move);
   }
 
-  void store(const Pieces& pieces, int64_t row, int64_t positions, int64_t begin, int64_t end, const T* from) const {
-    each(pieces, row, positions, begin, end, [&](T* at, int lanes, int cols, int64_t offset, const int32_t* o) {
+  void store(const Pieces& pieces, int64_t row, int64_t positions, int64_t begin, int64_t end,
+             const T* from) const {
+    const auto move = [&](T* at, int lanes, int cols, int64_t offset, const int32_t* o) {
       sparse_kernels<T>().from_lanes(from + offset, o, at, features, lanes, cols);
-    });
+    };
+    each(pieces, row, positions, begin, end, move);
   }
 };
 
@@ -117,7 +121,8 @@ Taps<T> make_taps(const int32_t* start, const int32_t* feature, const int32_t* p
 
 // out = in * taps + bias
 template <class T>
-void multiply(const Matrix<T>& in, const Matrix<T>& out, const Pieces& pieces, const Taps<T>& taps, const T* bias) {
+void multiply(const Matrix<T>& in, const Matrix<T>& out, const Pieces& pieces, const Taps<T>& taps,
+              const T* bias) {
   const auto multiply = sparse_kernels<T>().multiply;
   pieces.run([&](int64_t row, int64_t positions, int64_t begin, int64_t end, bool moved) {
     T* const lanes = scratch<T>(kInputScratch, in.features * pieces.stride());
@@ -126,8 +131,8 @@ void multiply(const Matrix<T>& in, const Matrix<T>& out, const Pieces& pieces, c
     for (int64_t f = begin; f < end; f += kFeatures) {
       const int64_t last = std::min(f + kFeatures, end);
       for (int64_t o = f; o < last; ++o) {
-        multiply({lanes, 0, taps.of(o), taps.count(o), 1, positions, sums + (o - f) * pieces.stride(), 0, nullptr,
-                  bias ? bias[o] : T(0), -std::numeric_limits<T>::infinity()});
+        multiply({lanes, 0, taps.of(o), taps.count(o), 1, positions, sums + (o - f) * pieces.stride(), 0,
+                  nullptr, bias ? bias[o] : T(0), -std::numeric_limits<T>::infinity()});
       }
       out.store(pieces, row, positions, f, last, sums);
     }
@@ -135,12 +140,13 @@ void multiply(const Matrix<T>& in, const Matrix<T>& out, const Pieces& pieces, c
 }
 
 template <class T>
-at::Tensor forward(const at::Tensor& input, const T* values, const Pattern& pattern, const T* bias, int64_t features) {
+at::Tensor forward(const at::Tensor& input, const T* values, const Pattern& pattern, const T* bias,
+                   int64_t features) {
   at::Tensor output = empty_recycled({input.size(0), features}, input.options());
   if (output.numel() == 0) return output;
   const Pieces pieces(input.size(0), input.size(1), features, sizeof(T));
-  const Taps<T> taps = make_taps<T>(pattern.row_start, pattern.column, nullptr, values, features, pattern.count,
-                                    pieces.stride());
+  const Taps<T> taps = make_taps<T>(pattern.row_start, pattern.column, nullptr, values, features,
+                                    pattern.count, pieces.stride());
   multiply(matrix<T>(input), matrix<T>(output), pieces, taps, bias);
   return output;
 }
@@ -207,8 +213,8 @@ at::Tensor sparse_linear_cpu(const at::Tensor& input, const at::Tensor& values, 
   const at::Tensor x = rows_of(input), v = values.contiguous();
   const at::Tensor b = bias ? bias->to(x.scalar_type()).contiguous() : at::Tensor();
   if (bias) {
-    TORCH_CHECK_VALUE(b.dim() == 1 && b.numel() == shape[0], kOp, ": bias must have shape [", shape[0], "], got ",
-                      b.sizes());
+    TORCH_CHECK_VALUE(b.dim() == 1 && b.numel() == shape[0], kOp, ": bias must have shape [", shape[0],
+                      "], got ", b.sizes());
   }
   return AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), kOp, [&] {
     const scalar_t* const offset = bias ? b.data_ptr<scalar_t>() : nullptr;
@@ -218,8 +224,9 @@ at::Tensor sparse_linear_cpu(const at::Tensor& input, const at::Tensor& values, 
 
 using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
-Gradients sparse_linear_backward_cpu(const at::Tensor& grad, const at::Tensor& input, const at::Tensor& values,
-                                     at::TensorList pattern, at::IntArrayRef shape, std::array<bool, 3> needed) {
+Gradients sparse_linear_backward_cpu(const at::Tensor& grad, const at::Tensor& input,
+                                     const at::Tensor& values, at::TensorList pattern,
+                                     at::IntArrayRef shape, std::array<bool, 3> needed) {
   check_arguments(input, values, shape);
   const Pattern where(kOp, pattern, shape[0], shape[1], values);
   const at::Tensor none = at::empty({0}, input.options());
@@ -233,7 +240,8 @@ Gradients sparse_linear_backward_cpu(const at::Tensor& grad, const at::Tensor& i
   const at::Tensor g = rows_of(grad), x = rows_of(input), v = values.contiguous();
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), kOp, [&] {
     if (needed[0]) {
-      std::get<0>(gradients) = backward_input<scalar_t>(g, v.data_ptr<scalar_t>(), where, shape[1]).view(input.sizes());
+      const at::Tensor found = backward_input<scalar_t>(g, v.data_ptr<scalar_t>(), where, shape[1]);
+      std::get<0>(gradients) = found.view(input.sizes());
     }
     if (needed[1]) std::get<1>(gradients) = backward_values<scalar_t>(g, x, where);
   });

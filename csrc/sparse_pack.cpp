@@ -38,8 +38,8 @@ at::Tensor sparse_gather_cpu(const at::Tensor& weight, const at::Tensor& index) 
 // cache: the index is in ascending order.
 at::Tensor sparse_scatter_cpu(const at::Tensor& values, const at::Tensor& index, at::IntArrayRef shape) {
   check_index("drive::sparse_scatter", index);
-  TORCH_CHECK_VALUE(values.numel() == index.numel(), "drive::sparse_scatter: values must have ", index.numel(),
-                    " entries, got ", values.numel());
+  TORCH_CHECK_VALUE(values.numel() == index.numel(), "drive::sparse_scatter: values must have ",
+                    index.numel(), " entries, got ", values.numel());
   const at::Tensor v = values.contiguous();
   at::Tensor dense = empty_recycled(shape, v.options());
   AT_DISPATCH_FLOATING_TYPES(v.scalar_type(), "drive::sparse_scatter", [&] {
@@ -51,7 +51,8 @@ at::Tensor sparse_scatter_cpu(const at::Tensor& values, const at::Tensor& index,
       for (int64_t part = begin; part < end; ++part) {
         const int64_t first = part * kGrain, stop = std::min(first + kGrain, dense.numel());
         std::fill(to + first, to + stop, scalar_t(0));
-        for (const int64_t* i = std::lower_bound(at, last, first); i < last && *i < stop; ++i) to[*i] = from[i - at];
+        const int64_t* i = std::lower_bound(at, last, first);
+        for (; i < last && *i < stop; ++i) to[*i] = from[i - at];
       }
     });
   });

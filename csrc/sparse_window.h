@@ -68,7 +68,9 @@ class Window {
   // Positions that lie outside the plane.
   const std::vector<int32_t>& holes() const { return holes_; }
   // Are the pixels of each of the plane's rows neighbours in the window?
-  bool whole_rows() const { return x_.stride == 1 && x_.place(0) >= col0_ && x_.place(x_.size - 1) < col0_ + cols_; }
+  bool whole_rows() const {
+    return x_.stride == 1 && x_.place(0) >= col0_ && x_.place(x_.size - 1) < col0_ + cols_;
+  }
   int64_t width() const { return x_.size; }
 
  private:

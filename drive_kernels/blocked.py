@@ -38,7 +38,8 @@ _library.define(
 def to_blocks_reference(input: Tensor) -> Tensor:
     """What drive::to_blocks means, in plain PyTorch."""
     padded = F.pad(input, (0, 0, 0, 0, 0, 0, 0, -input.shape[0] % LANES))
-    return padded.unflatten(0, (padded.shape[0] // LANES, LANES)).permute(0, 2, 3, 4, 1).contiguous()
+    blocks: Tensor = padded.view(padded.shape[0] // LANES, LANES, *padded.shape[1:])
+    return blocks.permute(0, 2, 3, 4, 1).contiguous()
 
 
 def from_blocks_reference(input: Tensor, batch: int) -> Tensor:
@@ -82,7 +83,12 @@ def norm_backward_reference(
         plain, from_blocks_reference(input, batch), weight, None, None, mean, (var + eps).rsqrt(), True, eps,
         [True, True, True],
     )  # fmt: skip
-    return to_blocks_reference(found[0]), found[1], found[2], masked.clone() if residual else grad.new_empty(0)
+    return (
+        to_blocks_reference(found[0]),
+        found[1],
+        found[2],
+        masked.clone() if residual else grad.new_empty(0),
+    )
 
 
 def _norm_fake(

@@ -95,7 +95,9 @@ def dense_weight(values: Tensor, pattern: Sequence[Tensor], shape: Sequence[int]
     columns = 1
     for size in shape[1:]:
         columns *= size
-    return values.new_zeros(shape[0] * columns).index_put((rows * columns + column,), values).view(list(shape))
+    return (
+        values.new_zeros(shape[0] * columns).index_put((rows * columns + column,), values).view(list(shape))
+    )
 
 
 def conv2d_reference(
@@ -113,7 +115,9 @@ def conv2d_reference(
 ) -> Tensor:
     """What drive::sparse_conv2d means, in plain PyTorch."""
     weight = dense_weight(values, pattern, shape)
-    plain = input if input.dim() == 4 else blocked.from_blocks_reference(input, input.shape[0] * blocked.LANES)
+    plain = (
+        input if input.dim() == 4 else blocked.from_blocks_reference(input, input.shape[0] * blocked.LANES)
+    )
     output = F.conv2d(plain, weight, bias, list(stride), list(padding), list(dilation), groups)
     if input.dim() == 5:
         output = blocked.to_blocks_reference(output)
@@ -183,7 +187,9 @@ def _gradients(
     row_start, column = pattern[0].long(), pattern[1].long()
     to_values = None
     if to_weight is not None:
-        rows = torch.repeat_interleave(torch.arange(to_weight.shape[0], device=empty.device), row_start.diff())
+        rows = torch.repeat_interleave(
+            torch.arange(to_weight.shape[0], device=empty.device), row_start.diff()
+        )
         to_values = to_weight.flatten(1)[rows, column]
     found = (to_input, to_values, to_bias)
     return tuple(g if n and g is not None else empty.clone() for n, g in zip(needed, found, strict=True))  # type: ignore[return-value]
@@ -217,7 +223,9 @@ def _conv2d_fake(
     size = list(input.shape)
     size[1] = shape[0]
     for d in range(2):
-        size[2 + d] = (input.shape[2 + d] + 2 * padding[d] - dilation[d] * (shape[2 + d] - 1) - 1) // stride[d] + 1
+        size[2 + d] = (input.shape[2 + d] + 2 * padding[d] - dilation[d] * (shape[2 + d] - 1) - 1) // stride[
+            d
+        ] + 1
     return input.new_empty(size)
 
 

@@ -28,7 +28,9 @@ class Residual(nn.Module):
         self.bn2 = nn.BatchNorm2d(outputs, momentum=None)
         self.short = None
         if stride > 1:
-            self.short = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs, affine=False))
+            self.short = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs, affine=False)
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         same = x if self.short is None else self.short(x)
@@ -94,7 +96,9 @@ def chained(model: nn.Module, masks: drive.Masks) -> nn.Module:
 
 def assert_same_training(ours: nn.Module, dense: nn.Module, masks: drive.Masks, steps: int = 3) -> None:
     """The same losses, weights, statistics and optimizer state, step by step."""
-    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3) for m in (ours, dense)]
+    optimizers = [
+        torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3) for m in (ours, dense)
+    ]
     handles = [masks.attach(m, o) for m, o in zip((ours, dense), optimizers, strict=True)]
     for seed in range(steps):
         generator = torch.Generator().manual_seed(seed)
@@ -164,7 +168,11 @@ def test_kept_values_follow_the_weights():
     ours, x = chained(model, masks), torch.randn(4, 3, 16, 16, dtype=torch.float64)
     with torch.no_grad():
         ours(x)
-        for tensor in (model.blocks[0].conv1.weight, model.blocks[0].bn1.bias, model.blocks[1].short[1].running_mean):
+        for tensor in (
+            model.blocks[0].conv1.weight,
+            model.blocks[0].bn1.bias,
+            model.blocks[1].short[1].running_mean,
+        ):
             tensor.mul_(0.5).add_(tensor.roll(1, 0) * 0.1)
             masks.apply_(model)
             torch.testing.assert_close(ours(x), model(x), **TOLERANCE)
@@ -207,7 +215,9 @@ def test_unbatched_image():
 @pytest.mark.parametrize("model", (Small, Untraceable))
 def test_convert(model: type[nn.Module], training: bool, monkeypatch: pytest.MonkeyPatch):
     """Layers this small may win either way: sparse ones are made to, the whole model is measured."""
-    monkeypatch.setattr(sys.modules["drive.sparse.convert"], "layer_times", lambda *_: {"dense": 2.0, "sparse": 1.0})
+    monkeypatch.setattr(
+        sys.modules["drive.sparse.convert"], "layer_times", lambda *_: {"dense": 2.0, "sparse": 1.0}
+    )
     dense, masks = pruned(model())
     dense.train(training)
     before = copy.deepcopy(dense.state_dict())
@@ -244,7 +254,9 @@ def test_dense_layers_stay_dense():
     """At full density on one image the sparse op cannot win."""
     layer = nn.Conv2d(64, 64, 3, padding=1)
     mask = torch.ones_like(layer.weight, dtype=torch.bool)
-    choice, sparse = _choose("conv", layer, mask, torch.Size((1, 64, 16, 16)), deterministic=False, training=False)
+    choice, sparse = _choose(
+        "conv", layer, mask, torch.Size((1, 64, 16, 16)), deterministic=False, training=False
+    )
     assert sparse is None
     assert choice.chosen.startswith("dense")
 

@@ -42,7 +42,9 @@ class Conv:
     def options(self) -> tuple[object, ...]:
         return self.shape, self.stride, self.padding, self.dilation, self.groups
 
-    def inputs(self, dtype: torch.dtype, density: float, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def inputs(
+        self, dtype: torch.dtype, density: float, seed: int = 0
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """input, dense weight, bias, mask"""
         generator = torch.Generator().manual_seed(seed)
         mask = torch.rand(self.shape, generator=generator) < density
@@ -240,14 +242,23 @@ def assert_norm_right(batch: int, dtype: torch.dtype, residual: bool, relu: bool
     generator = torch.Generator().manual_seed(2)
     x, extra, grad = (torch.randn(batch, 3, 7, 5, generator=generator, dtype=dtype) for _ in range(3))
     x = x * 2 + 3
-    gain, offset = torch.randn(3, generator=generator, dtype=dtype), torch.randn(3, generator=generator, dtype=dtype)
+    gain, offset = (
+        torch.randn(3, generator=generator, dtype=dtype),
+        torch.randn(3, generator=generator, dtype=dtype),
+    )
     theirs, ours = leaves(x, gain, offset, extra), leaves(x, gain, offset, extra)
     expected = F.batch_norm(theirs[0], None, None, theirs[1], theirs[2], True)
     expected = expected + theirs[3] if residual else expected
     expected = expected.relu() if relu else expected
     expected.backward(grad)
     in_blocks, mean, var = ops.blocked_norm(
-        ops.to_blocks(ours[0]), batch, ours[1], ours[2], 1e-5, ops.to_blocks(ours[3]) if residual else None, relu
+        ops.to_blocks(ours[0]),
+        batch,
+        ours[1],
+        ours[2],
+        1e-5,
+        ops.to_blocks(ours[3]) if residual else None,
+        relu,
     )
     assert not in_blocks.permute(0, 4, 1, 2, 3).flatten(0, 1)[batch:].any(), "lanes beyond the batch are 0"
     found = ops.from_blocks(in_blocks, batch)
@@ -297,8 +308,8 @@ def samples() -> list[tuple[object, tuple[object, ...]]]:
     return [
         (ops.sparse_conv2d, (x, values, pattern, bias, *conv.options)),
         (ops.sparse_conv2d, (in_blocks, values, pattern, None, *conv.options, output.requires_grad_(), True)),
-        (ops.sparse_conv2d_backward, (output.detach(), in_blocks.detach(), values.detach(), pattern, *conv.options,
-                                      [True, True, True])),
+        (ops.sparse_conv2d_backward, (output.detach(), in_blocks.detach(), values.detach(), pattern,
+                                      *conv.options, [True, True, True])),
         (ops.sparse_linear, (row, entries, sparse.pattern_of(flat), bias, [6, 9])),
         (ops.sparse_linear_backward, (torch.randn(3, 6, dtype=torch.float64), row.detach(), entries.detach(),
                                       sparse.pattern_of(flat), [6, 9], [True, False, True])),
@@ -355,8 +366,8 @@ def test_references_agree(index: int):
 def good() -> dict[str, object]:
     x, weight, bias, mask = Conv(2, 4, 6, 5, 5).inputs(torch.float32, 0.5)
     return {
-        "input": x, "values": weight[mask], "pattern": sparse.pattern_of(mask), "bias": bias, "shape": [6, 4, 3, 3],
-        "stride": [1, 1], "padding": [1, 1], "dilation": [1, 1], "groups": 1,
+        "input": x, "values": weight[mask], "pattern": sparse.pattern_of(mask), "bias": bias,
+        "shape": [6, 4, 3, 3], "stride": [1, 1], "padding": [1, 1], "dilation": [1, 1], "groups": 1,
     }  # fmt: skip
 
 
@@ -364,7 +375,11 @@ def good() -> dict[str, object]:
     ("changed", "error", "message"),
     (
         ({"input": torch.ones(2, 3, 5, 5)}, ValueError, "input must have 4 channels, got 3"),
-        ({"input": torch.ones(2, 4, 5)}, ValueError, r"input must be \[N, C, H, W\] or blocked .*, got \[2, 4, 5\]"),
+        (
+            {"input": torch.ones(2, 4, 5)},
+            ValueError,
+            r"input must be \[N, C, H, W\] or blocked .*, got \[2, 4, 5\]",
+        ),
         ({"input": torch.ones(2, 4, 5, 5).int()}, TypeError, "input must be float32 or float64, got Int"),
         ({"values": torch.ones(3)}, ValueError, r"pattern\[1\] must be contiguous with 3 entries"),
         ({"values": torch.ones(3).double()}, TypeError, "values must be Float, as input is, got Double"),

@@ -7,4 +7,13 @@ from .prune import prune
 from .result import PruneResult
 
 __version__ = "0.1.0"
-__all__ = ["Masks", "PruneResult", "fused_drive_prune", "methods", "prune", "reference", "schedules", "sparse"]
+__all__ = [
+    "Masks",
+    "PruneResult",
+    "fused_drive_prune",
+    "methods",
+    "prune",
+    "reference",
+    "schedules",
+    "sparse",
+]

@@ -1,8 +1,8 @@
 """Chains: sparse convolutions of a traced model, with what lies between them, in the blocked layout.
 
-    1. What follows a sparse convolution - normalisation, addition, ReLU - becomes part of it.
-    2. In the order of the graph, each node that can work in blocks and has an input in blocks does so;
-       conversions stand where the two layouts meet.
+1. What follows a sparse convolution - normalisation, addition, ReLU - becomes part of it.
+2. In the order of the graph, each node that can work in blocks and has an input in blocks does so;
+   conversions stand where the two layouts meet.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ def _pooled(pool: nn.Module, input: Tensor) -> Tensor:
     """A pooling in blocks: a plane and its lanes are an image in channels_last with 16 channels."""
     blocks, channels = input.shape[:2]
     output: Tensor = pool(input.flatten(0, 1).permute(0, 3, 1, 2))
-    return output.permute(0, 2, 3, 1).contiguous().unflatten(0, (blocks, channels))
+    output = output.permute(0, 2, 3, 1).contiguous()
+    return output.view(blocks, channels, *output.shape[1:])
 
 
 def _batch_of(input: Tensor) -> int:
@@ -102,9 +103,7 @@ def _is_add(node: fx.Node | None) -> bool:
     )
 
 
-def _absorb_followers(
-    graph: fx.Graph, conv: fx.Node, modules: dict[str, nn.Module], once: set[str]
-) -> None:
+def _absorb_followers(graph: fx.Graph, conv: fx.Node, modules: dict[str, nn.Module], once: set[str]) -> None:
     """(Step 1) One node of convolution, normalisation, addition and ReLU, as far as they follow."""
     module = modules[str(conv.target)]
     assert isinstance(module, SparseConv2d)

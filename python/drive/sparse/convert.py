@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..masks import Masks
-from ..targets import unwrap
+from drive.masks import Masks
+from drive.targets import unwrap
+
 from .chains import link, trace
 from .layers import SparseConv2d, SparseLinear
 from .measure import CHANNELS_LAST, estimates, layer_times, model_times
@@ -59,30 +60,36 @@ def convert(
         choices.append(choice)
         if found is not None:
             sparse[name] = found
-    ways = {"dense": _copied(model), CHANNELS_LAST: _copied(model)}
+    ways: dict[str, nn.Module] = {"dense": _copied(model), CHANNELS_LAST: _copied(model)}
     if sparse:
         chained = _chained(model, sparse)
         if chained is not None:
             ways["sparse chains"] = chained
         ways["sparse layers"] = _replaced(model, sparse)
     whole: dict[str, float] = {}
+    way: str
     if deterministic:
         way = next(w for w in ("sparse chains", "sparse layers", "dense") if w in ways)
     else:
         whole = model_times(ways, inputs, model.training)
-        fastest_dense = min(("dense", CHANNELS_LAST), key=whole.__getitem__)
-        way = min(whole, key=whole.__getitem__)
+        fastest_dense = min(("dense", CHANNELS_LAST), key=lambda w: whole[w])
+        way = min(whole, key=lambda w: whole[w])
         if whole[way] > whole[fastest_dense] * _MARGIN:
             way = fastest_dense
     result = ways[way]
     if way == CHANNELS_LAST:
-        result.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        result.to(memory_format=torch.channels_last)
     attach(result, Report(choices, whole, way))
     return result
 
 
 def _choose(
-    name: str, layer: nn.Conv2d | nn.Linear, mask: Tensor, shape: torch.Size | None, deterministic: bool, training: bool
+    name: str,
+    layer: nn.Conv2d | nn.Linear,
+    mask: Tensor,
+    shape: torch.Size | None,
+    deterministic: bool,
+    training: bool,
 ) -> tuple[Choice, nn.Module | None]:
     kind: type[SparseConv2d] | type[SparseLinear]
     kind = SparseConv2d if isinstance(layer, nn.Conv2d) else SparseLinear
@@ -105,7 +112,9 @@ def _choose(
     if deterministic:
         why, seconds = why or "by the cost model", {}
     chosen = fastest if why is None or found is not None or deterministic else "dense"
-    return Choice(name, tuple(layer.weight.shape), tuple(shape or ()), density, seconds, chosen, why or ""), found
+    return Choice(
+        name, tuple(layer.weight.shape), tuple(shape or ()), density, seconds, chosen, why or ""
+    ), found
 
 
 @torch.no_grad()

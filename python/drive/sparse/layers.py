@@ -68,7 +68,9 @@ class SparseConv2d(nn.Conv2d):
         pattern = self.packing.pattern
         return self._convolve(input, pattern, *_packed(self))
 
-    def blocked(self, input: Tensor, batch: int, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+    def blocked(
+        self, input: Tensor, batch: int, residual: Tensor | None = None, relu: bool = False
+    ) -> Tensor:
         """Convolution, absorbed normalisation, residual and ReLU, all in blocks of 16 images."""
         pattern = self.packing.pattern
         norm = self._norm[0] if self._norm else None
@@ -86,8 +88,8 @@ class SparseConv2d(nn.Conv2d):
         relu: bool = False,
     ) -> Tensor:
         output: Tensor = torch.ops.drive.sparse_conv2d(
-            input, values, pattern, bias, list(self.weight.shape), self.stride, self._padding(), self.dilation,
-            self.groups, residual, relu,
+            input, values, pattern, bias, list(self.weight.shape), self.stride, self._padding(),
+            self.dilation, self.groups, residual, relu,
         )  # fmt: skip
         return output
 
@@ -152,7 +154,8 @@ def _packed(
 
 def _normed(norm: nn.BatchNorm2d, input: Tensor, batch: int, residual: Tensor | None, relu: bool) -> Tensor:
     """BatchNorm2d by the batch's statistics, which the running ones follow."""
-    gain, offset = norm.weight, norm.bias
+    gain: Tensor = norm.weight
+    offset: Tensor = norm.bias
     if not norm.affine:
         gain, offset = input.new_ones(norm.num_features), input.new_zeros(norm.num_features)
     output, mean, var = torch.ops.drive.blocked_norm(input, batch, gain, offset, norm.eps, residual, relu)

@@ -37,7 +37,9 @@ class Report:
         lines = [f"{'layer':<{width}}  {'weight':>16}  {'density':>7}{head}  chosen"]
         for choice in self.choices:
             cells = "".join(
-                f"{choice.seconds[kind] * 1e3:>{len(kind) + 5}.3f}" if kind in choice.seconds else " " * (len(kind) + 5)
+                f"{choice.seconds[kind] * 1e3:>{len(kind) + 5}.3f}"
+                if kind in choice.seconds
+                else " " * (len(kind) + 5)
                 for kind in kinds
             )
             shape = "x".join(map(str, choice.shape))
