@@ -52,15 +52,17 @@ def layer_times(dense: nn.Module, sparse: nn.Module, shape: torch.Size, training
 
 
 def model_times(ways: Mapping[str, nn.Module], inputs: tuple[Any, ...], training: bool) -> dict[str, float]:
-    """Seconds a call of the whole model in each of these ways; the models stay as they are."""
+    """Seconds a call of the whole model in each of these ways; the models stay as they are.
+
+    All are called with the very inputs, as the model will be: a way that wants another layout pays for it.
+    """
     runs = {}
     with torch.random.fork_rng(devices=[]):
         for way, model in ways.items():
-            model, given = copy.deepcopy(model), inputs
+            model = copy.deepcopy(model)
             if way == CHANNELS_LAST:
                 model.to(memory_format=torch.channels_last)
-                given = tuple(_channels_last(value) for value in inputs)
-            runs[way] = _model_run(model, given, training)
+            runs[way] = _model_run(model, inputs, training)
         return interleaved(runs)
 
 
@@ -78,12 +80,6 @@ def estimates(layer: nn.Conv2d | nn.Linear, shape: torch.Size, density: float) -
     products = weights * positions / 16
     moved = (shape.numel() + outputs * positions) / 16
     return {"dense": products * 0.55, "sparse": products * density * 1.5 + moved * 6}
-
-
-def _channels_last(value: Any) -> Any:
-    if isinstance(value, Tensor) and value.dim() == 4:
-        return value.contiguous(memory_format=torch.channels_last)
-    return value
 
 
 def _run(
