@@ -31,7 +31,7 @@ void check_blocked(const char* op, const char* argument, const at::Tensor& t, in
 int64_t plane_grain(int64_t plane) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(plane, 1)); }
 
 Window whole_plane(int64_t height, int64_t width) {
-  Window window({height}, {width}, height, width, 0, {true});
+  Window window(kLanes, {height}, {width}, height, width, 0, {true});
   window.move(0);
   return window;
 }

@@ -1,15 +1,15 @@
 // drive::sparse_conv2d on CPU: direct convolution by the non-zeros of the weight.
 //
-//   1. Pieces: a block of 16 images, the lanes, and some rows of the output, so few that the part of the
-//      input that they need stays in the L2 cache.
+//   1. Pieces: a block of 16 images, the lanes, or one image whose pixels are, and some rows of the output,
+//      so few that the part of the input that they need stays in the L2 cache.
 //   2. The input of a piece is copied into a Window: padded, lanes innermost, phases apart. There every
 //      non-zero ("tap") is one offset.
 //   3. For each output channel a tile of sums is kept in registers while its taps are walked: one broadcast
 //      of the value, one FMA with a load for each 16 outputs. No index an element, only one a non-zero.
-//   4. The sums go to their place in the output, transposed if it is [N, C, H, W].
+//   4. The sums go to their place in the output, transposed if it is [N, C, H, W] and lanes are images.
 //
 // The gradient to the input is the same with the taps sorted by input channel. The gradient to the weight
-// is a dot product a tap, of the gradient to the output with the shifted window.
+// is a dot product a tap, of the same shifted window with the input.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -79,16 +79,23 @@ struct Pieces {
                          ? 1 : std::min(threads, channels);
   }
 
-  // body(block, tile, first channel, last channel, is the window another one than before?)
-  template <class Body>
-  void run(const Body& body) const {
+  // One of the pieces: of the output's channels, those from begin to end.
+  struct Piece {
+    int64_t block, tile, begin, end;
+    bool moved;  // is its input another one than before?
+  };
+
+  // make(): what works on the pieces of one thread, one after the other.
+  template <class Make>
+  void run(const Make& make) const {
     at::parallel_for(0, blocks * tiles * channel_groups, 1, [&](int64_t begin, int64_t end) {
+      auto work = make();
       int64_t before = -1;
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t window = i / channel_groups, group = i % channel_groups;
-        body(window / tiles, window % tiles, channels * group / channel_groups,
-             channels * (group + 1) / channel_groups, window != before);
-        before = window;
+        const int64_t input = i / channel_groups, group = i % channel_groups;
+        work(Piece{input % blocks, input / blocks, channels * group / channel_groups,
+                   channels * (group + 1) / channel_groups, input != before});
+        before = input;
       }
     });
   }
@@ -102,7 +109,8 @@ std::vector<int32_t> column_offsets(const Conv& conv, const Window& window) {
       for (int64_t kx = 0; kx < conv.kernel[1]; ++kx, ++i) {
         const int64_t slot = window.slot(conv.phase(0, ky), conv.phase(1, kx));
         offsets[i] = static_cast<int32_t>(c * window.channel_size() + slot * window.slot_size() +
-                                          conv.shift(0, ky) * window.pitch() + conv.shift(1, kx) * kLanes);
+                                          conv.shift(0, ky) * window.pitch() +
+                                          conv.shift(1, kx) * window.entry());
       }
     }
   }
@@ -120,26 +128,29 @@ Taps<T> forward_taps(const Conv& conv, const Pattern& pattern, const T* values, 
     for (int64_t o = begin; o < end; ++o) {
       const int32_t base = static_cast<int32_t>(o / (conv.out_channels / conv.groups) * group_size);
       for (int32_t i = pattern.row_start[o]; i < pattern.row_start[o + 1]; ++i) {
-        taps.taps[i] = {base + offsets[pattern.column[i]], values ? values[i] : T(0)};
+        taps.taps[i] = {base + offsets[pattern.column[i]], values[i]};
       }
     }
   });
   return taps;
 }
 
-// Taps of each input channel's phases, in a window on the gradient to the output.
+// Taps of each input channel's phases, in a window on the gradient to the output; `packed`: which of the
+// packed values each is.
 template <class T>
-Taps<T> backward_taps(const Conv& conv, const Pattern& pattern, const T* values, const Window& window) {
+Taps<T> backward_taps(const Conv& conv, const Pattern& pattern, const T* values, const Window& window,
+                      std::vector<int32_t>& packed) {
   const int64_t phases = conv.stride[0] * conv.stride[1], area = conv.area();
   std::vector<int32_t> offset(area), phase(area);
   for (int64_t ky = 0, i = 0; ky < conv.kernel[0]; ++ky) {
     for (int64_t kx = 0; kx < conv.kernel[1]; ++kx, ++i) {
       offset[i] = static_cast<int32_t>((conv.reach(0) - conv.shift(0, ky)) * window.pitch() +
-                                       (conv.reach(1) - conv.shift(1, kx)) * kLanes);
+                                       (conv.reach(1) - conv.shift(1, kx)) * window.entry());
       phase[i] = static_cast<int32_t>(conv.phase(0, ky) * conv.stride[1] + conv.phase(1, kx));
     }
   }
   Taps<T> taps(pattern.count);
+  packed.resize(pattern.count);
   taps.start.assign(conv.in_channels() * phases + 1, 0);
   for (int64_t c = 0; c < conv.in_channels(); ++c) {
     const int32_t* start = pattern.column_start + c * area;
@@ -155,6 +166,7 @@ Taps<T> backward_taps(const Conv& conv, const Pattern& pattern, const T* values,
         Tap<T>*& tap = next[phase[k]];
         const int32_t* const range = pattern.column_start + c * area + k;
         for (int32_t i = range[0]; i < range[1]; ++i) {
+          packed[tap - taps.taps] = pattern.packed[i];
           *tap++ = {static_cast<int32_t>(pattern.row[i] * window.channel_size()) + offset[k],
                     values[pattern.packed[i]]};
         }
@@ -182,17 +194,22 @@ struct Epilogue {
   T floor = -std::numeric_limits<T>::infinity();
 };
 
+// Can lanes be pixels, so that [N, C, H, W] needs no transposing? Narrower planes would leave lanes idle.
+bool by_pixels(const Conv& conv, int64_t in_width, int64_t out_width) {
+  return conv.stride[0] == 1 && conv.stride[1] == 1 && in_width == out_width && in_width % kLanes == 0;
+}
+
 template <class T>
 at::Tensor forward(const Conv& conv, const at::Tensor& input, const Pattern& pattern, const T* values,
                    const Epilogue<T>& epilogue) {
   const int64_t height = conv.out_size(0, input.size(2)), width = conv.out_size(1, input.size(3));
   at::Tensor output = empty_recycled(output_size(input, conv.out_channels, height, width), input.options());
   if (output.numel() == 0) return output;
-  const Images<T> in(input), out(output);
-  const int64_t cols = width + conv.reach(1);
+  const bool pixels = by_pixels(conv, input.size(3), width);
+  const Images<T> in(input, pixels), out(output, pixels);
   const auto window_of = [&](int64_t rows) {
-    return Window(conv.in_axis(0, in.height), conv.in_axis(1, in.width), rows + conv.reach(0), cols, 0,
-                  conv.used_phases());
+    return Window(in.entry(), conv.in_axis(0, in.height), conv.in_axis(1, in.width), rows + conv.reach(0),
+                  width + conv.reach(1), 0, conv.used_phases());
   };
   const Window row = window_of(1 - conv.reach(0));
   const Pieces pieces(in.blocks(), height, conv.out_channels, row.channel_size() * in.channels * sizeof(T),
@@ -202,135 +219,100 @@ at::Tensor forward(const Conv& conv, const at::Tensor& input, const Pattern& pat
   const Taps<T> taps = forward_taps(conv, pattern, values, in_window);
   const auto multiply = sparse_kernels<T>().multiply;
 
-  pieces.run([&](int64_t block, int64_t tile, int64_t begin, int64_t end, bool moved) {
-    thread_local T* window_data;
-    const int64_t y0 = tile * pieces.rows, rows = std::min(pieces.rows, height - y0);
-    if (moved) {
-      Window window = in_window;
-      window.move(y0);
-      window_data = scratch<T>(kInputScratch, window.channel_size() * in.channels);
-      for (int64_t c = 0; c < in.channels; ++c) {
-        in.load(block, c, window, window_data + c * window.channel_size());
+  pieces.run([&] {
+    const Window plane(out.entry(), {height}, {width}, pieces.rows, width, 0, {true});
+    return [&, source = Held<T>(in, in_window, kInputScratch, in.channels),
+            target = Held<T>(out, plane, kOutputScratch, 1)](const Pieces::Piece& piece) mutable {
+      const int64_t y0 = piece.tile * pieces.rows;
+      if (piece.moved) {
+        source.move(y0);
+        source.load_all(piece.block);
+        target.move(y0);
       }
-    }
-    Window target({height}, {width}, rows, width, 0, {true});
-    T* const sums = scratch<T>(kOutputScratch, target.channel_size());
-    if (!out.blocked) target.move(y0);
-    for (int64_t o = begin; o < end; ++o) {
-      Product<T> product{window_data, in_window.pitch(), taps.of(o), taps.count(o), rows, width,
-                         sums, target.pitch(), nullptr, epilogue.bias ? epilogue.bias[o] : T(0),
-                         epilogue.floor};
-      if (out.blocked) {
-        product.out = out.at(block, o) + y0 * width * kLanes;
-        if (epilogue.residual) product.start = epilogue.residual + (product.out - out.data);
-        multiply(product);
-      } else {
-        multiply(product);
-        out.store(block, o, target, sums);
+      for (int64_t o = piece.begin; o < piece.end; ++o) {
+        T* const to = out.direct() ? out.at(piece.block, o) + y0 * width * out.stored() : target.at(0);
+        multiply({source.at(0), in_window.pitch(), taps.of(o), taps.count(o),
+                  std::min(pieces.rows, height - y0), width / out.position(), to, width * out.entry(),
+                  epilogue.residual ? epilogue.residual + (to - out.data) : nullptr,
+                  epilogue.bias ? epilogue.bias[o] : T(0), epilogue.floor});
+        if (!out.direct()) out.store(piece.block, o, target.window(), to);
       }
-    }
+    };
   });
   return output;
 }
 
-// The gradient to the input.
+// The gradients to the input and to the packed values. With the taps sorted by input channel, both come
+// from the same window on the gradient to the output: a tap adds what it sees there, times its value, to
+// its channel's gradient, and gets the product of what it sees there and its channel's input.
 template <class T>
-at::Tensor backward_input(const Conv& conv, const at::Tensor& grad, const at::Tensor& input,
-                          const Pattern& pattern, const T* values) {
-  at::Tensor output = empty_recycled(input.sizes(), input.options());
-  if (output.numel() == 0) return output;
-  const Images<T> in(grad), out(output);
+void backward(const Conv& conv, const at::Tensor& grad, const at::Tensor& input, const Pattern& pattern,
+              const T* values, at::Tensor* to_input, at::Tensor* to_values) {
+  const bool pixels = by_pixels(conv, input.size(3), grad.size(3));
+  const Images<T> in(grad, pixels), x(input, pixels), out(to_input ? *to_input : input, pixels);
   const int64_t phases = conv.stride[0] * conv.stride[1];
-  const Axis y = conv.in_axis(0, out.height), x = conv.in_axis(1, out.width);
-  const int64_t y_first = y.place(0), places = y.place(out.height - 1) + 1 - y_first;
-  const int64_t x_first = x.place(0), cols = x.place(out.width - 1) + 1 - x_first;
+  const Axis y_axis = conv.in_axis(0, x.height), x_axis = conv.in_axis(1, x.width);
+  const int64_t y_first = y_axis.place(0), places = y_axis.place(x.height - 1) + 1 - y_first;
+  const int64_t x_first = x_axis.place(0), cols = x_axis.place(x.width - 1) + 1 - x_first;
   const auto window_of = [&](int64_t rows) {
-    return Window({in.height}, {in.width}, rows + conv.reach(0), cols + conv.reach(1),
-                  x_first - conv.reach(1),
-                  {true});
+    return Window(in.entry(), {in.height}, {in.width}, rows + conv.reach(0), cols + conv.reach(1),
+                  x_first - conv.reach(1), {true});
   };
   const Window row = window_of(1 - conv.reach(0));
-  const Pieces pieces(out.blocks(), places, out.channels, row.channel_size() * in.channels * sizeof(T),
+  const Pieces pieces(x.blocks(), places, x.channels, row.channel_size() * in.channels * sizeof(T),
                       conv.reach(0));
   const Window in_window = window_of(pieces.rows);
   check_reach(in_window, in.channels);
-  const Taps<T> taps = backward_taps(conv, pattern, values, in_window);
-  const auto multiply = sparse_kernels<T>().multiply;
+  std::vector<int32_t> packed;
+  const Taps<T> taps = backward_taps(conv, pattern, values, in_window, packed);
+  const auto& kernels = sparse_kernels<T>();
+  const int64_t copies = to_values ? at::get_num_threads() : 0;
+  const at::Tensor sums = at::zeros({copies, pattern.count}, input.options());
+  const bool direct = x.direct() && phases == 1;
 
-  pieces.run([&](int64_t block, int64_t tile, int64_t begin, int64_t end, bool moved) {
-    thread_local T* window_data;
-    const int64_t y0 = y_first + tile * pieces.rows;
-    const int64_t rows = std::min(pieces.rows, y_first + places - y0);
-    if (moved) {
-      Window window = in_window;
-      window.move(y0 - conv.reach(0));
-      window_data = scratch<T>(kInputScratch, window.channel_size() * in.channels);
-      for (int64_t o = 0; o < in.channels; ++o) {
-        in.load(block, o, window, window_data + o * window.channel_size());
+  pieces.run([&] {
+    const Window plane(x.entry(), y_axis, x_axis, pieces.rows, cols, x_first, std::vector<bool>(phases, true));
+    T* const mine = to_values ? sums.data_ptr<T>() + at::get_thread_num() * pattern.count : nullptr;
+    return [&, mine, source = Held<T>(in, in_window, kInputScratch, in.channels),
+            plane_in = Held<T>(x, plane, kPlaneScratch, 1),
+            plane_out = Held<T>(out, plane, kOutputScratch, 1)](const Pieces::Piece& piece) mutable {
+      const int64_t y0 = y_first + piece.tile * pieces.rows;
+      const int64_t rows = std::min(pieces.rows, y_first + places - y0);
+      if (piece.moved) {
+        source.move(y0 - conv.reach(0));
+        source.load_all(piece.block);
+        plane_in.move(y0);
+        plane_out.move(y0);
       }
-    }
-    Window target(y, x, rows, cols, x_first, std::vector<bool>(phases, true));
-    T* const sums = scratch<T>(kOutputScratch, target.channel_size());
-    const bool direct = out.blocked && phases == 1;
-    target.move(y0);
-    for (int64_t c = begin; c < end; ++c) {
-      for (int64_t p = 0; p < phases; ++p) {
-        const int64_t v = c * phases + p;
-        multiply({window_data, in_window.pitch(), taps.of(v), taps.count(v), rows, cols,
-                  direct ? out.at(block, c) + target.first() * kLanes : sums + p * target.slot_size(),
-                  target.pitch(), nullptr, T(0), -std::numeric_limits<T>::infinity()});
+      const Window& window = plane_in.window();
+      for (int64_t c = piece.begin; c < piece.end; ++c) {
+        const int64_t here = window.first() * x.stored();
+        T* const from = direct ? x.at(piece.block, c) + here : plane_in.at(0);
+        T* const to = direct ? out.at(piece.block, c) + here : plane_out.at(0);
+        if (mine && !direct) plane_in.load(piece.block, c, 0);
+        for (int64_t p = 0, v = c * phases; p < phases; ++p, ++v) {
+          const int64_t at = p * window.slot_size();
+          if (to_input) {
+            kernels.multiply({source.at(0), in_window.pitch(), taps.of(v), taps.count(v), rows,
+                              cols / x.position(), to + at, window.pitch(), nullptr, T(0),
+                              -std::numeric_limits<T>::infinity()});
+          }
+          if (mine) {
+            kernels.sample({source.at(0), in_window.pitch(), taps.of(v), taps.count(v), rows,
+                            cols / x.position(), from + at, window.pitch(), mine + taps.start[v]});
+          }
+        }
+        if (to_input && !direct) out.store(piece.block, c, window, to);
       }
-      if (!direct) out.store(block, c, target, sums);
-    }
+    };
   });
-  return output;
-}
-
-// The gradient to the packed values.
-template <class T>
-at::Tensor backward_values(const Conv& conv, const at::Tensor& grad, const at::Tensor& input,
-                           const Pattern& pattern) {
-  const int64_t threads = at::get_num_threads();
-  at::Tensor sums = at::zeros({threads, pattern.count}, input.options());
-  if (grad.numel() == 0 || input.numel() == 0) return sums.sum(0);
-  const Images<T> in(input), out(grad);
-  const auto window_of = [&](int64_t rows) {
-    return Window(conv.in_axis(0, in.height), conv.in_axis(1, in.width), rows + conv.reach(0),
-                  out.width + conv.reach(1), 0, conv.used_phases());
-  };
-  const Window row = window_of(1 - conv.reach(0));
-  const Pieces pieces(in.blocks(), out.height, conv.out_channels,
-                      row.channel_size() * in.channels * sizeof(T), conv.reach(0));
-  const Window in_window = window_of(pieces.rows);
-  check_reach(in_window, in.channels);
-  const Taps<T> taps = forward_taps<T>(conv, pattern, nullptr, in_window);
-  const auto sample = sparse_kernels<T>().sample;
-
-  pieces.run([&](int64_t block, int64_t tile, int64_t begin, int64_t end, bool moved) {
-    thread_local T* window_data;
-    T* const mine = sums.data_ptr<T>() + at::get_thread_num() * pattern.count;
-    const int64_t y0 = tile * pieces.rows, rows = std::min(pieces.rows, out.height - y0);
-    if (moved) {
-      Window window = in_window;
-      window.move(y0);
-      window_data = scratch<T>(kInputScratch, window.channel_size() * in.channels);
-      for (int64_t c = 0; c < in.channels; ++c) {
-        in.load(block, c, window, window_data + c * window.channel_size());
-      }
-    }
-    Window source({out.height}, {out.width}, rows, out.width, 0, {true});
-    T* const lanes = scratch<T>(kOutputScratch, source.channel_size());
-    source.move(y0);
-    for (int64_t o = begin; o < end; ++o) {
-      if (taps.count(o) == 0) continue;
-      if (!out.blocked) out.load(block, o, source, lanes);
-      const T* from = out.blocked ? out.at(block, o) + source.first() * kLanes : lanes;
-      sample({window_data, in_window.pitch(), taps.of(o), taps.count(o), rows, out.width, from,
-              source.pitch(),
-              mine + taps.start[o]});
-    }
-  });
-  return threads == 1 ? sums[0] : sums.sum(0);
+  if (!to_values) return;
+  T* const found = to_values->data_ptr<T>();
+  for (int64_t i = 0; i < pattern.count; ++i) {
+    T sum = 0;
+    for (int64_t t = 0; t < copies; ++t) sum += sums.data_ptr<T>()[t * pattern.count + i];
+    found[packed[i]] = sum;
+  }
 }
 
 void check_arguments(const char* op, const at::Tensor& input, const at::Tensor& values, at::IntArrayRef shape,
@@ -404,13 +386,18 @@ Gradients sparse_conv2d_backward_cpu(const at::Tensor& grad, const at::Tensor& i
   const Conv conv(shape, stride, padding, dilation, groups);
   const Pattern where(kOp, pattern, conv.out_channels, conv.columns() * groups, values);
   const at::Tensor g = grad.contiguous(), x = input.contiguous(), v = values.contiguous();
-  Gradients gradients{at::empty({0}, x.options()), at::empty({0}, x.options()), at::empty({0}, x.options())};
-  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), kOp, [&] {
-    if (needed[0]) {
-      std::get<0>(gradients) = backward_input<scalar_t>(conv, g, x, where, v.data_ptr<scalar_t>());
-    }
-    if (needed[1]) std::get<1>(gradients) = backward_values<scalar_t>(conv, g, x, where);
-  });
+  const at::Tensor none = at::empty({0}, x.options());
+  Gradients gradients{needed[0] ? empty_recycled(x.sizes(), x.options()) : none,
+                      needed[1] ? at::zeros({where.count}, x.options()) : none.clone(), none.clone()};
+  if (x.numel() > 0 && g.numel() > 0 && (needed[0] || needed[1])) {
+    AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), kOp, [&] {
+      backward<scalar_t>(conv, g, x, where, v.data_ptr<scalar_t>(),
+                         needed[0] ? &std::get<0>(gradients) : nullptr,
+                         needed[1] ? &std::get<1>(gradients) : nullptr);
+    });
+  } else if (needed[0]) {
+    std::get<0>(gradients).zero_();
+  }
   if (needed[2]) {
     std::get<2>(gradients) = g.dim() == 5 ? g.sum({0, 2, 3, 4}) : g.sum({0, 2, 3});
   }

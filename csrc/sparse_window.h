@@ -1,5 +1,6 @@
 // Window: the part of a tensor's planes that one piece of work reads or writes, copied to where every
-// tap is one fixed offset: lanes innermost, padded, and with the pixels that a stride visits side by side.
+// tap is one fixed offset: padded, with the pixels that a stride visits side by side, and either 16 images
+// innermost, an entry each, or only one.
 //
 // A stride s splits a plane into s * s smaller ones ("phases"). With pixel + shift = s * v + phase, a
 // strided convolution is one of stride 1 over the places v, from more channels; its gradient to the input
@@ -27,17 +28,20 @@ struct Axis {
 
 class Window {
  public:
-  // `used`: which of the stride_y * stride_x phases matter; the others take no room.
-  Window(Axis y, Axis x, int64_t rows, int64_t cols, int64_t col0, const std::vector<bool>& used)
-      : y_(y), x_(x), rows_(rows), cols_(cols), col0_(col0) {
+  // `entry`: entries a pixel, kLanes or 1. `used`: which of the stride_y * stride_x phases matter; the others
+  // take no room.
+  Window(int64_t entry, Axis y, Axis x, int64_t rows, int64_t cols, int64_t col0,
+         const std::vector<bool>& used)
+      : entry_(entry), y_(y), x_(x), rows_(rows), cols_(cols), col0_(col0) {
     for (const bool u : used) slots_.push_back(u ? slot_count_++ : -1);
   }
 
-  int64_t pitch() const { return cols_ * kLanes; }
+  int64_t entry() const { return entry_; }
+  int64_t pitch() const { return cols_ * entry_; }
   int64_t slot(int64_t phase_y, int64_t phase_x) const { return slots_[phase_y * x_.stride + phase_x]; }
   int64_t slot_size() const { return rows_ * pitch(); }
-  // Entries a channel, with one position more, for pixels that no tap needs.
-  int64_t channel_size() const { return slot_count_ * slot_size() + kLanes; }
+  // Entries a channel, with one pixel more, for those that no tap needs.
+  int64_t channel_size() const { return slot_count_ * slot_size() + entry_; }
 
   // Puts the window where its first row is the row `row0` of places.
   void move(int64_t row0) {
@@ -52,12 +56,12 @@ class Window {
         if (where < 0 || col < 0 || col >= cols_) continue;
         const int64_t position = (where * rows_ + y_.place(y) - row0) * cols_ + col;
         filled[position] = true;
-        offsets_[(y - begin_) * x_.size + x] = static_cast<int32_t>(position * kLanes);
+        offsets_[(y - begin_) * x_.size + x] = static_cast<int32_t>(position * entry_);
       }
     }
     holes_.clear();
     for (size_t p = 0; p < filled.size(); ++p) {
-      if (!filled[p]) holes_.push_back(static_cast<int32_t>(p * kLanes));
+      if (!filled[p]) holes_.push_back(static_cast<int32_t>(p * entry_));
     }
   }
 
@@ -65,7 +69,7 @@ class Window {
   int64_t first() const { return begin_ * x_.size; }
   int64_t count() const { return static_cast<int64_t>(offsets_.size()); }
   const int32_t* offsets() const { return offsets_.data(); }
-  // Positions that lie outside the plane.
+  // Where pixels outside the plane lie, which must be 0.
   const std::vector<int32_t>& holes() const { return holes_; }
   // Are the pixels of each of the plane's rows neighbours in the window?
   bool whole_rows() const {
@@ -74,6 +78,7 @@ class Window {
   int64_t width() const { return x_.size; }
 
  private:
+  int64_t entry_;
   Axis y_, x_;
   int64_t rows_, cols_, col0_;
   std::vector<int64_t> slots_;

@@ -26,7 +26,7 @@ inline int64_t l2_bytes() {
 
 // Memory of the calling thread that stays allocated between calls: fresh pages would cost a page fault
 // each, more than the work on them.
-enum ScratchSlot { kInputScratch, kOutputScratch, kTapScratch, kScratchSlots };
+enum ScratchSlot { kInputScratch, kOutputScratch, kPlaneScratch, kTapScratch, kScratchSlots };
 
 template <class T>
 T* scratch(ScratchSlot slot, int64_t entries) {
