@@ -48,6 +48,8 @@ template <class T>
 struct SparseKernels {
   void (*multiply)(const Product<T>&);
   void (*sample)(const Sampled<T>&);
+  // Sum of values[i] * x[at[i]].
+  T (*dot)(const T* values, const int32_t* at, int64_t count, const T* x);
   // Entry j of row i goes to lane i at offsets[j]; lanes without a row become 0.
   void (*to_lanes)(const T* from, int64_t row_stride, int rows, int cols, T* to, const int32_t* offsets);
   void (*from_lanes)(const T* from, const int32_t* offsets, T* to, int64_t row_stride, int rows, int cols);

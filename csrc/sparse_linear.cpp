@@ -22,6 +22,7 @@ namespace {
 constexpr const char* kOp = "drive::sparse_linear";
 constexpr int64_t kFeatures = 16;  // transposed at once
 constexpr int64_t kMostPositions = 16;
+constexpr int64_t kFewRows = 2;  // at most so many gain from gathers
 
 // The rows of a matrix [rows, features], some positions of kLanes rows at a time.
 struct Pieces {
@@ -139,11 +140,33 @@ void multiply(const Matrix<T>& in, const Matrix<T>& out, const Pieces& pieces, c
   });
 }
 
+// Few rows would leave most lanes idle: there a dot product for each entry of the output.
+template <class T>
+void multiply_few(const at::Tensor& input, const at::Tensor& output, const T* values, const Pattern& pattern,
+                  const T* bias) {
+  const Matrix<T> in = matrix<T>(input), out = matrix<T>(output);
+  const auto dot = sparse_kernels<T>().dot;
+  const int64_t grain = channel_grain(out.features, pattern.count * in.rows);
+  at::parallel_for(0, out.features, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t o = begin; o < end; ++o) {
+      const int32_t first = pattern.row_start[o], count = pattern.row_start[o + 1] - first;
+      for (int64_t r = 0; r < in.rows; ++r) {
+        const T product = dot(values + first, pattern.column + first, count, in.data + r * in.features);
+        out.data[r * out.features + o] = product + (bias ? bias[o] : T(0));
+      }
+    }
+  });
+}
+
 template <class T>
 at::Tensor forward(const at::Tensor& input, const T* values, const Pattern& pattern, const T* bias,
                    int64_t features) {
   at::Tensor output = empty_recycled({input.size(0), features}, input.options());
   if (output.numel() == 0) return output;
+  if (input.size(0) <= kFewRows) {
+    multiply_few(input, output, values, pattern, bias);
+    return output;
+  }
   const Pieces pieces(input.size(0), input.size(1), features, sizeof(T));
   const Taps<T> taps = make_taps<T>(pattern.row_start, pattern.column, nullptr, values, features,
                                     pattern.count, pieces.stride());

@@ -69,6 +69,11 @@ CONVS = (
     Conv(4, 4, 4, 12, 12, kernel=(1, 1), padding=(2, 2)),
     Conv(18, 3, 4, 13, 17, stride=(1, 2), padding=(0, 2)),
     Conv(0, 3, 4, 8, 8),
+    # rows of 16 n pixels, which are lanes as they are
+    Conv(3, 4, 6, 20, 16),
+    Conv(2, 4, 6, 11, 48, kernel=(5, 3), padding=(1, 2), dilation=(2, 2), groups=2),
+    Conv(1, 6, 4, 7, 32, kernel=(1, 1), padding=(0, 0)),
+    Conv(1, 3, 4, 3, 256, kernel=(2, 1), padding=(3, 0)),
 )
 
 
@@ -117,6 +122,8 @@ def test_conv2d_of_many_channels_works_in_pieces():
     """The input does not fit the cache: pieces of a few rows, some of them shorter."""
     assert_conv_right(Conv(18, 700, 5, 19, 21), torch.float32, 0.05, blocks=True)
     assert_conv_right(Conv(18, 5, 700, 19, 21, stride=(2, 2)), torch.float32, 0.05, blocks=False)
+    assert_conv_right(Conv(2, 900, 5, 40, 32), torch.float32, 0.05, blocks=False)
+    assert_conv_right(Conv(2, 5, 900, 40, 32), torch.float32, 0.05, blocks=False)
 
 
 @pytest.mark.parametrize("threads", (1, 2, 3))
@@ -224,7 +231,16 @@ def assert_linear_right(rows: int, inputs: int, outputs: int, dtype: torch.dtype
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(
     ("rows", "inputs", "outputs"),
-    ((32, 64, 48), (1, 7, 5), (17, 33, 70), (300, 128, 100), (16, 16, 16), (0, 4, 3), (64, 100, 1)),
+    (
+        (32, 64, 48),
+        (1, 7, 5),
+        (2, 150, 20),
+        (17, 33, 70),
+        (300, 128, 100),
+        (16, 16, 16),
+        (0, 4, 3),
+        (64, 100, 1),
+    ),
 )
 def test_linear(rows: int, inputs: int, outputs: int, dtype: torch.dtype, density: float):
     assert_linear_right(rows, inputs, outputs, dtype, density)
