@@ -316,7 +316,7 @@ using Outputs = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 template <class Key>
 Outputs run(const PruneArguments& arguments) {
   std::vector<Item> items;
-  for (size_t i = 0; i < arguments.weights.size(); ++i) items.emplace_back(arguments.operands(i), arguments.fresh);
+  for (size_t i = 0; i < arguments.weights.size(); ++i) items.emplace_back(arguments.operands(i), arguments);
   at::Tensor kept = at::empty({static_cast<int64_t>(items.size())}, at::kLong);
   at::Tensor nonfinite = at::empty_like(kept);
   at::Tensor scores = at::full({2}, NAN, at::kDouble);
@@ -326,7 +326,7 @@ Outputs run(const PruneArguments& arguments) {
   if (finite) {
     step.apply();
     std::tie(scores.data_ptr<double>()[0], scores.data_ptr<double>()[1]) =
-        step.scores(/*squared=*/arguments.mask_grads.empty());
+        step.scores(arguments.squared());
   } else if (arguments.fresh) {
     for (const at::Tensor& mask : arguments.masks) mask.fill_(true);
   }

@@ -270,7 +270,7 @@ survey(const __grid_constant__ Step<Key> step) {
     Bits largest = 0;
     const auto see = [&](Key key) {
       const double score = score_of(key);
-      sum = sizeof(Key) == 8 && work.three ? sum + score : fma(score, score, sum);
+      sum = work.squared ? fma(score, score, sum) : sum + score;
       largest = max(largest, static_cast<Bits>(key));
     };
     const auto is_near = [&](Key key) { return static_cast<Bits>(key) - static_cast<Bits>(lo) <= width; };
@@ -783,7 +783,7 @@ __global__ void __launch_bounds__(kThreads) finish(const __grid_constant__ Step<
   Key weakest = *step.guarded ? step.rest.cuts[0].key : step.all.cuts[0].key;
   for (int i = 0; *step.guarded && i < step.work.count; ++i) weakest = min(weakest, step.guards.cuts[i].key);
   const double score = score_of(weakest);
-  const double size = step.work.three ? score : score * score;
+  const double size = step.work.squared ? score * score : score;
   const double z = weakest == kTop<Key> ? INFINITY : sum == 0 ? size : size / sum;
   step.scores_out[0] = refused ? NAN : z;
   step.scores_out[1] = refused ? NAN : sum;
@@ -946,7 +946,9 @@ Outputs run(const PruneArguments& arguments) {
   Step<Key> step{};
   step.work.count = static_cast<int32_t>(items);
   step.work.fresh = arguments.fresh;
+  step.work.alone = arguments.grads.empty();
   step.work.three = !arguments.mask_grads.empty();
+  step.work.squared = arguments.squared();
   step.work.entries = list.entries;
   step.work.chunks = list.chunks;
   step.keep = std::max<int64_t>(0, list.entries - arguments.prune);
