@@ -297,7 +297,8 @@ __device__ Key key_of(const Work& work, const Entries<T>& e, int j) {
 template <class Key, class T>
 __device__ Key living_key_at(const Work& work, const Item& item, int64_t position) {
   const auto entry = [&](int o) { return global<T>(item.data[o] + position * sizeof(T)); };
-  return key_of<Key>(work, entry(kWeight), work.alone ? one(T{}) : entry(kGrad), work.three ? entry(kMaskGrad) : T{}, true);
+  return key_of<Key>(work, entry(kWeight), work.alone ? one(T{}) : entry(kGrad),
+                     work.three ? entry(kMaskGrad) : T{}, true);
 }
 
 // A thread's entries of a chunk, and so the bits of a word that it keeps of them.
