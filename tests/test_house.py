@@ -15,8 +15,9 @@ DRIVE = ROOT / "python" / "drive"
 # The library, lowest first: a module may import those before it. What is not listed serves the command
 # line and may import all of these; none of these may import it.
 LIBRARY = (
-    "files", "targets", "masks", "result", "fused", "reference", "schedules", "methods.base", "methods.drive",
-    "methods.snip", "methods.magnitude", "methods", "prune",
+    "files", "targets", "masks", "finite", "result", "fused", "reference", "schedules", "gradients",
+    "capture", "feed", "methods.base", "methods.drive", "methods.snip", "methods.magnitude", "methods",
+    "prune",
 )  # fmt: skip
 
 

@@ -99,6 +99,89 @@ def test_a_fresh_batch_each_iteration():
     assert [t.tolist() for t in seen] == [data[i % 3][1].tolist() for i in range(7)]
 
 
+@pytest.mark.parametrize(
+    ("method", "iterations", "taken"), (("drive", 7, 7), ("snip", 1, 1), ("magnitude", 3, 0))
+)
+def test_no_batch_is_read_ahead(method: str, iterations: int, taken: int):
+    data = iter(batches(10))
+    prune(network(), data=data, method=method, iterations=iterations, sparsity=0.5)
+    assert len(list(data)) == 10 - taken
+
+
+class TwoInputs(nn.Module):
+    """Takes a dict, returns one."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = network()
+
+    def forward(self, inputs):
+        images, (more,) = inputs["images"], inputs["more"]
+        return {"logits": self.layers(images + more)}
+
+
+def test_nested_batches():
+    data = [({"images": x, "more": [x]}, {"labels": y, "weight": 2}) for x, y in batches()]
+    model = TwoInputs()
+    masks = drive.prune(
+        model, data, lambda y, t: t["weight"] * LOSS(y["logits"], t["labels"]), sparsity=0.9, progress=False
+    )
+    doubled = [(2 * x, y) for x, y in batches()]
+    expected = prune(network(), data=doubled, sparsity=0.9)
+    assert all(torch.equal(masks[f"layers.{name}"], mask) for name, mask in expected.items())
+
+
+def test_packed_sequences_keep_their_lengths_on_the_cpu():
+    class Last(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn, self.head = nn.LSTM(3, 4), nn.Linear(4, 2)
+
+        def forward(self, sequences):
+            return self.head(self.rnn(sequences)[1][0][0])
+
+    packed = nn.utils.rnn.pack_sequence([torch.randn(4, 3), torch.randn(2, 3)])
+    assert prune(Last(), data=[(packed, torch.tensor([0, 1]))], sparsity=0.5, iterations=2).sparsity() == 0.5
+
+
+def test_last_batch_of_another_size():
+    data = [*batches(2), (batches(1, seed=9)[0][0][:3], batches(1, seed=9)[0][1][:3])]
+    assert prune(network(), data=data, sparsity=0.9, iterations=7).sparsity() == pytest.approx(0.9, abs=1e-3)
+
+
+def test_autocast():
+    """Model and loss in bfloat16, gradients as the weights; the same inside a caller's autocast."""
+    seen = []
+
+    def loss(outputs, targets):
+        seen.append((outputs.dtype, torch.is_autocast_enabled("cpu")))
+        return LOSS(outputs, targets)
+
+    class Remember(methods.Drive):
+        def gradients(self, problem):
+            found = problem.loss_gradients()
+            assert {g.dtype for g in found.values()} == {torch.float32}
+            return found
+
+    options = {"sparsity": 0.9, "iterations": 5, "progress": False}
+    model = network()
+    masks = drive.prune(model, batches(), loss, method=Remember(), autocast=torch.bfloat16, **options)
+    assert set(seen) == {(torch.bfloat16, True)} and not torch.is_autocast_enabled("cpu")
+    outside = network()
+    with torch.autocast("cpu", torch.bfloat16):
+        around = drive.prune(outside, batches(), loss, **options)
+    assert same(masks, around), "weights cast before a step are not used after it"
+    assert not same(masks, prune(network(), **options))
+
+
+def test_capture_auto_is_eager_on_the_cpu(caplog: pytest.LogCaptureFixture):
+    options = {"sparsity": 0.9, "iterations": 30, "seed": 3}
+    with caplog.at_level("INFO"):
+        auto = prune(network(dropout=0.5), capture="auto", **options)
+    assert "not captured as a CUDA graph: the weights are on cpu" in caplog.text
+    assert same(auto, prune(network(dropout=0.5), capture=False, **options))
+
+
 def everything(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: t.clone() for name, t in model.state_dict().items()}
 
@@ -157,7 +240,8 @@ def test_non_finite_loss_in_the_middle():
     data = batches(3)
     data[2] = (data[2][0] * torch.nan, data[2][1])
     before = everything(model)
-    with pytest.raises(ValueError, match="non-finite score in 0.weight"):
+    message = r"prune: iteration 3: non-finite score in 0.weight \(45 of 54 entries\)"  # 9 are pruned
+    with pytest.raises(ValueError, match=message):
         prune(model, data=data, sparsity=0.9, iterations=5)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
@@ -205,6 +289,13 @@ def test_a_method_in_full():
             {"data": iter(batches(2)), "iterations": 3},
             ValueError,
             "they ran out after 2 and cannot be started",
+        ),
+        ({"capture": True}, ValueError, "prune: capture needs CUDA, the weights are on cpu"),
+        ({"capture": "always"}, ValueError, "capture must be True, False or 'auto', got 'always'"),
+        (
+            {"autocast": torch.float16},
+            ValueError,
+            "autocast must be None or torch.bfloat16, got torch.float16",
         ),
         ({"masks": Masks({})}, ValueError, "there is no mask for 0.weight"),
     ),

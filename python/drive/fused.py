@@ -104,11 +104,8 @@ def prune_step(
     with torch.no_grad():
         outputs = prune_op(weights, found.grads, found.mask_grads, ordered, fresh, prune, min_keep)
     result = PruneResult(Masks(dict(zip(found.weights, ordered, strict=True))), *outputs)
-    if check_finite and not result.ok:
-        name, count = next(iter(result.nonfinite.items()))
-        raise ValueError(
-            f"{op}: non-finite score in {name} ({count} of {found.weights[name].numel()} entries)"
-        )
+    if check_finite:
+        result.check_finite(op).answer()
     return result
 
 

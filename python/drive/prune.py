@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import methods, schedules
+from .capture import Capture, captured, check_capture
+from .feed import endless
+from .finite import LateChecks
 from .fused import check_sparsity, fused_drive_prune
+from .gradients import Batch, LossFn, LossGradients
 from .masks import Masks
-from .methods.base import LossFn, Method, Problem
+from .methods.base import Method, Problem
 from .targets import Include, prunable
 
 
 def prune(
     model: nn.Module,
-    batches: Iterable[tuple[Any, Any]],
+    batches: Iterable[Batch],
     loss_fn: LossFn,
     *,
     sparsity: float,
@@ -30,6 +33,8 @@ def prune(
     masks: Masks | None = None,
     include: Include | None = None,
     seed: int = 0,
+    autocast: torch.dtype | None = None,
+    capture: Capture = "auto",
     progress: bool = True,
 ) -> Masks:
     """Prune a model to `sparsity` in place, by a named method, and return the masks.
@@ -43,7 +48,9 @@ def prune(
 
     Args:
         model: the model; for DRIVE after its dense warm-up, for SNIP at initialisation.
-        batches: any iterable of (inputs, targets), a DataLoader say; started again when short.
+        batches: any iterable of (inputs, targets), a DataLoader say; started again when short. Both may
+            be tensors or tuples, lists and dicts of them; they are copied to the weights' device, on
+            CUDA while it computes (at its best from pinned memory).
         loss_fn: (model(inputs), targets) -> scalar loss.
         sparsity: final fraction of zeros over all prunable entries, 0 <= sparsity < 1.
         method: a name in `drive.methods.names()` or an instance.
@@ -56,6 +63,12 @@ def prune(
         masks: masks to start from, of a model pruned before; they are not changed.
         include: which parameters to prune, as in `fused_drive_prune`.
         seed: of the RNG while scoring (dropout, shuffling by the global RNG).
+        autocast: torch.bfloat16 to run model and loss under `torch.autocast`; gradients keep the
+            weights' dtype. Default: as around the call.
+        capture: whether forward and backward become a CUDA graph after the first iterations, with the
+            same results in less time. "auto": where the model allows it and there are enough
+            iterations; otherwise they stay eager, and the logger `drive.capture` says why. True: it
+            must be possible. What the model decides in Python, once captured, is decided for good.
         progress: show a progress bar.
 
     Returns:
@@ -63,6 +76,7 @@ def prune(
 
     Raises:
         ValueError, TypeError: bad arguments, batches that run out, a non-finite score.
+        RuntimeError: capture is True and it is not possible, with the reason.
     """
     check_sparsity("prune", sparsity)
     chosen = methods.get(method)
@@ -80,13 +94,27 @@ def prune(
         masks = Masks({name: masks[name].clone() for name in weights})
 
     device = next(iter(weights.values())).device
-    with _restored(model, weights), _seeded(seed, device):
-        problem = Problem(model, weights, _endless(batches, device), loss_fn)
-        for target in _tracked(steps, chosen.name, progress):
-            masks = fused_drive_prune(
-                weights, chosen.gradients(problem), sparsity=target, masks=masks, min_keep=min_keep
-            ).masks
+    check_capture("prune", capture, device)
+    if autocast not in (None, torch.bfloat16):
+        # float16 would need its loss scaled
+        raise ValueError(f"prune: autocast must be None or torch.bfloat16, got {autocast!r}")
+
+    eager = LossGradients(model, weights, loss_fn, autocast)
+    checks = LateChecks(steps_late=1 if device.type == "cuda" else 0)
+    with _restored(model, weights), _seeded(seed, device), captured(eager, capture, count) as gradients:
+        problem = Problem(model, weights, endless(batches, device), loss_fn, gradients)
+        for number, target in enumerate(_tracked(steps, chosen.name, progress), start=1):
+            result = fused_drive_prune(
+                weights, chosen.gradients(problem), sparsity=target, masks=masks, min_keep=min_keep,
+                check_finite=False,
+            )  # fmt: skip
+            masks = result.masks
+            checks.add(result.check_finite(f"prune: iteration {number}"))
+        checks.finish()
     assert masks is not None  # count >= 1
+    if device.type == "cuda":
+        for mask in masks.values():  # they may be of the graph's stream
+            mask.record_stream(torch.cuda.current_stream(device))
     return masks
 
 
@@ -127,23 +155,6 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng(devices, device_type="cuda" if not devices else device.type):
         torch.manual_seed(seed)
         yield
-
-
-def _endless(batches: Iterable[tuple[Any, Any]], device: torch.device) -> Iterator[tuple[Any, Any]]:
-    """Batches on the device, over and over."""
-    served = 0
-    while True:
-        before = served
-        for inputs, targets in batches:
-            served += 1
-            yield _to(inputs, device), _to(targets, device)
-        if served == before:
-            again = f"they ran out after {served} and cannot be started again" if served else "they are empty"
-            raise ValueError(f"prune: batches must go on as long as the method needs them: {again}")
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
 
 
 def _tracked(steps: list[float], name: str, progress: bool) -> Iterable[float]:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from .finite import FiniteCheck
 from .masks import Masks
 
 
@@ -40,6 +41,14 @@ class PruneResult:
         """Number of NaN or infinite scores of each tensor that has any."""
         counts = zip(self.masks, self._nonfinite.tolist(), strict=True)
         return {name: count for name, count in counts if count}
+
+    def check_finite(self, op: str) -> FiniteCheck:
+        """Send for `nonfinite` without waiting; the check's `answer()` raises ValueError if there is any.
+
+        Args:
+            op: whose step it was, for the error message.
+        """
+        return FiniteCheck(op, self.masks, self._nonfinite)
 
     @property
     def per_tensor(self) -> list[TensorCount]:

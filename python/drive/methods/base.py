@@ -3,41 +3,42 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
-LossFn = Callable[[Any, Any], Tensor]
+from drive.capture import GraphedGradients
+from drive.gradients import Batch, LossFn, LossGradients
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What a method may look at: the model with its prunable weights, fresh batches, the loss."""
+    """What a method may look at: the model with its prunable weights, fresh batches, the loss.
+
+    `gradients_of(batch)` is dL/dtheta on a batch, computed eagerly or by a CUDA graph.
+    """
 
     model: nn.Module
     weights: Mapping[str, Tensor]
-    batches: Iterator[tuple[Any, Any]]
+    batches: Iterator[Batch]
     loss_fn: LossFn
+    gradients_of: LossGradients | GraphedGradients
 
-    def loss_gradients(self) -> dict[str, Tensor]:
+    def loss_gradients(self, *, reuse: bool = False) -> dict[str, Tensor]:
         """dL/dtheta of the prunable weights on one fresh batch; `.grad` is not touched.
+
+        Args:
+            reuse: the next call may overwrite the tensors, which saves copying them.
 
         Raises:
             ValueError: a prunable weight has no part in the loss.
         """
-        inputs, targets = next(self.batches)
-        with torch.enable_grad():
-            loss = self.loss_fn(self.model(inputs), targets)
-            grads = torch.autograd.grad(loss, list(self.weights.values()), allow_unused=True)
-        found: dict[str, Tensor] = {}
-        for name, grad in zip(self.weights, grads, strict=True):
-            if grad is None:
-                raise ValueError(f"{name} has no gradient: the loss does not depend on it; exclude it")
-            found[name] = grad
-        return found
+        found = self.gradients_of(next(self.batches))
+        if reuse or not self.gradients_of.overwrites:
+            return found
+        return {name: grad.clone() for name, grad in found.items()}
 
 
 class Method(ABC):

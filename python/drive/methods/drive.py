@@ -20,4 +20,4 @@ class Drive(Method):
     schedule = "exponential"
 
     def gradients(self, problem: Problem) -> dict[str, Tensor]:
-        return problem.loss_gradients()
+        return problem.loss_gradients(reuse=True)

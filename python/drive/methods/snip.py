@@ -16,4 +16,4 @@ class Snip(Method):
     name = "snip"
 
     def gradients(self, problem: Problem) -> dict[str, Tensor]:
-        return problem.loss_gradients()
+        return problem.loss_gradients(reuse=True)
