@@ -16,8 +16,9 @@ DRIVE = ROOT / "python" / "drive"
 # line and may import all of these; none of these may import it.
 LIBRARY = (
     "files", "targets", "masks", "finite", "result", "fused", "reference", "schedules", "gradients",
-    "capture", "feed", "methods.base", "methods.drive", "methods.snip", "methods.magnitude", "methods",
-    "prune",
+    "capture", "feed", "scopes", "methods.base", "methods.second_order", "methods.drive", "methods.snip",
+    "methods.grasp", "methods.synflow", "methods.crop", "methods.magnitude", "methods.random", "methods",
+    "selection", "prune",
 )  # fmt: skip
 
 

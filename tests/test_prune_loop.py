@@ -158,10 +158,10 @@ def test_autocast():
         return LOSS(outputs, targets)
 
     class Remember(methods.Drive):
-        def gradients(self, problem):
-            found = problem.loss_gradients()
-            assert {g.dtype for g in found.values()} == {torch.float32}
-            return found
+        def rank(self, problem):
+            ranking = super().rank(problem)
+            assert {g.dtype for g in ranking.gradients.values()} == {torch.float32}
+            return ranking
 
     options = {"sparsity": 0.9, "iterations": 5, "progress": False}
     model = network()
@@ -260,8 +260,8 @@ def test_a_method_in_full():
     class Random(methods.Method):
         name = "random"
 
-        def gradients(self, problem):
-            return {name: torch.rand_like(w) / w for name, w in problem.weights.items()}
+        def rank(self, problem):
+            return methods.Ranking({name: torch.rand_like(w) / w for name, w in problem.weights.items()})
 
     assert prune(network(), method=Random(), sparsity=0.5).sparsity() == pytest.approx(0.5)
 
@@ -270,7 +270,7 @@ def test_a_method_in_full():
     ("options", "error", "message"),
     (
         ({"sparsity": 1.5}, ValueError, r"prune: sparsity must be in \[0, 1\), got 1.5"),
-        ({"method": "nothing"}, ValueError, "method must be one of drive, snip, magnitude .* got 'nothing'"),
+        ({"method": "nothing"}, ValueError, "method must be one of drive, snip, grasp.* got 'nothing'"),
         ({"iterations": 0}, ValueError, "iterations must be an integer >= 1, got 0"),
         (
             {"schedule": "sudden"},

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from . import methods, schedules
+from . import methods, schedules, scopes
 from .capture import Capture, captured, check_capture
 from .feed import endless
 from .finite import LateChecks
-from .fused import check_sparsity, fused_drive_prune
+from .fused import check_sparsity
 from .gradients import Batch, LossFn, LossGradients
 from .masks import Masks
 from .methods.base import Method, Problem
+from .selection import select
 from .targets import Include, prunable
 
 
@@ -55,10 +57,11 @@ def prune(
         sparsity: final fraction of zeros over all prunable entries, 0 <= sparsity < 1.
         method: a name in `drive.methods.names()` or an instance.
         iterations: how often to score and prune. Default: the method's own (DRIVE 100, SNIP 1).
-        schedule: "one_shot", "exponential", "linear", "cubic", or a callable
+        schedule: "one_shot", "exponential", "linear", "cubic", "halving", or a callable
             step in 1..iterations -> sparsity. Default: the method's own, or exponential when
             a one-shot method is asked for several iterations.
-        scope: "global": one ranking over all tensors.
+        scope: "global": one ranking over all tensors. "uniform", "erk": one per tensor, of the same
+            sparsity or of densities by Erdos-Renyi-Kernel (`drive.scopes`); the count over all is exact.
         min_keep: survivors that every tensor keeps at least.
         masks: masks to start from, of a model pruned before; they are not changed.
         include: which parameters to prune, as in `fused_drive_prune`.
@@ -83,12 +86,12 @@ def prune(
     count = chosen.iterations if iterations is None else iterations
     if not isinstance(count, int) or count < 1:
         raise ValueError(f"prune: iterations must be an integer >= 1, got {iterations!r}")
-    if scope != "global":
-        raise ValueError(f"prune: scope must be 'global', got {scope!r}")
     if schedule is None:
         schedule = chosen.schedule if chosen.schedule != "one_shot" or count == 1 else "exponential"
     steps = schedules.plan(schedule, sparsity, count)
     weights = prunable(model, include, op="prune")
+    total = sum(w.numel() for w in weights.values())
+    plan = [scopes.groups(scope, weights, round(step * total)) for step in steps]
     if masks is not None:
         masks.check_match("prune", weights)
         masks = Masks({name: masks[name].clone() for name in weights})
@@ -103,11 +106,9 @@ def prune(
     checks = LateChecks(steps_late=1 if device.type == "cuda" else 0)
     with _restored(model, weights), _seeded(seed, device), captured(eager, capture, count) as gradients:
         problem = Problem(model, weights, endless(batches, device), loss_fn, gradients)
-        for number, target in enumerate(_tracked(steps, chosen.name, progress), start=1):
-            result = fused_drive_prune(
-                weights, chosen.gradients(problem), sparsity=target, masks=masks, min_keep=min_keep,
-                check_finite=False,
-            )  # fmt: skip
+        for number, groups in enumerate(_tracked(plan, f"{chosen.name} to {sparsity:.2%}", progress), start=1):
+            ranking = chosen.rank(replace(problem, masks=masks))
+            result = select("prune", weights, ranking, groups, masks=masks, min_keep=min_keep)
             masks = result.masks
             checks.add(result.check_finite(f"prune: iteration {number}"))
         checks.finish()
@@ -157,9 +158,9 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-def _tracked(steps: list[float], name: str, progress: bool) -> Iterable[float]:
+def _tracked(plan: list[scopes.Groups], what: str, progress: bool) -> Iterable[scopes.Groups]:
     if not progress:
-        return steps
+        return plan
     from rich.progress import track
 
-    return track(steps, description=f"{name} to {steps[-1]:.2%}")
+    return track(plan, description=what)

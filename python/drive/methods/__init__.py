@@ -1,11 +1,17 @@
 """Pruning methods by name."""
 
-from .base import Method, Problem
+from .base import Method, Problem, Ranking
+from .crop import Crop
 from .drive import Drive
+from .grasp import Grasp
 from .magnitude import Magnitude
+from .random import Random
 from .snip import Snip
+from .synflow import SynFlow
 
-_METHODS: dict[str, type[Method]] = {m.name: m for m in (Drive, Snip, Magnitude)}
+_METHODS: dict[str, type[Method]] = {
+    m.name: m for m in (Drive, Snip, Grasp, SynFlow, Crop, Magnitude, Random)
+}
 
 
 def names() -> list[str]:
@@ -22,4 +28,7 @@ def get(method: "str | Method") -> Method:
     return _METHODS[method]()
 
 
-__all__ = ["Drive", "Magnitude", "Method", "Problem", "Snip", "get", "names"]
+__all__ = [
+    "Crop", "Drive", "Grasp", "Magnitude", "Method", "Problem", "Random", "Ranking", "Snip", "SynFlow",
+    "get", "names",
+]  # fmt: skip

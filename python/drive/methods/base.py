@@ -1,4 +1,4 @@
-"""What a method is: a name, how often it prunes, and the gradients that its score is made of."""
+"""What a method is: a name, how often it prunes, and what it ranks entries by."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from torch import Tensor, nn
 
 from drive.capture import GraphedGradients
 from drive.gradients import Batch, LossFn, LossGradients
+from drive.masks import Masks
+from drive.schedules import Schedule
 
 
 @dataclass(frozen=True)
 class Problem:
     """What a method may look at: the model with its prunable weights, fresh batches, the loss.
 
-    `gradients_of(batch)` is dL/dtheta on a batch, computed eagerly or by a CUDA graph.
+    `gradients_of(batch)` is dL/dtheta on a batch, computed eagerly or by a CUDA graph. `masks` are those
+    of the iterations before; None at the first one, if the caller gave none.
     """
 
     model: nn.Module
@@ -25,6 +28,7 @@ class Problem:
     batches: Iterator[Batch]
     loss_fn: LossFn
     gradients_of: LossGradients | GraphedGradients
+    masks: Masks | None = None
 
     def loss_gradients(self, *, reuse: bool = False) -> dict[str, Tensor]:
         """dL/dtheta of the prunable weights on one fresh batch; `.grad` is not touched.
@@ -41,17 +45,33 @@ class Problem:
         return {name: grad.clone() for name, grad in found.items()}
 
 
-class Method(ABC):
-    """Base of all methods: entries are kept by the largest |theta * gradient|.
+@dataclass(frozen=True)
+class Ranking:
+    """What the entries are ranked by, the largest survive: one tensor per weight, of its shape.
 
-    A method says how many iterations it takes and on what schedule unless the caller does, and
-    what stands in the gradient's place at each.
+    gradients: |theta * gradient|; with mask_gradients |theta * mask_gradient * gradient|, in float64. Of the
+        weights' dtype, any strides. These scores are never in memory.
+    scores: |score|, or with signed=True the score itself (in float32). Any floating dtype.
+    None of them: |theta|.
+    """
+
+    gradients: Mapping[str, Tensor] | None = None
+    mask_gradients: Mapping[str, Tensor] | None = None
+    scores: Mapping[str, Tensor] | None = None
+    signed: bool = False
+
+
+class Method(ABC):
+    """Base of all methods.
+
+    A method says how many iterations it takes and on what schedule unless the caller does, and what
+    the entries are ranked by at each.
     """
 
     name: ClassVar[str]
     iterations: int = 1
-    schedule: str = "one_shot"
+    schedule: str | Schedule = "one_shot"
 
     @abstractmethod
-    def gradients(self, problem: Problem) -> dict[str, Tensor]:
-        """One tensor per prunable weight (its shape and dtype, any strides), for one iteration."""
+    def rank(self, problem: Problem) -> Ranking:
+        """What to rank by in one iteration."""
