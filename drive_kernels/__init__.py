@@ -1,8 +1,9 @@
 """The kernel layer: every op of the `drive` namespace, `torch.ops.drive.*`.
 
 Each op's module defines the schema, the shape-only (fake) version and the reference in PyTorch. The
-compiled part registers faster kernels for the same schemas when it is loaded; without it the
-references serve, and `build_error` says why it is missing.
+compiled part registers faster kernels for the same schemas when it is loaded; `build_error` says why it
+is missing. Where it has no CUDA kernel, one in Triton serves, and where that is missing too, the reference:
+`implementations` says of each what is wrong with it.
 """
 
 from importlib import import_module
@@ -16,5 +17,6 @@ try:
     _C, build_error = import_module("._C", __name__), None
 except ImportError as error:
     _C, build_error = None, str(error)
+implementations = {"drive::prune_": prune.complete(build_error)}
 
-__all__ = ["build_error", "prune"]
+__all__ = ["build_error", "implementations", "prune"]

@@ -1,4 +1,4 @@
-"""csrc/prune.cu without a GPU: its threads are fibers on the host (tests/cuda_on_host), against the oracle."""
+"""csrc/prune.cu without a GPU: threads are fibers on the host (tests/cuda_on_host). Against the oracle."""
 
 from __future__ import annotations
 

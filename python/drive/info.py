@@ -74,12 +74,7 @@ def _version(package: str) -> str:
 
 
 def _served_by(device: str) -> str:
-    """Which implementation the dispatcher picks for the op on a device, and why."""
-    if torch._C._dispatch_has_kernel_for_dispatch_key(OP, device.upper()):
-        kernel = "compiled C++ kernel" if device == "cpu" else "CUDA kernel"
-        return f"{kernel}: registered for {device}"
-    if drive_kernels._C is None:
-        why = f"the compiled part is not loaded ({drive_kernels.build_error})"
-    else:
-        why = f"the compiled part was built without a {device} kernel"
-    return f"reference in PyTorch: {why}"
+    """Which implementation the dispatcher picks for the op on a device, and why none of the better ones."""
+    names, wrong = zip(*drive_kernels.implementations[OP][device].items(), strict=True)
+    first = wrong.index(None)
+    return f"{names[first]}, because {' and '.join(wrong[:first])}" if first else str(names[first])

@@ -1,0 +1,271 @@
+"""drive::prune_ in Triton without a GPU: its kernels interpreted, compiled ahead of time, disassembled; and
+which implementation is registered for CUDA. tests/test_gpu.py runs it on a device."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from ugly import Step, laid_out, sample_inputs
+
+import drive_kernels
+from drive import info
+from drive_kernels.prune import reference
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
+
+from drive_kernels import prune_triton  # noqa: E402
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module", autouse=True)
+def interpreter() -> Iterator[subprocess.Popen[str]]:
+    """The tests in interpreted_triton.py, in a process of their own, while those of this file run."""
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(HERE / "interpreted_triton.py")]
+    with subprocess.Popen(
+        command,
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        yield process
+        process.kill()
+
+
+class Launch(NamedTuple):
+    """What decides the code of a kernel: the types of its arguments, the constants, the warps."""
+
+    kernel: Any
+    types: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, object], ...]
+    options: tuple[tuple[str, object], ...]
+
+    def compile(self, capability: int) -> Any:
+        pointers = [self.kernel.arg_names.index(name) for name, _ in self.types]
+        source = ASTSource(
+            fn=self.kernel,
+            signature=dict(self.types) | {name: "constexpr" for name, _ in self.constants},
+            constexprs=dict(self.constants),
+            # PyTorch's allocators align everything to at least 16 bytes
+            attrs={(index,): [["tt.divisibility", 16]] for index in pointers},
+        )
+        return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(self.options))
+
+
+TYPES = {torch.int32: "*i32", torch.int64: "*i64", torch.float64: "*fp64"}
+
+
+@cache
+def launches() -> frozenset[Launch]:
+    """All that the launcher makes of any arguments: it runs, on CPU tensors, the kernels do not."""
+    found = set()
+
+    def record(kernel: JITFunction, grid: tuple[int], warmup: bool, **arguments: object) -> None:
+        tensors = {name: x for name, x in arguments.items() if isinstance(x, torch.Tensor)}
+        constants = {p.name: arguments[p.name] for p in kernel.params if p.is_constexpr}
+        options = {name: x for name, x in arguments.items() if name not in {**tensors, **constants}}
+        types = {name: TYPES[tensor.dtype] for name, tensor in tensors.items()}
+        found.add(Launch(kernel, *(tuple(sorted(d.items())) for d in (types, constants, options))))
+
+    more = []  # dense, in row-major order and not
+    for dtype in (torch.float32, torch.float64):
+        for layout in ("contiguous", "channels_last"):
+            w, g, m = (
+                laid_out(torch.ones(40, 30, 3, 3, dtype=t), layout) for t in (dtype, dtype, torch.bool)
+            )
+            more.append(Step([w], [g], [], [m], True, 1, 0))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JITFunction, "run", record)
+        for step in (*sample_inputs(), *more):
+            for fresh in (False, True):
+                for min_keep in (0, 1):
+                    prune_triton.prune_(*replace(step, fresh=fresh, min_keep=min_keep).clone().args())
+    return frozenset(found)
+
+
+def test_launches_are_all_there():
+    kernels = {launch.kernel.fn.__name__ for launch in launches()}
+    assert kernels == {
+        "list_chunks", "sample", "bracket", "survey", "decide", "count_digit", "pick_digit", "count_ties",
+        "locate", "recount", "cut", "apply_plain", "apply_others", "finish",
+    }  # fmt: skip
+    for wide in (False, True):
+        for fresh in (False, True):
+            for name in ("survey", "apply_plain"):
+                assert any(is_hot(x, name, wide, fresh) for x in launches()), (name, wide, fresh)
+
+
+@pytest.mark.parametrize("capability", (80, 90, 100))
+def test_all_launches_compile(capability: int):
+    for launch in launches():
+        ptx = launch.compile(capability).asm["ptx"]
+        for inexact in (".ftz", "fma.rn.f", ".approx", "div.full"):
+            assert inexact not in ptx, f"{launch}: {inexact}"
+
+
+def is_hot(launch: Launch, name: str, wide: bool, fresh: bool) -> bool:
+    constants = dict(launch.constants)
+    plain = constants.get("PLAIN_ONES", True)
+    return (
+        launch.kernel.fn.__name__ == name
+        and plain
+        and (constants["WIDE"], constants["FRESH"]) == (wide, fresh)
+    )
+
+
+@pytest.mark.parametrize("fresh", (False, True))
+@pytest.mark.parametrize("wide", (False, True))
+@pytest.mark.parametrize("name", ("survey", "apply_plain"))
+def test_plain_chunks_move_16_bytes_at_a_time(name: str, wide: bool, fresh: bool, tmp_path: Path):
+    """What all entries of an ordinary network go through, on a Hopper GPU."""
+    launch = next(x for x in launches() if is_hot(x, name, wide, fresh))
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(launch.compile(90).asm["cubin"])
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    run = subprocess.run([tools / "nvdisasm", "-c", cubin], capture_output=True, text=True, check=True)
+    found = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)", run.stdout, re.M)
+    assert len(found) > 500
+    assert not [op for op in found if op.startswith(("LDL", "STL"))], "registers are spilled"
+    # Vectors a thread: 16 entries of float32, bfloat16, float16 and float64, in a branch each; and of a third
+    # operand in a branch of that, where scores are float64.
+    threads = 32 * prune_triton.TUNING.plain_warps
+    vectors = [
+        prune_triton.TUNING.chunk * size // 16 // threads for size in ((4, 2, 2, 8) if wide else (4, 2, 2))
+    ]
+    assert found.count("LDG.E.128.CONSTANT") + found.count("LDG.E.128") == sum(vectors) * (3 if wide else 2)
+    narrow = [op for op in found if re.match(r"(LDG|STG)\.E\.[US]?(8|16)\b", op)]
+    assert not narrow, "masks and half floats go in vectors, too"
+    if name == "apply_plain":
+        assert found.count("STG.E.128") == sum(vectors)
+
+
+def test_in_the_interpreter(interpreter: subprocess.Popen[str]):
+    """Against the reference: tests/interpreted_triton.py."""
+    output, _ = interpreter.communicate(timeout=600)
+    assert interpreter.returncode == 0, output
+    assert re.search(r"^\d+ passed", output, re.M), output
+
+
+def served(setup: str) -> list[str]:
+    """What `drive info` says of CUDA in a new process, after `setup`; is a kernel there, Triton imported?"""
+    script = f"""
+import sys
+{setup}
+import torch
+from drive.info import OP, facts
+print(facts()[OP]["cuda"])
+print(torch._C._dispatch_has_kernel_for_dispatch_key(OP, "CUDA"), "triton" in sys.modules)
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return run.stdout.splitlines()
+
+
+NOT_COMPILED = "sys.modules['drive_kernels._C'] = None\n"
+NO_TRITON = """
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "triton" else find(name, *rest)
+"""
+
+
+def test_serves_where_the_compiled_part_is_missing():
+    says, registered = served(NOT_COMPILED)
+    why = r"the compiled part is not loaded \(.*drive_kernels\._C.*\)"
+    assert re.fullmatch(f"Triton kernel, because {why}", says)
+    assert registered == "True False"
+
+
+def test_reference_serves_where_triton_is_missing_too():
+    says, registered = served(NOT_COMPILED + NO_TRITON)
+    why = r"the compiled part is not loaded \(.*\) and Triton is not installed"
+    assert re.fullmatch(f"reference in PyTorch, because {why}", says)
+    assert registered == "False False"
+
+
+@pytest.mark.parametrize(
+    ("implementations", "says"),
+    (
+        ({"compiled CUDA kernel": None, "Triton kernel": "no"}, "compiled CUDA kernel"),
+        ({"compiled CUDA kernel": "no GCC", "Triton kernel": None}, "Triton kernel, because no GCC"),
+        (
+            {"A": "of X", "B": "of Y", "reference in PyTorch": None},
+            "reference in PyTorch, because of X and of Y",
+        ),
+    ),
+)
+def test_info(implementations: dict[str, str | None], says: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(drive_kernels.implementations["drive::prune_"], "cuda", implementations)
+    assert info.facts()["drive::prune_"]["cuda"] == says
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    (
+        ({"weights": []}, ValueError, "weights must not be empty"),
+        ({"grads": []}, ValueError, "must be of one length, got 1, 0, 0, 1"),
+        ({"mask_grads": [torch.ones(2)] * 2}, ValueError, "must be of one length, got 1, 1, 2, 1"),
+        ({"grads": [torch.ones(3)]}, ValueError, r"grads\[0\] must have shape \[2\], got \[3\]"),
+        (
+            {"grads": [torch.ones(2).double()]},
+            TypeError,
+            r"grads\[0\] must be torch.float32, got torch.float64",
+        ),
+        ({"masks": [torch.ones(2)]}, TypeError, r"masks\[0\] must be torch.bool, got torch.float32"),
+        ({"weights": [torch.ones(2).int()]}, TypeError, r"weights\[0\] must be float32.* got torch.int32"),
+        ({"grads": [torch.ones(2, device="meta")]}, ValueError, r"grads\[0\] must be on cpu, got meta"),
+        ({"grads": [torch.ones(2).to_sparse()]}, TypeError, r"grads\[0\] must be a dense tensor, got layout"),
+        ({"min_keep": -1}, ValueError, "must be >= 0, got 1, -1"),
+    ),
+)
+def test_refuses(changed: dict[str, object], error: type[Exception], message: str):
+    good = Step([torch.ones(2)], [torch.ones(2)], [], [torch.ones(2, dtype=torch.bool)], True, 1, 0)
+    with pytest.raises(error, match=f"drive::prune_: .*{message}"):
+        prune_triton.prune_(*replace(good, **changed).args())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "changed", ({}, {"least_listed": 5, "entries_a_listed_key": 1 << 40}, {"sigmas": 0.0})
+)
+@pytest.mark.parametrize("index", range(len(sample_inputs())))
+def test_on_the_device(index: int, changed: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+    """Also where the list is too short, or the bracket does not hold: through all entries."""
+    monkeypatch.setattr(prune_triton, "TUNING", prune_triton.TUNING._replace(**changed))
+    step = sample_inputs()[index]
+    ours, theirs = step.to("cuda"), step.to("cpu")
+    outputs, expected = prune_triton.prune_(*ours.args()), reference(*theirs.args())
+    for mine, other in zip(ours.masks + ours.weights, theirs.masks + theirs.weights, strict=True):
+        assert torch.equal(mine.cpu(), other)
+    for mine, other in zip(outputs[:2], expected[:2], strict=True):
+        assert torch.equal(mine.cpu(), other)
+    torch.testing.assert_close(outputs[2].cpu(), expected[2], rtol=1e-12, atol=0, equal_nan=True)
+
+
+@pytest.mark.gpu
+def test_a_captured_table_is_kept(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(prune_triton, "_captured", kept := [])
+    step = sample_inputs()[0].to("cuda")
+    prune_triton.prune_(*step.args())
+    torch.cuda.synchronize()
+    assert not kept
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        prune_triton.prune_(*step.args())
+    assert len(kept) == 1 and kept[0].is_pinned()
+    graph.replay()
+    torch.cuda.synchronize()
