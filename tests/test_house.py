@@ -54,11 +54,13 @@ def test_arrows_point_one_way(module: str):
     assert not outside, f"{module} must not import {outside}"
 
 
-def test_import_is_light():
+def test_import_is_light(tmp_path: Path):
     heavy = "torchvision", "matplotlib", "triton", "sklearn", "lightning", "typer", "rich"
     script = (
         "import sys, torch; before = set(sys.modules); import drive; "
         f"print([m for m in {heavy} if m in set(sys.modules) - before])"
     )
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
     assert run.stdout.strip() == "[]"
