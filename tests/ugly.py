@@ -134,8 +134,13 @@ def sample_inputs() -> list[Step]:
         total = sum(w.numel() for w in tensors[0])
         found.append(
             Step(
-                tensors[0], tensors[1] if gradients > 0 else [], tensors[2] if gradients > 1 else [],
-                tensors[3], fresh, total // 3, min_keep,
+                tensors[0],
+                tensors[1] if gradients > 0 else [],
+                tensors[2] if gradients > 1 else [],
+                tensors[3],
+                fresh,
+                total // 3,
+                min_keep,
             )
         )
     return found

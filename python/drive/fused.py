@@ -86,7 +86,13 @@ def prune_step(
     found = operands(target, grads, mask_grads, include, op)
     total = sum(w.numel() for w in found.weights.values())
     return prune_operands(
-        prune_op, op, found, round(sparsity * total), masks=masks, min_keep=min_keep, check_finite=check_finite
+        prune_op,
+        op,
+        found,
+        round(sparsity * total),
+        masks=masks,
+        min_keep=min_keep,
+        check_finite=check_finite,
     )
 
 

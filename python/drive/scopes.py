@@ -7,30 +7,30 @@ from math import floor
 
 from torch import Tensor
 
-Groups = list[tuple[list[str], int]]  # names of tensors, entries to prune among them
-Scope = Callable[[Mapping[str, Tensor], int], Groups]
+Groups = list[tuple[list[str], int]]  # names of tensors, units (entries, or blocks) to prune among them
+Scope = Callable[[Mapping[str, Tensor], int, int], Groups]  # weights, units to prune, entries in a unit
 
 
-def global_(weights: Mapping[str, Tensor], prune: int) -> Groups:
+def global_(weights: Mapping[str, Tensor], prune: int, unit: int = 1) -> Groups:
     """One ranking over all tensors."""
     return [(list(weights), prune)]
 
 
-def uniform(weights: Mapping[str, Tensor], prune: int) -> Groups:
+def uniform(weights: Mapping[str, Tensor], prune: int, unit: int = 1) -> Groups:
     """A ranking per tensor, the same sparsity in each."""
-    sizes = {name: w.numel() for name, w in weights.items()}
+    sizes = {name: w.numel() // unit for name, w in weights.items()}
     share = prune / max(1, sum(sizes.values()))
     return _rounded({name: share * size for name, size in sizes.items()}, sizes, prune)
 
 
-def erk(weights: Mapping[str, Tensor], prune: int) -> Groups:
+def erk(weights: Mapping[str, Tensor], prune: int, unit: int = 1) -> Groups:
     """A ranking per tensor, densities by Erdos-Renyi-Kernel (Evci et al., arXiv 1911.11134, Sec. 3).
 
     The density of a tensor is proportional to (sum of its sizes) / (product of its sizes), so that small
     tensors stay denser; tensors that would have more entries than there are stay dense, and the others
     share what is left.
     """
-    sizes = {name: w.numel() for name, w in weights.items()}
+    sizes = {name: w.numel() // unit for name, w in weights.items()}
     raw = {name: float(sum(w.shape)) for name, w in weights.items()}  # density * entries, up to a factor
     dense: set[str] = set()
     while True:
@@ -53,15 +53,15 @@ def names() -> list[str]:
     return list(_SCOPES)
 
 
-def groups(scope: str, weights: Mapping[str, Tensor], prune: int) -> Groups:
-    """Groups of tensors that lose exactly `prune` entries in all.
+def groups(scope: str, weights: Mapping[str, Tensor], prune: int, unit: int = 1) -> Groups:
+    """Groups of tensors that lose exactly `prune` units of `unit` entries in all.
 
     Raises:
         ValueError: an unknown scope.
     """
     if scope not in _SCOPES:
         raise ValueError(f"scope must be one of {', '.join(_SCOPES)}, got {scope!r}")
-    return _SCOPES[scope](weights, prune)
+    return _SCOPES[scope](weights, prune, unit)
 
 
 def _rounded(shares: Mapping[str, float], sizes: Mapping[str, int], total: int) -> Groups:

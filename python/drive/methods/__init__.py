@@ -3,14 +3,31 @@
 from .base import Method, Problem, Ranking
 from .crop import Crop
 from .drive import Drive
+from .early_crop import EarlyCrop
+from .gradual import GradualMagnitude
 from .grasp import Grasp
+from .imp import Imp
 from .magnitude import Magnitude
 from .random import Random
+from .rigl import RigL
 from .snip import Snip
 from .synflow import SynFlow
 
 _METHODS: dict[str, type[Method]] = {
-    m.name: m for m in (Drive, Snip, Grasp, SynFlow, Crop, Magnitude, Random)
+    m.name: m
+    for m in (
+        Drive,
+        Snip,
+        Grasp,
+        SynFlow,
+        Crop,
+        EarlyCrop,
+        Magnitude,
+        GradualMagnitude,
+        Imp,
+        RigL,
+        Random,
+    )
 }
 
 
@@ -29,6 +46,6 @@ def get(method: "str | Method") -> Method:
 
 
 __all__ = [
-    "Crop", "Drive", "Grasp", "Magnitude", "Method", "Problem", "Random", "Ranking", "Snip", "SynFlow",
-    "get", "names",
+    "Crop", "Drive", "EarlyCrop", "GradualMagnitude", "Grasp", "Imp", "Magnitude", "Method", "Problem",
+    "Random", "Ranking", "RigL", "Snip", "SynFlow", "get", "names",
 ]  # fmt: skip

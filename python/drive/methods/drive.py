@@ -41,12 +41,12 @@ class Drive(Method):
     def rank(self, problem: Problem) -> Ranking:
         p, q = self.powers
         if q == 0:  # |theta|^p ranks as |theta|
-            return Ranking()
+            return Ranking(power=p)
         grads = problem.loss_gradients(reuse=True)
         if p == 0:
-            return Ranking(scores=grads)
+            return Ranking(scores=grads, power=q)
         if p == q:  # without the square: it would underflow
-            return Ranking(grads)
+            return Ranking(grads, power=p)
         if (p, q) == (2, 1):
             return Ranking(grads, mask_gradients=problem.weights)
         if (p, q) == (1, 2):

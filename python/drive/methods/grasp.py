@@ -14,18 +14,17 @@ class Grasp(Method):
     the mode (train) that the model is in.
 
     Args:
-        batches: how many are summed.
         temperature: the model's outputs are divided by it before the loss.
     """
 
     name = "grasp"
+    stage = "initialisation"
 
-    def __init__(self, batches: int = 1, temperature: float = 200.0):
-        self.batches, self.temperature = batches, temperature
+    def __init__(self, temperature: float = 200.0):
+        self.temperature = temperature
 
     def rank(self, problem: Problem) -> Ranking:
-        batches = [next(problem.batches) for _ in range(self.batches)]
-        products = hessian_times_gradient(problem, batches, self.temperature)
+        products = hessian_times_gradient(problem, problem.take(), self.temperature)
         with torch.no_grad():
             scores = {name: w * products[name] for name, w in problem.weights.items()}
         return Ranking(scores=scores, signed=True)

@@ -9,6 +9,7 @@ class Random(Method):
     """Uniform noise as score, once; of drive.prune's seed."""
 
     name = "random"
+    stage = "initialisation"
 
     def rank(self, problem: Problem) -> Ranking:
         # float64: in a large model float32's 2^24 values would tie

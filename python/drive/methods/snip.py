@@ -12,6 +12,7 @@ class Snip(Method):
     """
 
     name = "snip"
+    stage = "initialisation"
 
     def rank(self, problem: Problem) -> Ranking:
         return Ranking(problem.loss_gradients(reuse=True))
