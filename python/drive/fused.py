@@ -10,7 +10,7 @@ from torch import Tensor
 
 import drive_kernels  # noqa: F401  (defines torch.ops.drive)
 
-from .masks import Masks
+from .masks import Masks, zero_pruned_
 from .result import PruneResult
 from .targets import Include, Operands, Target, Tensors, operands
 
@@ -123,12 +123,12 @@ def prune_operands(
         masks = new_masks(found.weights)
     masks.check_match(op, found.weights)
     ordered = [masks[name] for name in found.weights]
-    values = weights if found.scores is None else [score.clone() for score in found.scores]
+    values = found.scores or weights
     with torch.no_grad():
         outputs = prune_op(values, found.grads, found.mask_grads, ordered, fresh, prune, min_keep)
-        if found.scores is not None:  # the op has zeroed their copies
+        if found.scores is not None:  # the op has zeroed these
             for weight, mask in zip(weights, ordered, strict=True):
-                weight.masked_fill_(~mask, 0)
+                zero_pruned_(weight, mask)
     result = PruneResult(Masks(dict(zip(found.weights, ordered, strict=True))), *outputs)
     if check_finite:
         result.check_finite(op).answer()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from . import scopes, structures
 from .fused import prune_operands
-from .masks import Masks
+from .masks import Masks, zero_pruned_
 from .methods.base import Ranking
 from .result import PruneResult
 from .scopes import Groups
@@ -106,7 +106,7 @@ class Selection:
         result = _step(self.op, found, prune + sum(guarded), Masks(open_), min_keep)
         for name, weight in weights.items():
             alive[name].copy_(structure.spread(result.masks[name] | safe[name], self.axes[name]))
-            weight.masked_fill_(~alive[name], 0)
+            zero_pruned_(weight, alive[name])
         kept = (result._kept + torch.tensor(guarded, device=result._kept.device)) * structure.size
         return PruneResult(alive, kept, bad, result._scores)
 

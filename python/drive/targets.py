@@ -25,7 +25,8 @@ _LAYERS = (
 class Operands:
     """Prunable tensors by name, and in the same order what they are ranked by.
 
-    |theta * grad|, with mask_grads |theta * mask_grad * grad|, without gradients |theta|, or |score|.
+    |theta * grad|, with mask_grads |theta * mask_grad * grad|, without gradients |theta|, or |score|: the
+    scores are overwritten.
     """
 
     weights: dict[str, Tensor]

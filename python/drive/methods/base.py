@@ -76,7 +76,7 @@ class Ranking:
 
     gradients: |theta * gradient|; with mask_gradients |theta * mask_gradient * gradient|, in float64. Of the
         weights' dtype, any strides. These scores are never in memory.
-    scores: |score|, or with signed=True the score itself (in float32). Any floating dtype.
+    scores: |score|, or with signed=True the score itself (in float32). Any floating dtype; overwritten.
     None of them: |theta|.
 
     power: the score is this power of what is ranked, which matters where scores are summed (blocks).
