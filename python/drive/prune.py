@@ -107,7 +107,8 @@ def prune(
     if not isinstance(taken, int) or taken < 1:
         raise ValueError(f"prune: accumulate must be an integer >= 1, got {accumulate!r}")
     if schedule is None:
-        schedule = chosen.schedule if chosen.schedule != "one_shot" or count == 1 else "exponential"
+        several = chosen.iterations == 1 < count  # of a one-shot method
+        schedule = "exponential" if several and chosen.schedule == "one_shot" else chosen.schedule
     weights = prunable(model, include, op="prune")
     selection = Selection(
         model, weights, structure, chosen.scope if scope is None else scope, sparsity, min_keep
