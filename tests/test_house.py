@@ -19,7 +19,7 @@ LIBRARY = (
     "capture", "feed", "sgd", "scopes", "structures", "restore", "methods.base", "methods.second_order",
     "methods.drive", "methods.snip", "methods.grasp", "methods.synflow", "methods.crop", "methods.early_crop",
     "methods.magnitude", "methods.gradual", "methods.imp", "methods.rigl", "methods.random", "methods",
-    "selection", "prune",
+    "selection", "paths", "prune",
 )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -135,7 +136,7 @@ def test_second_order_scores_are_those_of_the_whole_hessian(method, temperature:
 def linear(depth: int, width: int) -> nn.Sequential:
     torch.manual_seed(3)
     sizes = [6, *[width] * (depth - 1), 4]
-    layers = [nn.Linear(a, b, bias=False) for a, b in zip(sizes, sizes[1:], strict=False)]
+    layers = [nn.Linear(a, b, bias=False) for a, b in pairwise(sizes)]
     return nn.Sequential(*layers)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -94,7 +95,7 @@ def test_rigl_keeps_layer_densities_and_grows_from_zero(scope: str):
     counts = [{name: int(mask.sum()) for name, mask in step.items()} for step in steps]
     assert all(count == counts[0] for count in counts)
     weights = [*watch.before[1:], state(model)]
-    for step, (old, new) in enumerate(zip(steps, steps[1:], strict=False), 1):
+    for step, (old, new) in enumerate(pairwise(steps), 1):
         for name in masks:
             trained, mask = watch.after[step - 1][name], old[name]
             alive = int(mask.sum())
