@@ -1,9 +1,12 @@
 """Hessian times gradient, by differentiating twice: nothing larger than the graph of one batch."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map
 
 from drive.gradients import Batch
 
@@ -28,7 +31,7 @@ def hessian_times_gradient(
 
     def gradients(batch: Batch, create_graph: bool) -> tuple[Tensor, ...]:
         inputs, targets = batch
-        loss = problem.loss_fn(problem.model(inputs) / temperature, targets)
+        loss = problem.loss_fn(_divided(problem.model(inputs), temperature), targets)
         grads = torch.autograd.grad(loss, weights, create_graph=create_graph, allow_unused=True)
         for name, grad in zip(problem.weights, grads, strict=True):
             if grad is None:
@@ -40,7 +43,8 @@ def hessian_times_gradient(
         named = zip(problem.weights, grads, strict=True)
         return [grad * masks[name] if name in masks else grad for name, grad in named]
 
-    with torch.enable_grad():
+    # fused attention has no second derivative
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         total: list[Tensor] = [torch.zeros_like(w) for w in weights]
         for batch in batches:
             total = [sum_ + grad for sum_, grad in zip(total, gradients(batch, False), strict=True)]
@@ -51,3 +55,10 @@ def hessian_times_gradient(
             parts = torch.autograd.grad(inner, weights, allow_unused=True, materialize_grads=True)
             product = [sum_ + part for sum_, part in zip(product, parts, strict=True)]
     return dict(zip(problem.weights, product, strict=True))
+
+
+def _divided(outputs: Any, by: float) -> Any:
+    """A tensor, or all floating-point ones of nested outputs."""
+    if by == 1:
+        return outputs
+    return tree_map(lambda x: x / by if isinstance(x, Tensor) and x.is_floating_point() else x, outputs)
