@@ -85,12 +85,13 @@ class Timed(Drive):
     """DRIVE that marks on the device's time line where its gradients begin and end."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.marks: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
-    def gradients(self, problem: drive.methods.Problem) -> dict[str, Tensor]:
+    def rank(self, problem: drive.methods.Problem) -> drive.methods.Ranking:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        found = super().gradients(problem)
+        found = super().rank(problem)
         end.record()
         self.marks.append((begin, end))
         return found

@@ -34,8 +34,9 @@
 namespace drive {
 namespace {
 
-// Scratch for the keys in the bracket: 0.25 byte an entry, 6 % of the entries for 32-bit keys.
-constexpr int64_t kEntriesPerScratchByte = 4;
+// Scratch for the keys in the bracket: 6 % of the entries (a bracket of 2^14 samples holds 4 % at most), 0.25
+// byte an entry for 32-bit keys, 0.5 for 64-bit ones.
+constexpr int64_t kEntriesPerScratchKey = 16;
 
 // Entries of a chunk above and on a threshold.
 struct Split {
@@ -59,7 +60,7 @@ class PruneStep {
       : items_(std::move(items)), kept_(items_.size()), alive_(items_.size()), nonfinite_(items_.size()) {
     int64_t n = 0;
     for (const Item& item : items_) n += item.numel();
-    const int64_t bytes = std::max<int64_t>(n / kEntriesPerScratchByte, kMinSample * sizeof(Key));
+    const int64_t bytes = std::max<int64_t>(n / kEntriesPerScratchKey, kMinSample) * sizeof(Key);
     scratch_ = at::empty({bytes}, at::kByte);
     inside_ = static_cast<Key*>(scratch_.data_ptr());
     capacity_ = bytes / sizeof(Key);
@@ -316,7 +317,7 @@ using Outputs = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 template <class Key>
 Outputs run(const PruneArguments& arguments) {
   std::vector<Item> items;
-  for (size_t i = 0; i < arguments.weights.size(); ++i) items.emplace_back(arguments.operands(i), arguments.fresh);
+  for (size_t i = 0; i < arguments.weights.size(); ++i) items.emplace_back(arguments.operands(i), arguments);
   at::Tensor kept = at::empty({static_cast<int64_t>(items.size())}, at::kLong);
   at::Tensor nonfinite = at::empty_like(kept);
   at::Tensor scores = at::full({2}, NAN, at::kDouble);
@@ -326,7 +327,7 @@ Outputs run(const PruneArguments& arguments) {
   if (finite) {
     step.apply();
     std::tie(scores.data_ptr<double>()[0], scores.data_ptr<double>()[1]) =
-        step.scores(/*squared=*/arguments.mask_grads.empty());
+        step.scores(arguments.squared());
   } else if (arguments.fresh) {
     for (const at::Tensor& mask : arguments.masks) mask.fill_(true);
   }

@@ -8,7 +8,7 @@
 namespace drive {
 
 struct PruneArguments {
-  at::TensorList weights, grads, mask_grads, masks;  // mask_grads may be empty
+  at::TensorList weights, grads, mask_grads, masks;  // mask_grads may be empty; grads too, if they are
   bool fresh;
   int64_t prune, min_keep;
 
@@ -16,9 +16,12 @@ struct PruneArguments {
   bool check() const {
     const char* op = "drive::prune_";
     TORCH_CHECK_VALUE(!weights.empty(), op, ": weights must not be empty");
-    TORCH_CHECK_VALUE(grads.size() == weights.size() && masks.size() == weights.size() &&
-                          (mask_grads.empty() || mask_grads.size() == weights.size()),
-                      op, ": weights, grads, mask_grads and masks must be of one length, got ",
+    const auto fits = [&](at::TensorList list, bool optional) {
+      return list.size() == weights.size() || (optional && list.empty());
+    };
+    TORCH_CHECK_VALUE(fits(masks, false) && fits(mask_grads, true) && fits(grads, mask_grads.empty()), op,
+                      ": weights, grads, mask_grads and masks must be of one length (or mask_grads empty, or both "
+                      "gradients), got ",
                       weights.size(), ", ", grads.size(), ", ", mask_grads.size(), ", ", masks.size());
     TORCH_CHECK_VALUE(prune >= 0 && min_keep >= 0, op, ": prune and min_keep must be >= 0, got ", prune,
                       ", ", min_keep);
@@ -30,7 +33,7 @@ struct PruneArguments {
           ": weights[", i, "] must be float32, bfloat16, float16 or float64, got ", dtype);
       TORCH_CHECK_VALUE(weights[i].device() == weights[0].device(), op, ": weights[", i, "] must be on ",
                         weights[0].device(), ", as weights[0] is, got ", weights[i].device());
-      check_like(op, "grads", i, grads[i], weights[i], dtype);
+      if (!grads.empty()) check_like(op, "grads", i, grads[i], weights[i], dtype);
       check_like(op, "masks", i, masks[i], weights[i], at::kBool);
       if (!mask_grads.empty()) check_like(op, "mask_grads", i, mask_grads[i], weights[i], dtype);
       wide |= dtype == at::kDouble;
@@ -38,9 +41,13 @@ struct PruneArguments {
     return wide;
   }
 
-  // Operands of one tensor: weight, gradient, mask and, where there is one, mask gradient.
+  // Is |S| the square of the score that is ranked? (With G, that is |theta * G|.)
+  bool squared() const { return !grads.empty() && mask_grads.empty(); }
+
+  // Operands of one tensor: weight, gradient, mask and, where there is one, mask gradient. Where there are no
+  // gradients, the weight stands in their place, and nobody reads it there.
   std::vector<at::Tensor> operands(size_t i) const {
-    std::vector<at::Tensor> tensors{weights[i], grads[i], masks[i]};
+    std::vector<at::Tensor> tensors{weights[i], grads.empty() ? weights[i] : grads[i], masks[i]};
     if (!mask_grads.empty()) tensors.push_back(mask_grads[i]);
     return tensors;
   }

@@ -31,7 +31,7 @@ struct Half { uint16_t bits; };
 template <class Key>
 constexpr int kBlock = 64 / sizeof(Key);
 
-// Contiguous operands of one chunk; mask_grad and mask may be null.
+// Contiguous operands of one chunk; grad, mask_grad and mask may be null.
 struct Entries {
   const void* weight;
   const void* grad;

@@ -93,7 +93,7 @@ DRIVE_INLINE typename Lanes<Key>::Bits score_bits(const Entries& e, int64_t i) {
   using Bits = typename Lanes<Key>::Bits;
   typename Lanes<Key>::Scores product = factor<Key>(static_cast<const T*>(e.weight) + i);
   if (e.mask_grad) product *= factor<Key>(static_cast<const T*>(e.mask_grad) + i);
-  product *= factor<Key>(static_cast<const T*>(e.grad) + i);
+  if (e.grad) product *= factor<Key>(static_cast<const T*>(e.grad) + i);
   return (Bits)product & (~typename KeyTraits<Key>::Bits{0} >> 1);
 }
 
@@ -124,7 +124,7 @@ struct Sum {
 #else
         const auto wide = __builtin_convertvector(half[h], Vector<double, kDoubles>);
 #endif
-        sum.lanes[2 * part + h] += wide * wide;
+        sum.lanes[2 * part + h] += squared ? wide * wide : wide;
       }
     }
   }
@@ -212,7 +212,7 @@ DRIVE_TARGET Counts survey(const Entries& entries, int64_t n, Key lo, Key hi, Ke
       at_hi -= key == hi;
       at_lo -= key == lo;
       end += append_between(key, lo, hi, end);
-      Sum<Key>::add(sum, part, (typename L::Scores)((Ints)bits & live), !e.mask_grad);
+      Sum<Key>::add(sum, part, (typename L::Scores)((Ints)bits & live), e.grad && !e.mask_grad);
     }
   }
   Counts c{};

@@ -55,7 +55,9 @@ struct Work {
   const Dim* dims;
   int32_t count;
   bool fresh;  // old masks are not read
-  bool three;  // there are mask gradients
+  bool alone;    // there are no gradients
+  bool three;    // there are mask gradients too
+  bool squared;  // |S| is the square of the score that is ranked
   int64_t entries, chunks;
 };
 
@@ -136,6 +138,11 @@ __device__ inline float widen(Half v) { return __half2float(__ushort_as_half(v.b
 __device__ inline float widen(float v) { return v; }
 __device__ inline double widen(double v) { return v; }
 
+__device__ inline BFloat16 one(BFloat16) { return {0x3f80}; }
+__device__ inline Half one(Half) { return {0x3c00}; }
+__device__ inline float one(float) { return 1; }
+__device__ inline double one(double) { return 1; }
+
 // The key of an entry that is not pruned: bits of |theta * G|, or of |theta * dL/dm * dL/dtheta|. Single
 // IEEE products: no contraction, no flush to zero.
 __device__ inline int32_t key_of(float weight, float grad, float, bool) {
@@ -171,7 +178,7 @@ __device__ Key key_at(const Work& work, const Item& item, int64_t position) {
   using Score = typename KeyTraits<Key>::Score;
   const Place place = place_of(work, item, position);
   if (!work.fresh && !item.data[kMask][place.at[kMask]]) return kDead<Key>;
-  return key_of(value_at<Score>(item, kWeight, place), value_at<Score>(item, kGrad, place),
+  return key_of(value_at<Score>(item, kWeight, place), work.alone ? 1 : value_at<Score>(item, kGrad, place),
                 work.three ? value_at<Score>(item, kMaskGrad, place) : 0, work.three);
 }
 
@@ -262,7 +269,12 @@ template <class Key, class T>
 __device__ Entries<T> load(const Work& work, const Item& item, int64_t position) {
   Entries<T> e{};
   e.weight = vector_at<T>(item, kWeight, position);
-  e.grad = vector_at<T>(item, kGrad, position);
+  if (work.alone) {
+#pragma unroll
+    for (int j = 0; j < kLanes<T>; ++j) e.grad.at[j] = one(T{});
+  } else {
+    e.grad = vector_at<T>(item, kGrad, position);
+  }
   if (sizeof(Key) == 8 && work.three) e.mask_grad = vector_at<T>(item, kMaskGrad, position);
   e.alive = work.fresh ? (1u << kLanes<T>) - 1 : mask_at<T>(item, position).bits();
   return e;
@@ -285,7 +297,8 @@ __device__ Key key_of(const Work& work, const Entries<T>& e, int j) {
 template <class Key, class T>
 __device__ Key living_key_at(const Work& work, const Item& item, int64_t position) {
   const auto entry = [&](int o) { return global<T>(item.data[o] + position * sizeof(T)); };
-  return key_of<Key>(work, entry(kWeight), entry(kGrad), work.three ? entry(kMaskGrad) : T{}, true);
+  return key_of<Key>(work, entry(kWeight), work.alone ? one(T{}) : entry(kGrad),
+                     work.three ? entry(kMaskGrad) : T{}, true);
 }
 
 // A thread's entries of a chunk, and so the bits of a word that it keeps of them.

@@ -33,7 +33,7 @@ void sample_item(const Item& item, const int64_t* position, int64_t m, Staging& 
       std::memcpy(room.operand[o] + i * size, data + at[i][o] * size, size);
     }
   }
-  const Entries entries{room.operand[kWeight], room.operand[kGrad],
+  const Entries entries{room.operand[kWeight], item.data(kGrad) ? room.operand[kGrad] : nullptr,
                         item.data(kMaskGrad) ? room.operand[kMaskGrad] : nullptr,
                         item.fresh ? nullptr : reinterpret_cast<uint8_t*>(room.operand[kMask])};
   std::array<Key, kSampleRun> found;

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "common.h"
+#include "prune_arguments.h"
 #include "prune_isa.h"
 #include "walk.h"
 
@@ -22,17 +23,19 @@ enum Operand { kWeight, kGrad, kMask, kMaskGrad };
 
 // One tensor with its gradients and its mask, which is only written if `fresh`.
 struct Item {
-  Item(std::vector<at::Tensor> operands, bool fresh_mask)
+  Item(std::vector<at::Tensor> operands, const PruneArguments& arguments)
       : tensors(std::move(operands)),
         walk(tensors, Walk::Order::memory),
         logical(tensors[kWeight].is_contiguous()),
-        fresh(fresh_mask) {}
+        fresh(arguments.fresh),
+        alone(arguments.grads.empty()) {}
 
   at::ScalarType dtype() const { return tensors[kWeight].scalar_type(); }
   int64_t numel() const { return tensors[kWeight].numel(); }
   int64_t entry_size(int o) const { return o == kMask ? 1 : tensors[kWeight].element_size(); }
   char* data(int o) const {
-    return static_cast<size_t>(o) < tensors.size() ? static_cast<char*>(tensors[o].data_ptr()) : nullptr;
+    if (static_cast<size_t>(o) >= tensors.size() || (o == kGrad && alone)) return nullptr;
+    return static_cast<char*>(tensors[o].data_ptr());
   }
   void walk_logically() {
     walk = Walk(tensors, Walk::Order::logical);
@@ -43,6 +46,7 @@ struct Item {
   Walk walk;
   bool logical;  // does the walk go in row-major order?
   bool fresh;
+  bool alone;  // there are no gradients
 };
 
 struct Chunk {

@@ -4,6 +4,7 @@ An entry's score is S = theta * dL/dm * dL/dtheta (Eq. 6 of arXiv 2404.03687). W
 |S| = (theta * G)^2 on surviving entries, so ranking by |theta * G| ranks by |S|, without the underflow
 of the square. The key that is ranked, and thereby the masks, is the same bit for bit everywhere:
 
+    one operand      |theta|: magnitude pruning, or `weights` are scores computed elsewhere
     two operands     |float32(theta * G)|, one IEEE rounding; float64 if any tensor is float64
     three operands   |(theta * dL/dm) * dL/dtheta| in float64
 
@@ -22,7 +23,7 @@ _library = torch.library.Library("drive", "DEF")
 _library.define(
     "prune_("
     "Tensor(a!)[] weights, "  # theta, any shapes and strides; float32, bfloat16, float16, float64
-    "Tensor[] grads, "  # dL/dtheta, shape and dtype of its weight, any strides
+    "Tensor[] grads, "  # dL/dtheta, shape and dtype of its weight, any strides; empty: |theta| is the score
     "Tensor[] mask_grads, "  # dL/dm, likewise; empty: theta * dL/dtheta
     "Tensor(b!)[] masks, "  # bool, shape of its weight, any strides
     "bool fresh, "  # the masks' contents are not read: nothing is pruned yet
@@ -92,7 +93,7 @@ def reference(
         m.copy_(kept_here.view(m.shape))
         w.detach().masked_fill_(~m, 0)
     kept = torch.stack([k.sum() for k in keep.split(sizes)])
-    return kept, nonfinite, _score_summary(keys, keep, squared=not mask_grads)
+    return kept, nonfinite, _score_summary(keys, keep, squared=bool(grads) and not mask_grads)
 
 
 def _largest(keys: Tensor, k: int, kth_largest: KthLargest) -> Tensor:

@@ -516,7 +516,7 @@ def survey(
         keys = any_chunk(table, row, begin, False, BLOCK, FRESH, WIDE)
 
     score = tl.where(keys != 0, score_of(keys), 0.0)
-    if not WIDE or tl.load(table + SQUARED) != 0:
+    if tl.load(table + SQUARED) != 0:
         score *= score
     total = tl.sum(score, 0)
     bad = 0
@@ -846,6 +846,7 @@ class Item(NamedTuple):
     mask_grad: Tensor | None
     walk: list[Dim]
     logical_walk: list[Dim]
+    squared: bool  # |S| is the square of the score that is ranked
 
     @property
     def numel(self) -> int:
@@ -864,13 +865,18 @@ class Item(NamedTuple):
         return self.numel // TUNING.chunk if aligned and dense else 0
 
 
-def _item(weight: Tensor, grad: Tensor, mask: Tensor, mask_grad: Tensor | None, in_order: bool) -> Item:
+def _item(
+    weight: Tensor, grad: Tensor | None, mask: Tensor, mask_grad: Tensor | None, in_order: bool
+) -> Item:
+    squared = grad is not None and mask_grad is None
+    if grad is None:  # ones of every shape that take one entry of memory
+        grad = weight.new_ones(()).expand_as(weight)
     operands = (weight, grad, mask, weight if mask_grad is None else mask_grad)
     strides = zip(*(t.stride() for t in operands), strict=True)
     dims = [(size, *by) for size, by in zip(weight.shape, strides, strict=True) if size != 1]
     logical = _merged(dims)
     walk = logical if in_order else _merged(sorted(dims, key=lambda dim: -dim[1]))
-    return Item(weight, grad, mask, mask_grad, walk, logical)
+    return Item(weight, grad, mask, mask_grad, walk, logical, squared)
 
 
 def _merged(dims: list[Dim]) -> list[Dim]:
@@ -909,7 +915,7 @@ def _table(items: list[Item], wide: bool, keep: int, min_keep: int, samples: int
         entries += item.numel
         chunks += item.chunks
         plain += item.plain_chunks
-    header = [len(items), entries, chunks, plain, keep, min_keep, 0, items[0].mask_grad is None]
+    header = [len(items), entries, chunks, plain, keep, min_keep, 0, items[0].squared]
     header += [samples, capacity, 0, selection, selection + len(state)]
     return header + rows + states + walks
 
@@ -1025,9 +1031,11 @@ def _check(
         raise ValueError(f"{op}: weights must not be empty")
     device = weights[0].device
     lengths = [len(tensors) for tensors in (weights, grads, mask_grads, masks)]
-    if lengths != [len(weights)] * 2 + [len(mask_grads) and len(weights), len(weights)]:
+    one = len(weights)
+    if lengths not in ([one, one, one, one], [one, one, 0, one], [one, 0, 0, one]):
         raise ValueError(
-            f"{op}: weights, grads, mask_grads and masks must be of one length, got {str(lengths)[1:-1]}"
+            f"{op}: weights, grads, mask_grads and masks must be of one length (or mask_grads empty, or both "
+            f"gradients), got {str(lengths)[1:-1]}"
         )
     if prune < 0 or min_keep < 0:
         raise ValueError(f"{op}: prune and min_keep must be >= 0, got {prune}, {min_keep}")
@@ -1066,7 +1074,9 @@ def prune_(
     _check(weights, grads, mask_grads, masks, prune, min_keep)
     # Ties are cut in row-major order: with min_keep in any item, so then all walks are of that order.
     items = [
-        _item(weight, grads[i], masks[i], mask_grads[i] if mask_grads else None, in_order=min_keep > 0)
+        _item(
+            weight, grads[i] if grads else None, masks[i], mask_grads[i] if mask_grads else None, min_keep > 0
+        )
         for i, weight in enumerate(weights)
     ]
     wide = bool(mask_grads) or any(weight.dtype == torch.float64 for weight in weights)

@@ -145,7 +145,10 @@ def test_dtype_strides_and_structure_are_part_of_the_shape():
 
 def problem(gradients: GraphedGradients, data) -> Problem:
     eager = gradients._eager
-    return Problem(eager.model, eager.weights, iter(data), eager.loss_fn, gradients)
+    return Problem(
+        eager.model, eager.weights, iter(data), eager.loss_fn, gradients,
+        train=print, accumulate=1, sparsity=0.5, iteration=1, iterations=1,
+    )  # fmt: skip
 
 
 def test_gradients_are_the_callers_own_unless_reused():

@@ -80,7 +80,7 @@ def python(*arguments: str) -> "subprocess.CompletedProcess[str]":
         ("--data mnist", "--data must be one of digits, cifar10, imagefolder, got 'mnist'"),
         ("--model vgg", "--model must be one of small_cnn, resnet18, vgg16, vgg16_bn, alexnet, got 'vgg'"),
         ("--model alexnet", "--model must be one of small_cnn, resnet18 for images of side 8, got alexnet"),
-        ("--methods drive,luck", "--methods must be distinct names out of drive, snip, magnitude"),
+        ("--methods drive,luck", "--methods must be distinct names out of drive, snip, grasp"),
         ("--data imagefolder", "--data-dir must be given with --data imagefolder, got nothing"),
         ("--data imagefolder --data-dir nowhere", "--data-dir must be a folder with train/<class>/*"),
         ("--data-dir here", "--data-dir must be left out with --data digits, got "),

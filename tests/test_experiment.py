@@ -104,8 +104,10 @@ def test_killed_at_random_moments_and_resumed(uninterrupted: Path, tmp_path: Pat
 
 def test_artefacts(uninterrupted: Path) -> None:
     found = {path.name for path in uninterrupted.iterdir()}
-    figures = {"accuracy.png", "layers.png"}
-    files = {"config.json", "report.json", "timing.json", "checkpoint.pt", "masks.safetensors"}
+    figures = {"accuracy.png", "layers.png", "time.png"}
+    files = {
+        "config.json", "report.json", "timing.json", "tables.md", "checkpoint.pt", "masks.safetensors",
+    }  # fmt: skip
     assert found == {"cells"} | figures | files
     assert all((uninterrupted / name).read_bytes().startswith(b"\x89PNG") for name in figures)
     written = (uninterrupted / "report.json").read_text()
@@ -191,6 +193,7 @@ def test_verdict_says_it_plainly(digits: Dataset, tmp_path: Path, drive_right: i
         {
             "seed": cell.seed, "method": cell.method, "sparsity": cell.sparsity, "kept": kept,
             "tested": 100, "correct": drive_right if cell.method == "drive" else 80,
+            "empty": [], "disconnected": [],
         }
         for cell in made.cells()
     ]  # fmt: skip
@@ -207,3 +210,66 @@ def test_layers_that_collapse_are_drawn(digits: Dataset, tmp_path: Path) -> None
     summary["pruned"][0]["density"]["fc1.weight"] = 0.0
     report.draw_layers(summary, tmp_path / "layers.png")
     assert (tmp_path / "layers.png").stat().st_size > 10_000
+
+
+@pytest.fixture(scope="module")
+def every_method(tmp_path_factory: pytest.TempPathFactory) -> tuple[Experiment, list[dict[str, object]]]:
+    settings = config(methods=drive.methods.names(), sparsities=[0.9], epochs=4, limit_train=192)
+    experiment = Experiment(settings, load("digits").limited(192), tmp_path_factory.mktemp("every"))
+    return experiment, run(experiment)
+
+
+def test_every_method_prunes_and_trains(every_method) -> None:
+    experiment, results = every_method
+    assert [r["method"] for r in results] == ["dense", *drive.methods.names()]
+    total = sum(w.numel() for w in drive.targets.prunable(experiment.network.build()).values())
+    for result in results[1:]:
+        assert sum(result["kept"].values()) == total - round(0.9 * total), result["method"]
+        assert result["final_loss"] < 2.2 and result["train_seconds"] > 0 and result["prune_seconds"] > 0
+        assert result["empty"] == result["disconnected"] == []
+
+
+def test_training_methods_are_charged_for_their_training(every_method) -> None:
+    """IMP trains 11 levels at 90 %, and once more: seconds of training, not of pruning."""
+    seconds = {r["method"]: (r["train_seconds"], r["prune_seconds"]) for r in every_method[1]}
+    assert seconds["imp"][0] > 5 * seconds["random"][0] and seconds["imp"][1] < seconds["imp"][0]
+
+
+def test_tables_say_what_the_report_says(every_method) -> None:
+    experiment, results = every_method
+    summary, times = report.summarise(experiment, results), report.timings(experiment.config, results)
+    page = report.markdown(summary, times)
+    for row in summary["pruned"]:
+        assert f"| {row['method']} | {100 * row['mean']:.2f} |" in page
+    assert page.count("0 + 0 |") == len(drive.methods.names())
+
+
+def test_a_collapsed_network_is_reported(digits: Dataset, tmp_path: Path) -> None:
+    experiment = Experiment(config(methods=["random"], sparsities=[0.9999]), digits, tmp_path)
+    results = run(experiment)
+    assert results[1]["empty"] or results[1]["disconnected"]
+    page = report.markdown(report.summarise(experiment, results), report.timings(experiment.config, results))
+    assert "0 + 0 |" not in page
+
+
+def test_a_training_method_that_was_interrupted_gives_the_same(digits: Dataset, tmp_path: Path) -> None:
+    settings = config(methods=["gradual", "rigl"], sparsities=[0.9], epochs=4)
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    whole = numbers(run(Experiment(settings, digits, tmp_path / "a")))
+    broken = Experiment(settings, digits, tmp_path / "b")
+    calls = 0
+
+    def interrupted(*args: object, **options: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            raise KeyboardInterrupt
+        return train(*args, **options)
+
+    train, experiment.train = experiment.train, interrupted
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(broken)
+    finally:
+        experiment.train = train
+    assert numbers(run(Experiment(settings, digits, tmp_path / "b"))) == whole

@@ -208,7 +208,7 @@ def test_summary_names_everything():
         (
             {"sparsity": 0.99, "min_keep": 20},
             ValueError,
-            "min_keep=20 asks for 40 survivors.* leaves 31 of 3096",
+            "min_keep=20 asks for 40 survivors.* leave 31 of 3096",
         ),
         ({"sparsity": 0.5, "include": lambda *_: False}, ValueError, "selection of tensors is empty"),
         ({"sparsity": 0.5, "grads": {}}, ValueError, "grads has no entry for 0.weight"),

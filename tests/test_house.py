@@ -16,8 +16,11 @@ DRIVE = ROOT / "python" / "drive"
 # line and may import all of these; none of these may import it.
 LIBRARY = (
     "files", "targets", "masks", "finite", "result", "fused", "reference", "schedules", "gradients",
-    "capture", "feed", "methods.base", "methods.drive", "methods.snip", "methods.magnitude", "methods",
-    "prune", "sparse.packing", "sparse.layers", "sparse.chains", "sparse.measure", "sparse.report",
+    "capture", "feed", "sgd", "scopes", "structures", "restore", "methods.base", "methods.second_order",
+    "methods.drive", "methods.snip", "methods.grasp", "methods.synflow", "methods.crop", "methods.early_crop",
+    "methods.magnitude", "methods.gradual", "methods.imp", "methods.rigl", "methods.random", "methods",
+    "selection", "paths", "prune",
+    "sparse.packing", "sparse.layers", "sparse.chains", "sparse.measure", "sparse.report",
     "sparse.convert", "sparse",
 )  # fmt: skip
 

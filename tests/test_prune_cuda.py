@@ -169,12 +169,13 @@ class Remember(methods.Drive):
     """DRIVE; keeps the gradients of every iteration."""
 
     def __init__(self):
+        super().__init__()
         self.seen: list[Tensor] = []
 
-    def gradients(self, problem):
+    def rank(self, problem):
         found = problem.loss_gradients()
         self.seen.append(found["4.weight"])
-        return found
+        return methods.Ranking(found)
 
 
 def test_dropout_differs_from_replay_to_replay():
@@ -194,9 +195,9 @@ def test_dropout_differs_from_replay_to_replay():
 
 def test_a_method_that_adds_up_batches(replays: list):
     class Sum(methods.Drive):
-        def gradients(self, problem):
+        def rank(self, problem):
             one, two = problem.loss_gradients(), problem.loss_gradients()
-            return {name: one[name] + two[name] for name in one}
+            return methods.Ranking({name: one[name] + two[name] for name in one})
 
     assert_captures(cnn(), method=Sum())
     assert replays

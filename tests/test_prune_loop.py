@@ -158,10 +158,10 @@ def test_autocast():
         return LOSS(outputs, targets)
 
     class Remember(methods.Drive):
-        def gradients(self, problem):
-            found = problem.loss_gradients()
-            assert {g.dtype for g in found.values()} == {torch.float32}
-            return found
+        def rank(self, problem):
+            ranking = super().rank(problem)
+            assert {g.dtype for g in ranking.gradients.values()} == {torch.float32}
+            return ranking
 
     options = {"sparsity": 0.9, "iterations": 5, "progress": False}
     model = network()
@@ -186,8 +186,11 @@ def everything(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: t.clone() for name, t in model.state_dict().items()}
 
 
+SCORING = [name for name in methods.names() if methods.get(name).stage != "training"]
+
+
 @pytest.mark.parametrize("training", (True, False))
-@pytest.mark.parametrize("method", methods.names())
+@pytest.mark.parametrize("method", SCORING)
 def test_scoring_changes_nothing_else(method: str, training: bool):
     model = network(dropout=0.5).train(training)
     model[1].eval()  # a frozen BatchNorm in a model in training
@@ -260,8 +263,8 @@ def test_a_method_in_full():
     class Random(methods.Method):
         name = "random"
 
-        def gradients(self, problem):
-            return {name: torch.rand_like(w) / w for name, w in problem.weights.items()}
+        def rank(self, problem):
+            return methods.Ranking({name: torch.rand_like(w) / w for name, w in problem.weights.items()})
 
     assert prune(network(), method=Random(), sparsity=0.5).sparsity() == pytest.approx(0.5)
 
@@ -270,7 +273,7 @@ def test_a_method_in_full():
     ("options", "error", "message"),
     (
         ({"sparsity": 1.5}, ValueError, r"prune: sparsity must be in \[0, 1\), got 1.5"),
-        ({"method": "nothing"}, ValueError, "method must be one of drive, snip, magnitude .* got 'nothing'"),
+        ({"method": "nothing"}, ValueError, "method must be one of drive, snip, grasp.* got 'nothing'"),
         ({"iterations": 0}, ValueError, "iterations must be an integer >= 1, got 0"),
         (
             {"schedule": "sudden"},
@@ -283,7 +286,7 @@ def test_a_method_in_full():
             r"schedule\(3\) must be the final sparsity 0.9",
         ),
         ({"schedule": lambda n: 1 / n, "iterations": 3}, ValueError, r"schedule\(1\) must be in"),
-        ({"scope": "layer"}, ValueError, "scope must be 'global', got 'layer'"),
+        ({"scope": "layer"}, ValueError, "scope must be one of global, uniform, erk, got 'layer'"),
         ({"data": []}, ValueError, "batches must go on .* they are empty"),
         (
             {"data": iter(batches(2)), "iterations": 3},

@@ -217,7 +217,8 @@ def test_bumps_version_counters():
 @pytest.mark.parametrize(
     ("changed", "error", "message"),
     (
-        ({"grads": []}, ValueError, "must be of one length, got 1, 0, 0, 1"),
+        ({"masks": []}, ValueError, "must be of one length .* got 1, 1, 0, 0"),
+        ({"grads": [], "mask_grads": [torch.ones(2)]}, ValueError, "must be of one length .* got 1, 0, 1, 1"),
         ({"grads": [torch.ones(3)]}, ValueError, r"grads\[0\] must have shape \[2\], got \[3\]"),
         ({"grads": [torch.ones(2).double()]}, TypeError, r"grads\[0\] must be Float, got Double"),
         ({"masks": [torch.ones(2)]}, TypeError, r"masks\[0\] must be Bool, got Float"),

@@ -217,8 +217,8 @@ def test_info(implementations: dict[str, str | None], says: str, monkeypatch: py
     ("changed", "error", "message"),
     (
         ({"weights": []}, ValueError, "weights must not be empty"),
-        ({"grads": []}, ValueError, "must be of one length, got 1, 0, 0, 1"),
-        ({"mask_grads": [torch.ones(2)] * 2}, ValueError, "must be of one length, got 1, 1, 2, 1"),
+        ({"grads": [], "mask_grads": [torch.ones(2)]}, ValueError, "must be of one length .* got 1, 0, 1, 1"),
+        ({"mask_grads": [torch.ones(2)] * 2}, ValueError, "must be of one length .* got 1, 1, 2, 1"),
         ({"grads": [torch.ones(3)]}, ValueError, r"grads\[0\] must have shape \[2\], got \[3\]"),
         (
             {"grads": [torch.ones(2).double()]},

@@ -1,4 +1,4 @@
-"""Every Python snippet of the README runs, and the commands it names exist."""
+"""Every Python snippet of the README and of the documentation runs, and the commands README names exist."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
+PAGES = [README, *(page.read_text() for page in sorted((ROOT / "docs").glob("*.md")))]
+SNIPPETS = [snippet for page in PAGES for snippet in re.findall(r"```python\n(.*?)```", page, re.S)]
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
 COMMANDS = [line.split("#")[0].split() for block in BLOCKS for line in block.splitlines()]
 

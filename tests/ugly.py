@@ -91,7 +91,7 @@ shapes = st.one_of(
 def steps(draw: st.DrawFn) -> Step:
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     wide = draw(st.booleans()) and draw(st.booleans())
-    three = draw(st.booleans()) and draw(st.booleans())
+    gradients = draw(st.sampled_from((0, 1, 1, 1, 2)))
     fresh = draw(st.booleans())
     values = st.just(draw(st.sampled_from(VALUES))) if draw(st.booleans()) else st.sampled_from(VALUES)
     weights, grads, mask_grads, masks = [], [], [], []
@@ -108,19 +108,21 @@ def steps(draw: st.DrawFn) -> Step:
     min_keep = draw(st.sampled_from((0, 0, 1, 5, 1000)))
     if sum(min(min_keep, w.numel()) for w in weights) > total - prune:
         min_keep = 0
-    return Step(weights, grads, mask_grads if three else [], masks, fresh, prune, min_keep)
+    grads, mask_grads = grads if gradients > 0 else [], mask_grads if gradients > 1 else []
+    return Step(weights, grads, mask_grads, masks, fresh, prune, min_keep)
 
 
 def sample_inputs() -> list[Step]:
     """A few fixed steps that between them touch every argument: for opcheck and the variants' test."""
     generator = torch.Generator().manual_seed(0)
     found = []
-    for dtypes, three, fresh, min_keep, values in (
-        ((torch.float32,), False, True, 0, "normal"),
-        ((torch.float32, torch.bfloat16, torch.float16), False, False, 3, "ties"),
-        ((torch.float64, torch.float32), False, True, 0, "half zero"),
-        ((torch.float16, torch.bfloat16), True, False, 1, "normal"),
-        ((torch.float32, torch.float32), False, True, 0, "denormal"),
+    for dtypes, gradients, fresh, min_keep, values in (
+        ((torch.float32,), 1, True, 0, "normal"),
+        ((torch.float32, torch.bfloat16, torch.float16), 1, False, 3, "ties"),
+        ((torch.float64, torch.float32), 1, True, 0, "half zero"),
+        ((torch.float16, torch.bfloat16), 2, False, 1, "normal"),
+        ((torch.float32, torch.float32), 1, True, 0, "denormal"),
+        ((torch.float32, torch.bfloat16, torch.float16), 0, False, 0, "normal"),
     ):
         tensors: list[list[Tensor]] = [[], [], [], []]
         for index, dtype in enumerate(dtypes):
@@ -131,6 +133,14 @@ def sample_inputs() -> list[Step]:
             tensors[3].append(torch.rand(shape, generator=generator) < 0.8)
         total = sum(w.numel() for w in tensors[0])
         found.append(
-            Step(tensors[0], tensors[1], tensors[2] if three else [], tensors[3], fresh, total // 3, min_keep)
+            Step(
+                tensors[0],
+                tensors[1] if gradients > 0 else [],
+                tensors[2] if gradients > 1 else [],
+                tensors[3],
+                fresh,
+                total // 3,
+                min_keep,
+            )
         )
     return found

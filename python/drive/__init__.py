@@ -3,17 +3,12 @@
 from . import methods, reference, schedules, sparse
 from .fused import fused_drive_prune
 from .masks import Masks
+from .paths import Collapse, collapse
 from .prune import prune
 from .result import PruneResult
 
 __version__ = "0.1.0"
 __all__ = [
-    "Masks",
-    "PruneResult",
-    "fused_drive_prune",
-    "methods",
-    "prune",
-    "reference",
-    "schedules",
-    "sparse",
-]
+    "Collapse", "Masks", "PruneResult", "collapse", "fused_drive_prune", "methods", "prune", "reference",
+    "schedules", "sparse",
+]  # fmt: skip

@@ -16,6 +16,7 @@ from rich.table import Table
 from . import inputs, methods
 from .bench import SIZES
 from .console import BAD_INPUT, INTERRUPTED, bars, complain, load, open_console
+from .files import write_atomic
 from .info import facts
 from .inputs import InputError
 from .options import (
@@ -31,6 +32,7 @@ from .options import (
     Names,
     Out,
     Resume,
+    compare_defaults,
     file,
     given,
     option,
@@ -56,14 +58,15 @@ def _drive(context: typer.Context) -> None:
         typer.echo(context.get_help())
 
 
-@app.command()
-def prune(
+def _comparison(
+    context: typer.Context,
     data: Data = None,
     data_dir: DataDir = None,
     model: Model = None,
     methods: Annotated[
         Names | None,
-        option("--methods", f"out of {', '.join(methods.names())} [default: all]",
+        option("--methods", f"out of {', '.join(methods.names())} "
+               "[default: drive prune: drive,snip,magnitude; drive compare: all]",
                inputs.several_of(methods.names()), "A,B"),
     ] = None,
     sparsities: Annotated[
@@ -73,7 +76,8 @@ def prune(
     ] = None,
     seeds: Annotated[
         int | None,
-        option("--seeds", "runs with seeds 0..N-1 [default: digits 5, else 1]", inputs.whole_number(1)),
+        option("--seeds", "runs with seeds 0..N-1 [default: drive prune: digits 5, else 1; drive compare: 3]",
+               inputs.whole_number(1)),
     ] = None,
     epochs: Epochs = None,
     warmup_epochs: Annotated[
@@ -83,7 +87,7 @@ def prune(
     ] = None,
     iterations: Annotated[
         int | None,
-        option("--iterations", "DRIVE's pruning iterations [default: 100]", inputs.whole_number(1)),
+        option("--iterations", "of DRIVE and SynFlow [default: 100]", inputs.whole_number(1)),
     ] = None,
     batch_size: BatchSize = None,
     lr: LearningRate = None,
@@ -92,11 +96,46 @@ def prune(
     out: Out = None,
     resume: Resume = False,
 ) -> None:  # fmt: skip
-    """Prune a network by DRIVE, SNIP and magnitude, train the rest, compare with the dense one.
+    options = given(
+        data=data, data_dir=data_dir, model=model, methods=methods, sparsities=sparsities, seeds=seeds,
+        epochs=epochs, warmup_epochs=warmup_epochs, iterations=iterations, batch_size=batch_size, lr=lr,
+        device=device, limit_train=limit_train,
+    )  # fmt: skip
+    command = str(context.info_name)
+    defaults = {"prune": prune_defaults, "compare": compare_defaults}[command]
+    with open_console(command, out, resume, options, defaults) as (folder, settings, console):
+        from . import report
+        from .experiment import Config, Experiment
+        from .train import deterministic
+
+        config = Config.read(settings)
+        deterministic(config.threads)
+        experiment = Experiment(config, load(settings, console), folder)
+        report.check_packages()
+        keep_config(folder, command, settings)
+        with bars(console) as progress:
+            results = experiment.run(progress)
+        summary = report.summarise(experiment, results)
+        times = report.timings(config, results)
+        write_json(folder / "timing.json", times)
+        report.draw_accuracy(summary, folder / "accuracy.png")
+        report.draw_layers(summary, folder / "layers.png")
+        report.draw_time(summary, times, folder / "time.png")
+        write_atomic(folder / "tables.md", report.markdown(summary, times).encode())
+        write_json(folder / "report.json", summary)
+        console.print(report.table(summary))
+        console.print(report.details(summary, times))
+        console.print(summary["verdict"], highlight=False)
+        console.print(f"results in {folder}", highlight=False)
+
+
+app.command(
+    "prune",
+    help="""Prune a network by DRIVE, SNIP and magnitude, train the rest, compare with the dense one.
 
     Without arguments: scikit-learn's handwritten digits and a small CNN, about a minute on a CPU.
-    The folder then holds report.json, timing.json, accuracy.png, layers.png, and, of DRIVE's network
-    at the highest sparsity (first seed), checkpoint.pt and masks.safetensors.
+    The folder then holds report.json, timing.json, tables.md, accuracy.png, layers.png, time.png, and, of
+    DRIVE's network at the highest sparsity (first seed), checkpoint.pt and masks.safetensors.
 
     Examples:
 
@@ -107,32 +146,23 @@ def prune(
         drive prune --data cifar10 --model vgg16_bn --device cuda --seeds 3 --out runs/vgg
 
         drive prune --data imagefolder --data-dir photos --sparsities 0.9,0.98 --limit-train 2000
-    """
-    options = given(
-        data=data, data_dir=data_dir, model=model, methods=methods, sparsities=sparsities, seeds=seeds,
-        epochs=epochs, warmup_epochs=warmup_epochs, iterations=iterations, batch_size=batch_size, lr=lr,
-        device=device, limit_train=limit_train,
-    )  # fmt: skip
-    with open_console("prune", out, resume, options, prune_defaults) as (folder, settings, console):
-        from . import report
-        from .experiment import Config, Experiment
-        from .train import deterministic
+    """,
+)(_comparison)
+app.command(
+    "compare",
+    help="""Compare all pruning methods, also those that prune in the course of a training.
 
-        config = Config.read(settings)
-        deterministic(config.threads)
-        experiment = Experiment(config, load(settings, console), folder)
-        report.check_packages()
-        keep_config(folder, "prune", settings)
-        with bars(console) as progress:
-            results = experiment.run(progress)
-        summary = report.summarise(experiment, results)
-        write_json(folder / "timing.json", report.timings(config, results))
-        report.draw_accuracy(summary, folder / "accuracy.png")
-        report.draw_layers(summary, folder / "layers.png")
-        write_json(folder / "report.json", summary)
-        console.print(report.table(summary))
-        console.print(summary["verdict"], highlight=False)
-        console.print(f"results in {folder}", highlight=False)
+    As `drive prune`, with every method and three seeds.
+
+    Examples:
+
+        drive compare
+
+        drive compare --methods drive,snip,synflow,imp --sparsities 0.9,0.98 --seeds 3
+
+        drive compare --resume
+    """,
+)(_comparison)
 
 
 @app.command()

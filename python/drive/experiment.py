@@ -1,12 +1,13 @@
-"""`drive prune`: pruning methods against each other and the dense network, resumable at any moment.
+"""`drive prune`, `drive compare`: pruning methods against each other and the dense network, resumable.
 
-Per seed, one initialisation and one order of batches serve all:
+Per seed, one initialisation and one order of batches serve all. When a method prunes (its `stage`):
 
-    warm-up   dense, epochs 0..W-1; its weights are saved
-    dense     from the warm-up, epochs W..E-1
-    drive     from the warm-up: pruned over many iterations, then epochs W..E-1
-    magnitude from the warm-up: pruned in one shot, then epochs W..E-1
-    snip      from the initialisation: pruned in one shot, then epochs 0..E-1
+    warm-up         dense, epochs 0..W-1, whose weights are saved and serve the dense network too; pruned;
+                    then epochs W..E-1
+    initialisation  pruned, then epochs 0..E-1
+    training        gradual, rigl: after each of the first 3/4 E epochs; then the others with the masks held
+                    imp: levels of E epochs each from the same initialisation; then epochs 0..E-1
+                    early_crop: epochs until its rule says so, E at most; pruned; then epochs 0..E-1
 
 Each (seed, method, sparsity) is a cell. Its result depends on nothing but the configuration: a cell
 that a kill interrupted is run again, finished ones are read back from their files.
@@ -15,6 +16,7 @@ that a kill interrupted is run again, finished ones are read back from their fil
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,17 +31,17 @@ from .data import Batches, Dataset, seed_of
 from .inputs import InputError
 from .masks import Masks
 from .models import Network
+from .paths import collapse
 from .prune import prune
 from .runs import read_json, save_tensors, write_json
 from .train import Checkpoint, Recipe, evaluate, train
 
-AT_INITIALISATION = {"snip"}  # every other method prunes after the dense warm-up
 SAVE_EVERY = 60.0  # seconds between two savings of a training in progress
 
 
 @dataclass(frozen=True)
 class Config:
-    """All that the results depend on. `drive prune`'s options."""
+    """All that the results depend on: the options of `drive prune` and `drive compare`."""
 
     data: str
     data_dir: str | None
@@ -142,9 +144,10 @@ class Experiment:
     def _run(self, cell: Cell, progress: Progress) -> dict[str, Any]:
         batches = Batches(self.data, self.config.batch_size, cell.seed)
         model, start = self._start(cell, batches, progress)
-        masks, prune_seconds = None, 0.0
+        masks, prune_seconds, round_seconds = None, 0.0, 0.0
         if cell.method != "dense":
-            masks, prune_seconds = self._prune(cell, model, batches, progress)
+            masks, start, prune_seconds, round_seconds = self._prune(cell, model, start, batches, progress)
+            cut_off = collapse(model, masks, batches.data.train_x[:1].float())
 
         partial = Checkpoint(self.cells_folder / f"{cell.name}.pt", self.network.as_dict(), SAVE_EVERY)
         epochs = range(start, self.config.epochs)
@@ -173,15 +176,17 @@ class Experiment:
             "tested": len(self.data.test_y),
             "final_loss": losses[-1],
             "kept": {name: int(mask.sum()) for name, mask in (masks or {}).items()},
+            "empty": cut_off.empty if masks else [],
+            "disconnected": cut_off.disconnected if masks else [],
             "prune_seconds": prune_seconds,
-            "train_seconds": train_seconds,
+            "train_seconds": train_seconds + round_seconds,
         }
 
     def _start(self, cell: Cell, batches: Batches, progress: Progress) -> tuple[nn.Module, int]:
         """The network that a cell starts from, and the epoch at which it does."""
         torch.manual_seed(seed_of(cell.seed, "initialisation"))
         model = self.network.build().to(self.config.device)
-        if cell.method in AT_INITIALISATION:
+        if cell.method != "dense" and methods.get(cell.method).stage != "warm-up":
             return model, 0
         warmup = self.config.warmup_epochs
         path = self.cells_folder / f"seed{cell.seed}-warmup.pt"
@@ -194,21 +199,47 @@ class Experiment:
         return model, warmup
 
     def _prune(
-        self, cell: Cell, model: nn.Module, batches: Batches, progress: Progress
-    ) -> tuple[Masks, float]:
-        """Prune in place; the masks and the seconds that it took."""
-        method = methods.get(cell.method)
-        iterations = self.config.iterations if method.iterations > 1 else 1
-        with _task(progress, f"{_title(cell)}: pruning", iterations) as bar:
+        self, cell: Cell, model: nn.Module, start: int, batches: Batches, progress: Progress
+    ) -> tuple[Masks, int, float, float]:
+        """Prune in place: masks, the epoch to go on from, seconds of pruning, seconds of training in it."""
+        method, epochs = methods.get(cell.method), self.config.epochs
+        iterations = self.config.iterations if method.iterations > 1 else None
+        rounds = Rounds(
+            lambda model, span, masks: train(model, batches, self.recipe, epochs=span, masks=masks)
+        )
+        if isinstance(method, methods.GradualMagnitude | methods.RigL):
+            start = max(1, epochs * 3 // 4)
+            iterations = start + isinstance(method, methods.RigL)  # whose first one comes before any training
+        elif isinstance(method, methods.Imp):
+            rounds.epochs = epochs
+        elif isinstance(method, methods.Crop):
+            iterations = None
+            if isinstance(method, methods.EarlyCrop):
+                method = methods.EarlyCrop(latest=epochs)
+        with _task(
+            progress, f"{_title(cell)}: pruning", iterations or method.iterations_to(cell.sparsity)
+        ) as bar:
             began = time.monotonic()
             masks = prune(
                 model, batches.endless("prune", on_batch=lambda: progress.advance(bar.id)),
                 F.cross_entropy, method=method, sparsity=cell.sparsity, iterations=iterations,
-                seed=seed_of(cell.seed, "prune"), progress=False,
+                train=rounds, seed=seed_of(cell.seed, "prune"), progress=False,
             )  # fmt: skip
             if self.config.device != "cpu":
                 torch.cuda.synchronize()
-            return masks, time.monotonic() - began
+            return masks, start, time.monotonic() - began - rounds.seconds, rounds.seconds
+
+
+class Rounds:
+    """The `train` of `drive.prune`: a round is an epoch, the seconds are added up."""
+
+    def __init__(self, run: Callable[[nn.Module, range, Masks | None], object]):
+        self.run, self.epochs, self.seconds = run, 1, 0.0
+
+    def __call__(self, model: nn.Module, masks: Masks | None, number: int) -> None:
+        began = time.monotonic()
+        self.run(model, range(number * self.epochs, (number + 1) * self.epochs), masks)
+        self.seconds += time.monotonic() - began
 
 
 def _title(cell: Cell) -> str:

@@ -23,7 +23,7 @@ def endless(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
     Raises:
         ValueError: there are none, or they cannot be started again.
     """
-    move = _mover(device)
+    move = mover(device)
     served = 0
     while True:
         before = served
@@ -35,7 +35,7 @@ def endless(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
             raise ValueError(f"prune: batches must go on as long as the method needs them: {again}")
 
 
-def _mover(device: torch.device) -> Callable[[Any], Any]:
+def mover(device: torch.device) -> Callable[[Any], Any]:
     """A function that moves the tensors of a batch, however nested, to the device."""
 
     def move(tensor: Tensor) -> Tensor:

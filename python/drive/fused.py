@@ -10,9 +10,9 @@ from torch import Tensor
 
 import drive_kernels  # noqa: F401  (defines torch.ops.drive)
 
-from .masks import Masks
+from .masks import Masks, zero_pruned_
 from .result import PruneResult
-from .targets import Include, Target, Tensors, operands
+from .targets import Include, Operands, Target, Tensors, operands
 
 PruneOp = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
@@ -83,33 +83,59 @@ def prune_step(
 ) -> PruneResult:
     """Check the arguments, call `prune_op` (any implementation of drive::prune_), wrap its result."""
     check_sparsity(op, sparsity)
+    found = operands(target, grads, mask_grads, include, op)
+    total = sum(w.numel() for w in found.weights.values())
+    return prune_operands(
+        prune_op,
+        op,
+        found,
+        round(sparsity * total),
+        masks=masks,
+        min_keep=min_keep,
+        check_finite=check_finite,
+    )
+
+
+def prune_operands(
+    prune_op: PruneOp,
+    op: str,
+    found: Operands,
+    prune: int,
+    *,
+    masks: Masks | None,
+    min_keep: int,
+    check_finite: bool,
+) -> PruneResult:
+    """Prune so many entries of checked operands in all. Arguments as those of `fused_drive_prune`."""
     if not isinstance(min_keep, int) or isinstance(min_keep, bool) or min_keep < 0:
         raise ValueError(f"{op}: min_keep must be an integer >= 0, got {min_keep!r}")
-    found = operands(target, grads, mask_grads, include, op)
     weights = list(found.weights.values())
     total = sum(w.numel() for w in weights)
-    prune = round(sparsity * total)
     guarded = sum(min(min_keep, w.numel()) for w in weights)
     if guarded > total - prune:
         raise ValueError(
             f"{op}: min_keep={min_keep} asks for {guarded} survivors, "
-            f"sparsity {sparsity} leaves {total - prune} of {total}"
+            f"{prune} pruned leave {total - prune} of {total}"
         )
 
     fresh = masks is None
     if masks is None:
-        masks = _new_masks(found.weights)
+        masks = new_masks(found.weights)
     masks.check_match(op, found.weights)
     ordered = [masks[name] for name in found.weights]
+    values = found.scores or weights
     with torch.no_grad():
-        outputs = prune_op(weights, found.grads, found.mask_grads, ordered, fresh, prune, min_keep)
+        outputs = prune_op(values, found.grads, found.mask_grads, ordered, fresh, prune, min_keep)
+        if found.scores is not None:  # the op has zeroed these
+            for weight, mask in zip(weights, ordered, strict=True):
+                zero_pruned_(weight, mask)
     result = PruneResult(Masks(dict(zip(found.weights, ordered, strict=True))), *outputs)
     if check_finite:
         result.check_finite(op).answer()
     return result
 
 
-def _new_masks(weights: dict[str, Tensor]) -> Masks:
+def new_masks(weights: dict[str, Tensor]) -> Masks:
     """Masks to be written, in their weights' memory layouts.
 
     All in one piece of memory: page faults in many small ones take as long as the step itself. Each begins

@@ -85,6 +85,11 @@ def given(**options: Any) -> Options:
     }
 
 
+def compare_defaults(options: Options) -> Options:
+    """The options of `drive compare`, completed; as `prune_defaults`."""
+    return prune_defaults({"methods": methods.names(), "seeds": 3, **options})
+
+
 def prune_defaults(options: Options) -> Options:
     """The options of `drive prune`, completed.
 
@@ -92,7 +97,7 @@ def prune_defaults(options: Options) -> Options:
         InputError: no epoch is left after the warm-up.
     """
     complete = _completed({
-        "methods": methods.names(),
+        "methods": ["drive", "snip", "magnitude"],
         "sparsities": [0.9, 0.95, 0.98, 0.993],
         "seeds": 5 if options.get("data", "digits") == "digits" else 1,
         "warmup_epochs": 5,

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from . import methods, schedules
 from .capture import Capture, captured, check_capture
 from .feed import endless
 from .finite import LateChecks
-from .fused import check_sparsity, fused_drive_prune
+from .fused import check_sparsity
 from .gradients import Batch, LossFn, LossGradients
 from .masks import Masks
 from .methods.base import Method, Problem
+from .restore import scoring, undone_on_error
+from .scopes import Groups
+from .selection import Selection
+from .sgd import Train, sgd_epoch
 from .targets import Include, prunable
 
 
@@ -28,10 +33,13 @@ def prune(
     method: str | Method = "drive",
     iterations: int | None = None,
     schedule: str | schedules.Schedule | None = None,
-    scope: str = "global",
+    scope: str | None = None,
+    structure: str = "unstructured",
     min_keep: int = 0,
     masks: Masks | None = None,
     include: Include | None = None,
+    train: Train | None = None,
+    accumulate: int | None = None,
     seed: int = 0,
     autocast: torch.dtype | None = None,
     capture: Capture = "auto",
@@ -44,7 +52,7 @@ def prune(
     in the mode (train or eval) it is in. BatchNorm statistics and other buffers, the RNG state, the
     mode, `.grad` and `requires_grad` are afterwards as before; weights differ only where a mask is
     False. If anything raises, Ctrl-C included, the weights are restored too (which costs one copy
-    of the prunable weights while it runs).
+    of the prunable weights while it runs; of the whole model for a method that trains it).
 
     Args:
         model: the model; for DRIVE after its dense warm-up, for SNIP at initialisation.
@@ -55,13 +63,25 @@ def prune(
         sparsity: final fraction of zeros over all prunable entries, 0 <= sparsity < 1.
         method: a name in `drive.methods.names()` or an instance.
         iterations: how often to score and prune. Default: the method's own (DRIVE 100, SNIP 1).
-        schedule: "one_shot", "exponential", "linear", "cubic", or a callable
+        schedule: "one_shot", "exponential", "linear", "cubic", "halving", or a callable
             step in 1..iterations -> sparsity. Default: the method's own, or exponential when
             a one-shot method is asked for several iterations.
-        scope: "global": one ranking over all tensors.
+        scope: "global": one ranking over all tensors. "uniform", "erk": one per tensor, of the same
+            sparsity or of densities by Erdos-Renyi-Kernel (`drive.scopes`); the count over all is exact.
+            Default: the method's own, global but for RigL.
+        structure: "unstructured"; "N:M" ("2:4", say): N survivors in every M neighbours along the
+            inputs, whose sparsity is 1 - N / M; "RxC" ("4x4"): blocks of so many outputs and inputs,
+            by the sum of their scores, `round(sparsity * blocks)` of them (`drive.structures`).
         min_keep: survivors that every tensor keeps at least.
         masks: masks to start from, of a model pruned before; they are not changed.
         include: which parameters to prune, as in `fused_drive_prune`.
+        train: (model, masks or None, number) -> anything: a round of training with these masks held
+            (`Masks.attach`), for methods that prune in the course of it (see their docstrings for
+            what a round is). `number` counts the rounds since the weights were fresh, from 0. Default:
+            one pass over `batches` by SGD (learning rate 0.01, momentum 0.9).
+        accumulate: batches whose mean gradient is one score, so that a large batch comes in pieces (equal
+            to it if they are of one size and BatchNorm is in eval mode). Default: the method's own, 1
+            but for CroP.
         seed: of the RNG while scoring (dropout, shuffling by the global RNG).
         autocast: torch.bfloat16 to run model and loss under `torch.autocast`; gradients keep the
             weights' dtype. Default: as around the call.
@@ -80,72 +100,66 @@ def prune(
     """
     check_sparsity("prune", sparsity)
     chosen = methods.get(method)
-    count = chosen.iterations if iterations is None else iterations
+    count = chosen.iterations_to(sparsity) if iterations is None else iterations
     if not isinstance(count, int) or count < 1:
         raise ValueError(f"prune: iterations must be an integer >= 1, got {iterations!r}")
-    if scope != "global":
-        raise ValueError(f"prune: scope must be 'global', got {scope!r}")
+    taken = chosen.accumulate if accumulate is None else accumulate
+    if not isinstance(taken, int) or taken < 1:
+        raise ValueError(f"prune: accumulate must be an integer >= 1, got {accumulate!r}")
     if schedule is None:
-        schedule = chosen.schedule if chosen.schedule != "one_shot" or count == 1 else "exponential"
-    steps = schedules.plan(schedule, sparsity, count)
+        several = chosen.iterations == 1 < count  # of a one-shot method
+        schedule = "exponential" if several and chosen.schedule == "one_shot" else chosen.schedule
     weights = prunable(model, include, op="prune")
+    selection = Selection(
+        model, weights, structure, chosen.scope if scope is None else scope, sparsity, min_keep
+    )
+    plan = [selection.groups(step) for step in schedules.plan(schedule, sparsity, count)]
     if masks is not None:
         masks.check_match("prune", weights)
         masks = Masks({name: masks[name].clone() for name in weights})
+        selection.check_masks(masks)
 
+    trains = chosen.stage == "training"
     device = next(iter(weights.values())).device
     check_capture("prune", capture, device)
+    if trains and capture is True:
+        raise ValueError("prune: capture must be 'auto' or False for a method that trains, got True")
     if autocast not in (None, torch.bfloat16):
         # float16 would need its loss scaled
         raise ValueError(f"prune: autocast must be None or torch.bfloat16, got {autocast!r}")
 
     eager = LossGradients(model, weights, loss_fn, autocast)
     checks = LateChecks(steps_late=1 if device.type == "cuda" else 0)
-    with _restored(model, weights), _seeded(seed, device), captured(eager, capture, count) as gradients:
-        problem = Problem(model, weights, endless(batches, device), loss_fn, gradients)
-        for number, target in enumerate(_tracked(steps, chosen.name, progress), start=1):
-            result = fused_drive_prune(
-                weights, chosen.gradients(problem), sparsity=target, masks=masks, min_keep=min_keep,
-                check_finite=False,
-            )  # fmt: skip
-            masks = result.masks
+    capture = False if trains else capture
+    with ExitStack() as stack:
+        stack.enter_context(undone_on_error(model, weights if not trains else None))
+        stack.enter_context(_seeded(seed, device))
+        if not trains:  # once for all iterations
+            stack.enter_context(scoring(model, weights))
+        problem = Problem(
+            model, weights, endless(batches, device), loss_fn,
+            gradients_of=stack.enter_context(captured(eager, capture, count)),
+            train=train or sgd_epoch(batches, loss_fn),
+            accumulate=taken, sparsity=sparsity, iteration=0, iterations=count, masks=masks,
+        )  # fmt: skip
+        for number, groups in enumerate(
+            _tracked(plan, f"{chosen.name} to {sparsity:.2%}", progress), start=1
+        ):
+            problem = replace(problem, iteration=number)
+            chosen.before(problem)
+            with scoring(model, weights) if trains else nullcontext():
+                ranking = chosen.rank(problem)
+            result = selection.step(ranking, groups, problem.masks)
+            problem = replace(problem, masks=result.masks)
             checks.add(result.check_finite(f"prune: iteration {number}"))
+            chosen.after(problem)
         checks.finish()
+    masks = problem.masks
     assert masks is not None  # count >= 1
     if device.type == "cuda":
         for mask in masks.values():  # they may be of the graph's stream
             mask.record_stream(torch.cuda.current_stream(device))
     return masks
-
-
-@contextmanager
-def _restored(model: nn.Module, weights: dict[str, Tensor]) -> Iterator[None]:
-    """Buffers, modes and requires_grad come back afterwards; the weights too, if anything raises."""
-    modes = [(module, module.training) for module in model.modules()]
-    buffers = [
-        (module, name, buffer, buffer.clone())
-        for module in model.modules()
-        for name, buffer in module.named_buffers(recurse=False)
-    ]
-    frozen = [w for w in weights.values() if not w.requires_grad]
-    before = [w.detach().clone() for w in weights.values()]
-    try:
-        for w in frozen:
-            w.requires_grad_(True)
-        yield
-    except BaseException:
-        with torch.no_grad():
-            for w, old in zip(weights.values(), before, strict=True):
-                w.copy_(old)
-        raise
-    finally:
-        for w in frozen:
-            w.requires_grad_(False)
-        for module, training in modes:
-            module.training = training
-        with torch.no_grad():
-            for module, name, buffer, old in buffers:
-                module._buffers[name] = buffer.copy_(old)
 
 
 @contextmanager
@@ -157,9 +171,9 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-def _tracked(steps: list[float], name: str, progress: bool) -> Iterable[float]:
+def _tracked(plan: list[Groups], what: str, progress: bool) -> Iterable[Groups]:
     if not progress:
-        return steps
+        return plan
     from rich.progress import track
 
-    return track(steps, description=f"{name} to {steps[-1]:.2%}")
+    return track(plan, description=what)

@@ -37,7 +37,14 @@ def summarise(experiment: Experiment, results: Results) -> dict[str, Any]:
         "prunable": sizes,
         "dense": _accuracy(dense),
         "pruned": [
-            {"method": m, "sparsity": s, **_accuracy(cells), "density": _density(cells, sizes)}
+            {
+                "method": m,
+                "sparsity": s,
+                **_accuracy(cells),
+                "density": _density(cells, sizes),
+                "empty": _named(cells, "empty"),
+                "disconnected": _named(cells, "disconnected"),
+            }
             for (m, s), cells in groups.items()
         ],
         "verdict": _verdict(groups),
@@ -60,6 +67,78 @@ def timings(config: Config, results: Results) -> list[dict[str, Any]]:
         }
         for m, s in [("dense", 0.0), *((m, s) for m in config.methods for s in config.sparsities)]
     ]
+
+
+def details(report: dict[str, Any], times: list[dict[str, Any]]) -> Table:
+    """Seconds of pruning, and layers that collapsed: a row per method, a cell per sparsity."""
+    config = report["config"]
+    result = Table(
+        title="seconds of pruning; layers that lost every weight + layers whose survivors lead nowhere",
+        caption="mean over the seeds; layers: the most over the seeds", min_width=78,
+    )  # fmt: skip
+    result.add_column("weights pruned")
+    for sparsity in config["sparsities"]:
+        result.add_column(f"{100 * sparsity:g} %", justify="right")
+    seconds = {(row["method"], row["sparsity"]): row["prune_seconds"] for row in times}
+    for method in config["methods"]:
+        rows = [row for row in report["pruned"] if row["method"] == method]
+        result.add_row(method, *(
+            f"{seconds[method, row['sparsity']]:.2f} s; {_most(row['empty'])} + {_most(row['disconnected'])}"
+            for row in rows
+        ))  # fmt: skip
+    return result
+
+
+def draw_time(report: dict[str, Any], times: list[dict[str, Any]], path: Path) -> None:
+    """PNG: seconds of pruning and of training, stacked, a bar per method and sparsity."""
+    config = report["config"]
+    figure = figure_of(max(6.0, 0.9 * len(config["methods"])) + 2, 3.8)
+    axes = figure.subplots()
+    width = 0.8 / len(config["sparsities"])
+    for index, sparsity in enumerate(config["sparsities"]):
+        rows = [
+            next(r for r in times if (r["method"], r["sparsity"]) == (m, sparsity)) for m in config["methods"]
+        ]
+        places = [i - 0.4 + width * (index + 0.5) for i in range(len(rows))]
+        training = [row["train_seconds"] for row in rows]
+        named = index == 0
+        axes.bar(places, training, width * 0.9, color="C0", label="training" if named else None)
+        axes.bar(
+            places, [row["prune_seconds"] for row in rows], width * 0.9, bottom=training, color="C1",
+            label="pruning" if named else None,
+        )  # fmt: skip
+    dense = next(row for row in times if row["method"] == "dense")["train_seconds"]
+    axes.axhline(dense, color="black", linestyle="--", label="dense, after its warm-up")
+    axes.set_xticks(range(len(config["methods"])), config["methods"], rotation=30, ha="right")
+    axes.set_ylabel("seconds")
+    over = ", ".join(f"{100 * s:g}" for s in config["sparsities"])
+    axes.set_title(f"{config['model']} on {config['data']}; bars: {over} % pruned", fontsize=10)
+    axes.legend(fontsize=8)
+    save_figure(figure, path)
+
+
+def markdown(report: dict[str, Any], times: list[dict[str, Any]]) -> str:
+    """The comparison as two tables for a page of results."""
+    config, seeds = report["config"], report["config"]["seeds"]
+    heads = "".join(f" {100 * s:g} % |" for s in config["sparsities"])
+    line = "| --- |" + " ---: |" * len(config["sparsities"])
+    seconds = {(row["method"], row["sparsity"]): row for row in times}
+    accuracy, cost = [], []
+    for method in config["methods"]:
+        rows = [row for row in report["pruned"] if row["method"] == method]
+        accuracy.append(f"| {method} |" + "".join(f" {_shown(row, seeds)} |" for row in rows))
+        cost.append(f"| {method} |" + "".join(
+            f" {seconds[method, row['sparsity']]['prune_seconds']:.2f} / "
+            f"{seconds[method, row['sparsity']]['train_seconds']:.2f}, "
+            f"{_most(row['empty'])} + {_most(row['disconnected'])} |"
+            for row in rows
+        ))  # fmt: skip
+    return "\n".join([
+        f"Test accuracy in %, {seeds} seeds; the dense network: {_shown(report['dense'], seeds)}.", "",
+        f"| pruned |{heads}", line, *accuracy, "",
+        "Seconds of pruning / training; layers that lost every weight + layers whose survivors lead nowhere "
+        "(most over the seeds).", "", f"| pruned |{heads}", line, *cost, "",
+    ])  # fmt: skip
 
 
 def table(report: dict[str, Any]) -> Table:
@@ -97,14 +176,15 @@ def draw_accuracy(report: dict[str, Any], path: Path) -> None:
             means = [100 * row["mean"] for row in rows]
             low = [100 * (row["mean"] - row["std"]) for row in rows]
             high = [100 * (row["mean"] + row["std"]) for row in rows]
-            axes.plot(places, means, marker="o", color=f"C{index}", label=method)
+            line = "-" if index < 10 else ":"  # there are ten colours
+            axes.plot(places, means, line, marker="o", color=f"C{index}", label=method)
             axes.fill_between(places, low, high, color=f"C{index}", alpha=0.18, linewidth=0)
         axes.axhline(dense, color="black", linestyle="--", label="dense")
         axes.set_xticks(places, [f"{100 * s:g}" for s in config["sparsities"]])
         axes.set_xlabel("weights pruned in %")
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("top-1 test accuracy in %")
-    panels[0].legend()
+    panels[0].legend(fontsize=8)
     panels[1].set_ylim(dense - 6, dense + 1)
     panels[1].set_title("the same, near the dense network", fontsize=10)
     seeds = config["seeds"]
@@ -185,6 +265,15 @@ def _of(results: Results, method: str, sparsity: float) -> Results:
 def _accuracy(cells: Results) -> dict[str, Any]:
     values = [c["correct"] / c["tested"] for c in cells]
     return {"accuracy": values, "mean": mean(values), "std": stdev(values) if len(values) > 1 else 0.0}
+
+
+def _named(cells: Results, what: str) -> list[list[str]]:
+    """Names of collapsed layers, a list per seed."""
+    return [list(cell[what]) for cell in cells]
+
+
+def _most(names: list[list[str]]) -> int:
+    return max(map(len, names))
 
 
 def _density(cells: Results, sizes: dict[str, int]) -> dict[str, float]:

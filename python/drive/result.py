@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .finite import FiniteCheck
@@ -93,6 +95,20 @@ class PruneResult:
     def collapsed(self) -> list[str]:
         """Names of tensors in which nothing survives."""
         return [t.name for t in self.per_tensor if t.numel and not t.kept]
+
+    @classmethod
+    def merged(cls, results: Sequence[PruneResult]) -> PruneResult:
+        """Several steps, on different tensors, as one. They have no common threshold (NaN)."""
+        if len(results) == 1:
+            return results[0]
+        scores = torch.stack([r._scores for r in results]).sum(0)
+        scores[0] = torch.nan
+        return cls(
+            Masks({name: mask for r in results for name, mask in r.masks.items()}),
+            torch.cat([r._kept for r in results]),
+            torch.cat([r._nonfinite for r in results]),
+            scores,
+        )
 
     def summary(self) -> str:
         """A table as text: shape, survivors and density of every tensor, and the totals."""

@@ -30,7 +30,16 @@ def cubic(sparsity: float, iterations: int) -> Schedule:
     return lambda step: sparsity * (1 - (1 - step / iterations) ** 3)
 
 
-_SCHEDULES = {f.__name__: f for f in (one_shot, exponential, linear, cubic)}
+def halving(sparsity: float, iterations: int) -> Schedule:
+    """Half the way to `sparsity` at every iteration, from 0.5 on (0.25, if that is beyond it).
+
+    CroP (arXiv 2206.10451): rho - (rho - 0.5) * 0.5^i, i = 0, 1, ...
+    """
+    start = 0.5 if sparsity > 0.5 else min(0.25, sparsity)
+    return lambda step: sparsity - (sparsity - start) * 0.5 ** (step - 1)
+
+
+_SCHEDULES = {f.__name__: f for f in (one_shot, exponential, linear, cubic, halving)}
 
 
 def names() -> list[str]:

@@ -23,11 +23,16 @@ _LAYERS = (
 
 @dataclass(frozen=True)
 class Operands:
-    """Prunable tensors by name, and their gradients in the same order; `mask_grads` may be empty."""
+    """Prunable tensors by name, and in the same order what they are ranked by.
+
+    |theta * grad|, with mask_grads |theta * mask_grad * grad|, without gradients |theta|, or |score|: the
+    scores are overwritten.
+    """
 
     weights: dict[str, Tensor]
     grads: list[Tensor]
     mask_grads: list[Tensor]
+    scores: list[Tensor] | None = None
 
 
 def default_include(name: str, module: nn.Module | None, tensor: Tensor) -> bool:
@@ -88,8 +93,8 @@ def operands(
     if grads is None:
         found = [_own_gradient(op, name, w) for name, w in weights.items()]
     else:
-        found = _match(op, "grads", grads, target, weights)
-    extra = [] if mask_grads is None else _match(op, "mask_grads", mask_grads, target, weights)
+        found = match(op, "grads", grads, target, weights)
+    extra = [] if mask_grads is None else match(op, "mask_grads", mask_grads, target, weights)
     return Operands(weights, found, extra)
 
 
@@ -139,7 +144,7 @@ def _own_gradient(op: str, name: str, weight: Tensor) -> Tensor:
     return weight.grad
 
 
-def _match(
+def match(
     op: str, argument: str, given: Tensors, target: Target, weights: Mapping[str, Tensor]
 ) -> list[Tensor]:
     """The tensors of `given` in the order of `weights`, by name or, for a sequence, by position."""

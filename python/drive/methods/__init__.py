@@ -1,11 +1,34 @@
 """Pruning methods by name."""
 
-from .base import Method, Problem
+from .base import Method, Problem, Ranking
+from .crop import Crop
 from .drive import Drive
+from .early_crop import EarlyCrop
+from .gradual import GradualMagnitude
+from .grasp import Grasp
+from .imp import Imp
 from .magnitude import Magnitude
+from .random import Random
+from .rigl import RigL
 from .snip import Snip
+from .synflow import SynFlow
 
-_METHODS: dict[str, type[Method]] = {m.name: m for m in (Drive, Snip, Magnitude)}
+_METHODS: dict[str, type[Method]] = {
+    m.name: m
+    for m in (
+        Drive,
+        Snip,
+        Grasp,
+        SynFlow,
+        Crop,
+        EarlyCrop,
+        Magnitude,
+        GradualMagnitude,
+        Imp,
+        RigL,
+        Random,
+    )
+}
 
 
 def names() -> list[str]:
@@ -22,4 +45,7 @@ def get(method: "str | Method") -> Method:
     return _METHODS[method]()
 
 
-__all__ = ["Drive", "Magnitude", "Method", "Problem", "Snip", "get", "names"]
+__all__ = [
+    "Crop", "Drive", "EarlyCrop", "GradualMagnitude", "Grasp", "Imp", "Magnitude", "Method", "Problem",
+    "Random", "Ranking", "RigL", "Snip", "SynFlow", "get", "names",
+]  # fmt: skip

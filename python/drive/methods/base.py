@@ -1,23 +1,35 @@
-"""What a method is: a name, how often it prunes, and the gradients that its score is made of."""
+"""What a method is: a name, how often it prunes, what it ranks entries by, and whether it trains."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from drive.capture import GraphedGradients
 from drive.gradients import Batch, LossFn, LossGradients
+from drive.masks import Masks
+from drive.schedules import Schedule
+from drive.sgd import Train
+
+Stage = Literal["initialisation", "warm-up", "training"]
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What a method may look at: the model with its prunable weights, fresh batches, the loss.
+    """What a method may look at in one iteration: the model, its prunable weights, batches, the loss.
 
-    `gradients_of(batch)` is dL/dtheta on a batch, computed eagerly or by a CUDA graph.
+    Attributes:
+        gradients_of: batch -> dL/dtheta, computed eagerly or by a CUDA graph.
+        train: of `drive.prune`.
+        accumulate: batches that one score takes.
+        sparsity: the final one.
+        iteration, iterations: this one, from 1, and how many there are.
+        masks: those of the iterations before; None at the first one, if the caller gave none.
     """
 
     model: nn.Module
@@ -25,9 +37,19 @@ class Problem:
     batches: Iterator[Batch]
     loss_fn: LossFn
     gradients_of: LossGradients | GraphedGradients
+    train: Train
+    accumulate: int
+    sparsity: float
+    iteration: int
+    iterations: int
+    masks: Masks | None = None
+
+    def take(self) -> list[Batch]:
+        """The fresh batches of one score."""
+        return [next(self.batches) for _ in range(self.accumulate)]
 
     def loss_gradients(self, *, reuse: bool = False) -> dict[str, Tensor]:
-        """dL/dtheta of the prunable weights on one fresh batch; `.grad` is not touched.
+        """dL/dtheta of the prunable weights, the mean over fresh batches; `.grad` is not touched.
 
         Args:
             reuse: the next call may overwrite the tensors, which saves copying them.
@@ -36,22 +58,69 @@ class Problem:
             ValueError: a prunable weight has no part in the loss.
         """
         found = self.gradients_of(next(self.batches))
-        if reuse or not self.gradients_of.overwrites:
-            return found
-        return {name: grad.clone() for name, grad in found.items()}
+        if self.accumulate == 1:
+            if reuse or not self.gradients_of.overwrites:
+                return found
+            return {name: grad.clone() for name, grad in found.items()}
+        names, total = list(found), [grad.clone() for grad in found.values()]
+        for _ in range(self.accumulate - 1):
+            more = self.gradients_of(next(self.batches))
+            torch._foreach_add_(total, [more[name] for name in names])
+        torch._foreach_div_(total, self.accumulate)
+        return dict(zip(names, total, strict=True))
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """What the entries are ranked by, the largest survive: one tensor per weight, of its shape.
+
+    gradients: |theta * gradient|; with mask_gradients |theta * mask_gradient * gradient|, in float64. Of the
+        weights' dtype, any strides. These scores are never in memory.
+    scores: |score|, or with signed=True the score itself (in float32). Any floating dtype; overwritten.
+    None of them: |theta|.
+
+    power: the score is this power of what is ranked, which matters where scores are summed (blocks).
+    revive: entries that were pruned compete again.
+    """
+
+    gradients: Mapping[str, Tensor] | None = None
+    mask_gradients: Mapping[str, Tensor] | None = None
+    scores: Mapping[str, Tensor] | None = None
+    signed: bool = False
+    power: int = 1
+    revive: bool = False
 
 
 class Method(ABC):
-    """Base of all methods: entries are kept by the largest |theta * gradient|.
+    """Base of all methods.
 
-    A method says how many iterations it takes and on what schedule unless the caller does, and
-    what stands in the gradient's place at each.
+    A method says how many iterations it takes and on what schedule unless the caller does, and what
+    the entries are ranked by at each.
+
+    Attributes:
+        stage: when it prunes: at initialisation, after a dense warm-up (or a whole training), or in the
+            course of a training of its own, by `Problem.train`, in `before`.
+        scope: `drive.prune`'s, unless the caller says otherwise.
+        accumulate: batches that one score takes, likewise.
     """
 
     name: ClassVar[str]
+    stage: ClassVar[Stage] = "warm-up"
     iterations: int = 1
-    schedule: str = "one_shot"
+    schedule: str | Schedule = "one_shot"
+    scope: str = "global"
+    accumulate: int = 1
+
+    def iterations_to(self, sparsity: float) -> int:
+        """How many iterations it takes to a final sparsity."""
+        return self.iterations
+
+    def before(self, problem: Problem) -> None:  # noqa: B027 (most methods do not train)
+        """Train, before an iteration ranks."""
 
     @abstractmethod
-    def gradients(self, problem: Problem) -> dict[str, Tensor]:
-        """One tensor per prunable weight (its shape and dtype, any strides), for one iteration."""
+    def rank(self, problem: Problem) -> Ranking:
+        """What to rank by in one iteration. Buffers, modes and `.grad` come back afterwards."""
+
+    def after(self, problem: Problem) -> None:  # noqa: B027
+        """Called when an iteration's masks are applied; `problem.masks` are these."""

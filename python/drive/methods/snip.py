@@ -1,8 +1,6 @@
 """SNIP (Lee, Ajanthan and Torr, ICLR 2019, arXiv 1810.02340)."""
 
-from torch import Tensor
-
-from .base import Method, Problem
+from .base import Method, Problem, Ranking
 
 
 class Snip(Method):
@@ -14,6 +12,7 @@ class Snip(Method):
     """
 
     name = "snip"
+    stage = "initialisation"
 
-    def gradients(self, problem: Problem) -> dict[str, Tensor]:
-        return problem.loss_gradients(reuse=True)
+    def rank(self, problem: Problem) -> Ranking:
+        return Ranking(problem.loss_gradients(reuse=True))

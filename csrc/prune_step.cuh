@@ -1,0 +1,146 @@
+// What the launches of a step of drive::prune_ leave to each other in device memory (prune.cu tells the steps).
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "block.cuh"
+#include "key.h"
+#include "prune_work.cuh"
+#include "sampling.h"
+
+namespace drive::gpu {
+
+// ---- Tuning: blocks of 256 threads a multiprocessor, on which the registers a thread may use depend ----
+
+struct Tuning {
+  int survey;  // 85 registers hold four vectors of both operands and the counts; a list of 4096 keys is 24 KB
+  int list;    // one operand in flight; more blocks hide the wait for a chunk's part of the list
+  int keys;    // as the survey, and the cuts
+  int count;   // few, so that a block counts many keys before it adds its 2048 counters to the global ones
+};
+template <class Key>  // scores of 64 bits need twice the registers
+constexpr Tuning kTuning = sizeof(Key) == 4 ? Tuning{3, 5, 3, 2} : Tuning{2, 5, 2, 2};
+
+// ---- State on the device ----
+
+// Sums of the survey over all entries.
+struct Totals {
+  Counter above, at_hi, inside, at_lo, alive, nonfinite;
+};
+
+// What the survey found in one chunk.
+struct ChunkCounts {
+  int64_t list;  // where its part of the list begins
+  int32_t inside, at_hi, at_lo;
+};
+
+// An entry survives if its key is larger, or equal and its global row-major index not beyond `last`.
+template <class Key>
+struct Cut {
+  Key key;
+  int64_t last;
+
+  __device__ bool keeps(Key k, int64_t index) const { return k > key || (k == key && index <= last); }
+};
+
+// A selection: over all entries (one segment), or over each tensor's (as many segments).
+template <class Key>
+struct Selection {
+  Search<Key>* searches;  // [segments, kDigits + 1]: before each digit and after the last one
+  Counter* histograms;    // [segments, kDigits, kBuckets]
+  Cut<Key>* cuts;         // [segments]
+  uint32_t* ties;         // [chunks]: entries on the threshold, by row-major chunk
+
+  __device__ Search<Key>& search(int segment, int digit) const {
+    return searches[segment * (kDigits<Key> + 1) + digit];
+  }
+  __device__ Counter* histogram(int segment, int digit) const {
+    return histograms + (static_cast<int64_t>(segment) * kDigits<Key> + digit) * kBuckets;
+  }
+};
+
+// all: the selection that counts in most steps. guards: of min_keep entries of each tensor. rest: of the
+// entries that no guard keeps.
+enum class Stage { all, guards, rest };
+
+template <class Key>
+struct Step {
+  Work work;
+  int64_t keep, min_keep;
+  BracketRanks ranks;
+  int64_t samples, places;  // places: of the list
+
+  Key* sample;            // [samples], in the memory of bits and list, which come later
+  Selection<Key> bracket;  // [2]: hi and lo
+  Totals* totals;
+  double* sums;           // [survey's blocks] of |S|
+  Counter* alive;         // [items]
+  Counter* nonfinite;     // [items]
+  Counter* kept;          // [items]
+  ChunkCounts* chunks;    // [chunks]
+  uint32_t* bits;         // [chunks, kWords]: is the key at least hi?
+  Key* list;              // [places]: keys strictly inside the bracket
+  uint16_t* positions;    // [places]: where in their chunks
+  Selection<Key> all, guards, rest;
+  bool* guarded;          // does a guard count?
+
+  int64_t* kept_out;       // [items]
+  int64_t* nonfinite_out;  // [items]
+  double* scores_out;      // [2]
+
+  template <Stage kStage>
+  __device__ const Selection<Key>& selection() const {
+    if constexpr (kStage == Stage::all) return all;
+    if constexpr (kStage == Stage::guards) return guards;
+    return rest;
+  }
+};
+
+// How the threshold of Stage::all is found, as the survey's totals tell.
+enum class Where { refused, edge, list, entries };
+
+template <class Key>
+struct Plan {
+  Where where;
+  Search<Key> search;  // edge: the result; else how it begins
+};
+
+template <class Key>
+__device__ Key bracket_edge(const Step<Key>& step, int side) {
+  return step.bracket.search(side, kDigits<Key>).prefix;
+}
+
+template <class Key>
+__device__ Plan<Key> plan(const Step<Key>& step) {
+  const Totals& t = *step.totals;
+  const auto above = static_cast<int64_t>(t.above), at_hi = static_cast<int64_t>(t.at_hi);
+  const auto inside = static_cast<int64_t>(t.inside), at_lo = static_cast<int64_t>(t.at_lo);
+  const int64_t k = min(step.keep, static_cast<int64_t>(t.alive));
+  const int64_t n = step.work.entries;
+  if (t.nonfinite) return {Where::refused, {kDead<Key>, 0, 0}};
+  if (k == 0) return {Where::edge, {kTop<Key>, 0, 0}};
+  const bool held = inside <= step.places && above < k && k <= above + at_hi + inside + at_lo;
+  if (!held) return {Where::entries, {kDead<Key>, k, n}};
+  if (k <= above + at_hi) return {Where::edge, {bracket_edge(step, 0), k - above, at_hi}};
+  if (k <= above + at_hi + inside) return {Where::list, {kDead<Key>, k - above - at_hi, inside}};
+  return {Where::edge, {bracket_edge(step, 1), k - above - at_hi - inside, at_lo}};
+}
+
+// ---- Bits: a word of 16 for each thread, one for each of its own entries ----
+
+using OwnBits = uint16_t;
+constexpr int kWords = kThreads / 2;  // of a chunk, as words of 32 bits
+
+__device__ inline int lanes_of(const Item& item, const Chunk& chunk) {
+  if (!in_vectors(item, chunk)) return 1;
+  return item.type == Type::f32 ? 4 : item.type == Type::f64 ? 2 : 8;
+}
+
+__device__ inline void set_bit(uint32_t* words, int lanes, int i) {
+  const int thread = owner(i, lanes);
+  atomicOr(&words[thread / 2], 1u << (thread % 2 * kOwn + own_index(i, lanes)));
+}
+
+}  // namespace drive::gpu

@@ -1,0 +1,58 @@
+"""EarlyCroP: CroP, as soon as the weights have settled (Rachwan et al., ICML 2022, arXiv 2206.10451)."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .base import Problem
+from .crop import Crop
+
+
+class EarlyCrop(Crop):
+    """CroP's score and steps, all at once, after the round of training at which the rule says so.
+
+    d_t = |w_t - w_1| / |w_1| over all parameters (L2), w_t those after round t (an epoch in the paper).
+    Prunes at the first t with |d_t - d_(t-1)| < d_2 (1 - sparsity): the higher the sparsity, the later. The
+    caller trains on, with a fresh learning rate; nothing is rewound.
+
+    Args:
+        latest: round after which it prunes in any case.
+    """
+
+    name = "early_crop"
+    stage = "training"
+
+    def __init__(self, latest: int = 30):
+        if latest < 1:
+            raise ValueError(f"EarlyCrop: latest must be >= 1, got {latest}")
+        self.latest = latest
+
+    def before(self, problem: Problem) -> None:
+        if problem.iteration > 1:
+            return
+        reference: list[Tensor] = []
+        distances: list[float] = []
+        for number in range(self.latest):
+            problem.train(problem.model, problem.masks, number)
+            weights = [w.detach() for w in problem.model.parameters()]
+            if not reference:
+                reference = [w.clone() for w in weights]
+                continue
+            distances.append(distance(weights, reference))
+            if settled(distances, problem.sparsity):
+                return
+
+
+def distance(weights: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
+    """|weights - reference| / |reference|, in float64."""
+    moved = torch.stack(
+        [(w.double() - r.double()).square().sum() for w, r in zip(weights, reference, strict=True)]
+    )
+    length = torch.stack([r.double().square().sum() for r in reference])
+    return float((moved.sum() / length.sum()).sqrt())
+
+
+def settled(distances: Sequence[float], sparsity: float) -> bool:
+    """Whether to prune now, by the distances d_2, d_3, ... so far."""
+    return len(distances) > 1 and abs(distances[-1] - distances[-2]) < distances[0] * (1 - sparsity)

@@ -1,0 +1,46 @@
+"""SynFlow (Tanaka et al., NeurIPS 2020, arXiv 2006.05467)."""
+
+import copy
+
+import torch
+from torch import Tensor
+
+from drive.targets import unwrap
+
+from .base import Method, Problem, Ranking
+
+
+class SynFlow(Method):
+    """Score |theta * dR/dtheta|, R = sum of f(ones) for the network f of absolute parameters (Eq. 2).
+
+    Needs no data: of a batch only the shape of an input is used. In 100 steps of exponential density, in
+    eval mode, on a copy of the model in float64 (float32 overflows in deep networks) with the absolute
+    values of all its parameters and buffers, BatchNorm's statistics included, as in the published code.
+    """
+
+    name = "synflow"
+    stage = "initialisation"
+    iterations = 100
+    schedule = "exponential"
+
+    def rank(self, problem: Problem) -> Ranking:
+        inputs, _ = next(problem.batches)
+        if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
+            got = inputs.dtype if isinstance(inputs, Tensor) else type(inputs).__name__
+            raise ValueError(f"synflow: inputs must be one floating-point tensor, got {got}")
+        linear = copy.deepcopy(unwrap(problem.model)).double().eval()
+        with torch.no_grad():
+            for tensor in (*linear.parameters(), *linear.buffers()):
+                if tensor.is_floating_point():
+                    tensor.abs_()
+        ones = torch.ones(1, *inputs.shape[1:], dtype=torch.float64, device=inputs.device)
+        weights = {name: linear.get_parameter(name) for name in problem.weights}
+        with torch.enable_grad():
+            flow = linear(ones).sum()
+            grads = torch.autograd.grad(flow, list(weights.values()), allow_unused=True)
+        scores = {}
+        for (name, weight), grad in zip(weights.items(), grads, strict=True):
+            if grad is None:
+                raise ValueError(f"{name} has no gradient: the output does not depend on it; exclude it")
+            scores[name] = weight.detach() * grad
+        return Ranking(scores=scores)
