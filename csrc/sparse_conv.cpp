@@ -338,8 +338,8 @@ void check_arguments(const char* op, const at::Tensor& input, const at::Tensor& 
   }
   TORCH_CHECK_VALUE(groups > 0 && shape[0] % groups == 0, op, ": groups must divide ", shape[0],
                     " output channels, got ", groups);
-  TORCH_CHECK_TYPE(input.scalar_type() == at::kFloat || input.scalar_type() == at::kDouble, op,
-                   ": input must be float32 or float64, got ", input.scalar_type());
+  TORCH_CHECK_TYPE(at::isFloatingType(input.scalar_type()), op,
+                   ": input must be floating-point, got ", input.scalar_type());
   TORCH_CHECK_TYPE(values.scalar_type() == input.scalar_type(), op, ": values must be ", input.scalar_type(),
                    ", as input is, got ", values.scalar_type());
   TORCH_CHECK_VALUE(input.dim() == 4 || (input.dim() == 5 && input.size(4) == kLanes), op,
@@ -357,6 +357,12 @@ at::Tensor sparse_conv2d_cpu(const at::Tensor& input, const at::Tensor& values, 
                              at::IntArrayRef stride,
                              at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
                              const std::optional<at::Tensor>& residual, bool relu) {
+  if (is_half(input) && values.scalar_type() == input.scalar_type()) {
+    const auto extra = residual ? std::optional(widened(*residual)) : std::nullopt;
+    return sparse_conv2d_cpu(widened(input), widened(values), pattern, bias, shape, stride, padding, dilation,
+                             groups, extra, relu)
+        .to(input.scalar_type());
+  }
   check_arguments(kOp, input, values, shape, stride, padding, dilation, groups);
   const Conv conv(shape, stride, padding, dilation, groups);
   const Pattern where(kOp, pattern, conv.out_channels, conv.columns() * groups, values);
@@ -390,6 +396,11 @@ Gradients sparse_conv2d_backward_cpu(const at::Tensor& grad, const at::Tensor& i
                                      at::TensorList pattern, at::IntArrayRef shape, at::IntArrayRef stride,
                                      at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
                                      std::array<bool, 3> needed) {
+  if (is_half(input) && values.scalar_type() == input.scalar_type()) {
+    return narrowed(sparse_conv2d_backward_cpu(widened(grad), widened(input), widened(values), pattern, shape,
+                                               stride, padding, dilation, groups, needed),
+                    input.scalar_type());
+  }
   check_arguments(kOp, input, values, shape, stride, padding, dilation, groups);
   const Conv conv(shape, stride, padding, dilation, groups);
   const Pattern where(kOp, pattern, conv.out_channels, conv.columns() * groups, values);

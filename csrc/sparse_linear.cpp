@@ -216,8 +216,8 @@ at::Tensor backward_values(const at::Tensor& grad, const at::Tensor& input, cons
 
 void check_arguments(const at::Tensor& input, const at::Tensor& values, at::IntArrayRef shape) {
   TORCH_CHECK_VALUE(shape.size() == 2, kOp, ": shape must be that of a weight [O, I], got ", shape);
-  TORCH_CHECK_TYPE(input.scalar_type() == at::kFloat || input.scalar_type() == at::kDouble, kOp,
-                   ": input must be float32 or float64, got ", input.scalar_type());
+  TORCH_CHECK_TYPE(at::isFloatingType(input.scalar_type()), kOp,
+                   ": input must be floating-point, got ", input.scalar_type());
   TORCH_CHECK_TYPE(values.scalar_type() == input.scalar_type(), kOp, ": values must be ", input.scalar_type(),
                    ", as input is, got ", values.scalar_type());
   TORCH_CHECK_VALUE(input.dim() > 0 && input.size(-1) == shape[1], kOp, ": input must have ", shape[1],
@@ -228,6 +228,9 @@ at::Tensor rows_of(const at::Tensor& t) { return t.contiguous().view({-1, t.size
 
 at::Tensor sparse_linear_cpu(const at::Tensor& input, const at::Tensor& values, at::TensorList pattern,
                              const std::optional<at::Tensor>& bias, at::IntArrayRef shape) {
+  if (is_half(input) && values.scalar_type() == input.scalar_type()) {
+    return sparse_linear_cpu(widened(input), widened(values), pattern, bias, shape).to(input.scalar_type());
+  }
   check_arguments(input, values, shape);
   const Pattern where(kOp, pattern, shape[0], shape[1], values);
   std::vector<int64_t> size = input.sizes().vec();
@@ -250,6 +253,11 @@ using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 Gradients sparse_linear_backward_cpu(const at::Tensor& grad, const at::Tensor& input,
                                      const at::Tensor& values, at::TensorList pattern,
                                      at::IntArrayRef shape, std::array<bool, 3> needed) {
+  if (is_half(input) && values.scalar_type() == input.scalar_type()) {
+    return narrowed(
+        sparse_linear_backward_cpu(widened(grad), widened(input), widened(values), pattern, shape, needed),
+        input.scalar_type());
+  }
   check_arguments(input, values, shape);
   const Pattern where(kOp, pattern, shape[0], shape[1], values);
   const at::Tensor none = at::empty({0}, input.options());

@@ -23,7 +23,8 @@ at::Tensor sparse_gather_cpu(const at::Tensor& weight, const at::Tensor& index) 
   check_index("drive::sparse_gather", index);
   const at::Tensor w = weight.contiguous();
   at::Tensor values = at::empty(index.sizes(), w.options());
-  AT_DISPATCH_FLOATING_TYPES(w.scalar_type(), "drive::sparse_gather", [&] {
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, w.scalar_type(), "drive::sparse_gather",
+                                  [&] {
     const scalar_t* const from = w.data_ptr<scalar_t>();
     const int64_t* const at = index.data_ptr<int64_t>();
     scalar_t* const to = values.data_ptr<scalar_t>();
@@ -42,7 +43,8 @@ at::Tensor sparse_scatter_cpu(const at::Tensor& values, const at::Tensor& index,
                     index.numel(), " entries, got ", values.numel());
   const at::Tensor v = values.contiguous();
   at::Tensor dense = empty_recycled(shape, v.options());
-  AT_DISPATCH_FLOATING_TYPES(v.scalar_type(), "drive::sparse_scatter", [&] {
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, v.scalar_type(), "drive::sparse_scatter",
+                                  [&] {
     const scalar_t* const from = v.data_ptr<scalar_t>();
     const int64_t* const at = index.data_ptr<int64_t>();
     const int64_t* const last = at + index.numel();

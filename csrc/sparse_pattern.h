@@ -7,6 +7,7 @@
 #include <c10/util/Exception.h>
 
 #include <cstdint>
+#include <tuple>
 #include <vector>
 
 #include "sparse_isa.h"
@@ -52,6 +53,18 @@ struct Taps {
   const Tap<T>* of(int64_t channel) const { return taps + start[channel]; }
   int64_t count(int64_t channel) const { return start[channel + 1] - start[channel]; }
 };
+
+// float32 of what is stored in 16 bits: such layers are computed in float32.
+inline bool is_half(const at::Tensor& t) { return at::isReducedFloatingType(t.scalar_type()); }
+
+inline at::Tensor widened(const at::Tensor& t) { return is_half(t) ? t.to(at::kFloat) : t; }
+
+// The gradients of the three, as wide as these.
+inline std::tuple<at::Tensor, at::Tensor, at::Tensor> narrowed(
+    const std::tuple<at::Tensor, at::Tensor, at::Tensor>& gradients, at::ScalarType type) {
+  const auto& [input, values, bias] = gradients;
+  return {input.to(type), values.to(type), bias.to(type)};
+}
 
 // Channels that are worth waking a thread for when taps are made (some 20 us).
 constexpr int64_t kTapGrain = 16384;

@@ -20,7 +20,7 @@ from .prune import _library
 
 _library.define(
     "sparse_conv2d("
-    "Tensor input, "  # [N, C, H, W] or [ceil(N / 16), C, H, W, 16], float32 or float64
+    "Tensor input, "  # [N, C, H, W] or [ceil(N / 16), C, H, W, 16]
     "Tensor values, "  # [nnz]
     "Tensor[] pattern, "  # pattern_of(mask, groups)
     "Tensor? bias, "  # [O]
@@ -325,3 +325,7 @@ for _name, _backward, _setup in (
     ("sparse_gather", _gather_autograd, _gather_setup),
 ):
     torch.library.register_autograd(f"drive::{_name}", _backward, setup_context=_setup, lib=_library)
+
+# Under autocast these are computed in float32: no CPU multiplies 16-bit floats one by one faster.
+for _name in ("sparse_conv2d", "sparse_linear", "to_blocks", "blocked_norm"):
+    torch.library.register_autocast(f"drive::{_name}", "cpu", torch.float32, lib=_library)

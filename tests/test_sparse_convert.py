@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import drive
 from drive.sparse import SparseConv2d, SparseLinear, convert, report
 from drive.sparse.chains import link, trace
-from drive.sparse.convert import _chained, _choose
+from drive.sparse.convert import _chained, _choose, _replaced
 
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-9}  # everything here is float64
 
@@ -279,3 +279,26 @@ def test_compiles():
     torch.testing.assert_close(compiled(x), model(x), **TOLERANCE)
     compiled(x).sum().backward()
     assert model.stem.weight.grad is not None
+
+
+@pytest.mark.parametrize("training", (False, True))
+def test_autocast_computes_sparse_layers_in_float32(training: bool):
+    model, masks = pruned(Small())
+    model = model.float().train(training)
+    for ours in (chained(model, masks), _replaced(model, all_sparse(model, masks))):
+        x = torch.randn(17, 3, 16, 16)
+        expected = copy.deepcopy(model)(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = copy.deepcopy(ours)(x)
+        torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.05)  # the rest is bfloat16
+        found.sum().backward()
+
+
+def test_16_bit_models_run_layer_by_layer():
+    model, masks = pruned(Small(), 0.05)
+    model = model.bfloat16().eval()
+    ours = _replaced(model, all_sparse(model, masks))
+    x = torch.randn(17, 3, 16, 16, dtype=torch.bfloat16)
+    torch.testing.assert_close(ours(x), model(x), rtol=0.05, atol=0.05)
+    assert _chained(model, all_sparse(model, masks)) is None
+    assert convert(model, masks, x)(x).dtype == torch.bfloat16

@@ -396,7 +396,7 @@ def good() -> dict[str, object]:
             ValueError,
             r"input must be \[N, C, H, W\] or blocked .*, got \[2, 4, 5\]",
         ),
-        ({"input": torch.ones(2, 4, 5, 5).int()}, TypeError, "input must be float32 or float64, got Int"),
+        ({"input": torch.ones(2, 4, 5, 5).int()}, TypeError, "input must be floating-point, got Int"),
         ({"values": torch.ones(3)}, ValueError, r"pattern\[1\] must be contiguous with 3 entries"),
         ({"values": torch.ones(3).double()}, TypeError, "values must be Float, as input is, got Double"),
         ({"pattern": []}, ValueError, "pattern must be 5 tensors, got 0"),
@@ -425,3 +425,33 @@ def test_compiles_into_one_graph():
     expected = ops.sparse_conv2d(*arguments.values()).relu()
     torch.testing.assert_close(found, expected, **TOLERANCE[torch.float32])
     assert values.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_16_bits_are_computed_in_float32(dtype: torch.dtype):
+    conv = Conv(17, 6, 8, 9, 7)
+    cases = []
+    x, weight, bias, mask = conv.inputs(torch.float32, 0.3)
+    cases.append((ops.sparse_conv2d, x, weight, bias, sparse.pattern_of(mask), conv.options))
+    x, weight = torch.randn(5, 40), torch.randn(30, 40)
+    cases.append((ops.sparse_linear, x, weight, torch.randn(30), None, ([30, 40],)))
+    for op, x, weight, bias, pattern, options in cases:
+        mask = weight != 0
+        pattern, index = pattern or sparse.pattern_of(mask), sparse.index_of(mask)
+        narrow = leaves(x.to(dtype), weight.to(dtype), bias.to(dtype))
+        wide = leaves(*(t.detach().float() for t in narrow))
+        found, expected = (
+            op(a, ops.sparse_gather(w, index), pattern, b, *options) for a, w, b in (narrow, wide)
+        )
+        grad = torch.randn_like(found)
+        found.backward(grad)
+        expected.backward(grad.float())
+        assert torch.equal(found, expected.to(dtype))
+        for mine, other in zip(narrow, wide, strict=True):
+            assert torch.equal(mine.grad, other.grad.to(dtype))
+
+
+def test_inputs_and_values_must_be_of_one_type():
+    x, mask = torch.randn(3, 4, dtype=torch.bfloat16), torch.ones(2, 4, dtype=torch.bool)
+    with pytest.raises(TypeError, match="values must be BFloat16, as input is, got Float"):
+        ops.sparse_linear(x, torch.ones(8), sparse.pattern_of(mask), None, [2, 4])

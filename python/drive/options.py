@@ -61,6 +61,10 @@ LearningRate = Annotated[
     float | None,
     option("--lr", "learning rate at its peak [default: the network's own]", inputs.positive, "X"),
 ]
+SparseOps = Annotated[
+    bool,
+    typer.Option("--sparse-ops", help="train pruned layers with their surviving weights only, where it pays"),
+]
 Device = Annotated[
     str | None, option("--device", "cpu, cuda or cuda:N [default: cpu]", inputs.device, "NAME")
 ]
@@ -77,11 +81,11 @@ Resume = Annotated[
 
 
 def given(**options: Any) -> Options:
-    """The options that the user gave, as they are stored."""
+    """The options that the user gave, as they are stored; a flag that is not set was not given."""
     return {
         name: str(value.resolve()) if isinstance(value, Path) else value
         for name, value in options.items()
-        if value is not None
+        if value is not None and value is not False
     }
 
 
@@ -137,6 +141,7 @@ def _completed(options: Options) -> Options:
         "epochs": 20 if digits else 30,
         "batch_size": 128,
         "lr": models.default_lr(model),
+        "sparse_ops": False,
         "device": "cpu",
         # 8x8 images give threads nothing to do but wait; and with one thread the numbers do not
         # depend on how many cores there are

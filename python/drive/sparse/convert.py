@@ -169,7 +169,9 @@ def _again(layer: nn.Module) -> nn.Module:
 
 def _chained(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module | None:
     """None: torch.fx cannot trace the model, or no convolution would be in a chain."""
-    convolutions = {name for name, layer in layers.items() if isinstance(layer, SparseConv2d)}
+    convolutions = {
+        name for name, layer in layers.items() if isinstance(layer, SparseConv2d) and layer.works_in_blocks
+    }
     if not convolutions or "" in layers:
         return None
     replaced = _replaced(model, layers)

@@ -57,6 +57,11 @@ class SparseConv2d(nn.Conv2d):
             return "padding 'same' with different sides"
         return _reason_against_weight(layer.weight)
 
+    @property
+    def works_in_blocks(self) -> bool:
+        """Whether `blocked` may be used: 16-bit images stay [N, C, H, W]."""
+        return self.weight.dtype in (torch.float32, torch.float64)
+
     def absorb(self, norm: nn.BatchNorm2d) -> None:
         """In `blocked`, apply this normalisation after the convolution."""
         self._norm = (norm,)
@@ -139,7 +144,7 @@ def _check_mask(op: str, mask: Tensor, weight: Tensor) -> None:
 
 
 def _reason_against_weight(weight: Tensor) -> str | None:
-    if weight.dtype not in (torch.float32, torch.float64):
+    if not weight.is_floating_point():
         return f"{weight.dtype} weights"
     return f"a weight on {weight.device}" if weight.device.type != "cpu" else None
 

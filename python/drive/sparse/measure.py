@@ -46,8 +46,9 @@ def layer_times(dense: nn.Module, sparse: nn.Module, shape: torch.Size, training
     if isinstance(sparse, SparseConv2d) and input.dim() == 4:
         last = copy.deepcopy(dense).to(memory_format=torch.channels_last)
         runs[CHANNELS_LAST] = _run(last, input.contiguous(memory_format=torch.channels_last), training)
-        blocks, layer = torch.ops.drive.to_blocks(input), sparse
-        runs["sparse blocked"] = _run(lambda x: layer.blocked(x, shape[0]), blocks, training, layer)
+        if sparse.works_in_blocks:
+            blocks, layer = torch.ops.drive.to_blocks(input), sparse
+            runs["sparse blocked"] = _run(lambda x: layer.blocked(x, shape[0]), blocks, training, layer)
     return interleaved(runs)
 
 

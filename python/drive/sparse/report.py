@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
 
 from torch import nn
+
+from drive.figures import figure_of, save_figure
 
 _KEY = "_drive_sparse_report"
 
@@ -20,6 +24,11 @@ class Choice:
     seconds: dict[str, float]
     chosen: str
     why: str
+
+    @property
+    def best_dense(self) -> float:
+        """Seconds of the fastest dense candidate."""
+        return min(seconds for kind, seconds in self.seconds.items() if kind.startswith("dense"))
 
 
 @dataclass(frozen=True)
@@ -49,6 +58,48 @@ class Report:
             )
         whole = ", ".join(f"{way} {seconds * 1e3:.2f} ms" for way, seconds in self.whole.items())
         return "\n".join([*lines, f"whole model: {self.chosen}" + (f" ({whole})" if whole else "")])
+
+    def as_dict(self) -> dict[str, Any]:
+        """As plain values, for JSON."""
+        return asdict(self)
+
+    def draw(self, path: Path, title: str = "") -> None:
+        """PNG: how many times faster than the best dense form each candidate is, layer by layer.
+
+        Args:
+            path: of the file, which is whole at any moment.
+            title: of the figure, before the whole model's speed-up.
+
+        Raises:
+            ValueError: nothing was measured.
+            ImportError: matplotlib is not installed.
+        """
+        layers = [choice for choice in self.choices if choice.seconds]
+        if not layers:
+            raise ValueError("draw: report must be of a measured model, got one without times")
+        figure = figure_of(8.0, 1.6 + 0.28 * len(layers))
+        axes = figure.subplots()
+        kinds = dict.fromkeys(kind for choice in layers for kind in choice.seconds)
+        for index, kind in enumerate(kinds):
+            found = [(i, c.best_dense / c.seconds[kind]) for i, c in enumerate(layers) if kind in c.seconds]
+            axes.plot([x for _, x in found], [y for y, _ in found], "o", color=f"C{index}", label=kind)
+        chosen = [(i, c.best_dense / c.seconds[c.chosen]) for i, c in enumerate(layers)]
+        axes.plot(
+            [x for _, x in chosen], [y for y, _ in chosen], "ko", markersize=11, mfc="none", label="chosen"
+        )
+        axes.axvline(1, color="black", linestyle="--", linewidth=0.9)
+        axes.set_xscale("log")
+        axes.set_xlabel("times faster than the best dense form")
+        axes.set_yticks(range(len(layers)), [f"{c.name} ({1 - c.density:.1%})" for c in layers], fontsize=8)
+        axes.invert_yaxis()
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+        whole = f"whole model: {self.chosen}"
+        if self.whole:
+            dense = min(s for way, s in self.whole.items() if way.startswith("dense"))
+            whole += f", {dense / self.whole[self.chosen]:.2f}x"
+        axes.set_title(" - ".join(filter(None, (title, whole))), fontsize=10)
+        save_figure(figure, path)
 
 
 def attach(model: nn.Module, found: Report) -> None:
