@@ -102,7 +102,7 @@ def _choose(
     elif why is None:
         found = kind.from_dense(layer, mask)  # type: ignore[arg-type]
         if deterministic:
-            seconds = estimates(layer, shape, density)
+            seconds = estimates(layer, shape, density, training)
         else:
             seconds = layer_times(layer, found, shape, training)
     fastest = min(seconds, key=seconds.__getitem__, default="dense")

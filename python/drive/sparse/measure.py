@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Mapping
 from statistics import median
@@ -67,20 +68,31 @@ def model_times(ways: Mapping[str, nn.Module], inputs: tuple[Any, ...], training
         return interleaved(runs)
 
 
-def estimates(layer: nn.Conv2d | nn.Linear, shape: torch.Size, density: float) -> dict[str, float]:
-    """What dense and sparse would cost, in cycles a batch of 16 lanes, whatever the machine.
+def estimates(
+    layer: nn.Conv2d | nn.Linear, shape: torch.Size, density: float, training: bool
+) -> dict[str, float]:
+    """What dense and sparse would cost, in cycles of one core, whatever the machine.
 
     Per 16 products: dense half a cycle, two FMAs in each, with a tenth lost; sparse 1.5, as the loads come
-    from the L2 cache. Sparse moves its input and output twice: 6 cycles for 16 entries of both together.
+    from the L2 cache, and as many for a lane that holds nothing, or 10 where it gathers along a row. A dense
+    weight comes from memory: 5 for 16 entries. Sparse moves its input and output twice: 6 for 16 entries of
+    both together. A call of it takes longer by 10 us, with its backward by 100.
     """
     weights, outputs = layer.weight.numel(), layer.weight.shape[0]
-    positions = shape.numel() // max(shape[-1 if isinstance(layer, nn.Linear) else 1], 1)
+    rows = shape.numel() // max(shape[-1 if isinstance(layer, nn.Linear) else 1], 1)
+    lanes = [rows]
     if isinstance(layer, nn.Conv2d):
+        lanes = [shape[0] if len(shape) == 4 else 1]
+        if layer.stride == (1, 1) and shape[-1] >= 16:
+            lanes.append(shape[-1])
         for stride in layer.stride:
-            positions //= stride
-    products = weights * positions / 16
-    moved = (shape.numel() + outputs * positions) / 16
-    return {"dense": products * 0.55, "sparse": products * density * 1.5 + moved * 6}
+            rows //= stride
+    used = max(0.15, *(size / (16 * math.ceil(size / 16)) for size in lanes if size > 0))
+    products = weights * rows / 16 * (3 if training else 1)
+    moved = (shape.numel() + outputs * rows) / 16 * (3 if training else 1)
+    call = 300_000 if training else 30_000
+    dense = max(products * 0.55, weights / 16 * 5)
+    return {"dense": dense, "sparse": products * density / used * 1.5 + moved * 6 + call}
 
 
 def _run(

@@ -89,6 +89,8 @@ class Report:
         )
         axes.axvline(1, color="black", linestyle="--", linewidth=0.9)
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("{x:g}")
         axes.set_xlabel("times faster than the best dense form")
         axes.set_yticks(range(len(layers)), [f"{c.name} ({1 - c.density:.1%})" for c in layers], fontsize=8)
         axes.invert_yaxis()
