@@ -235,12 +235,19 @@ def test_convert(model: type[nn.Module], training: bool, monkeypatch: pytest.Mon
     assert_same_training(copy.deepcopy(ours).train(), copy.deepcopy(dense).train(), masks)
 
 
-def test_convert_by_the_cost_model():
-    dense, masks = pruned(Small(), density=0.02)
-    x = torch.randn(32, 3, 16, 16, dtype=torch.float64)
-    first, second = (report(convert(dense, masks, x, deterministic=True)) for _ in range(2))
-    assert first == second
-    assert first.chosen == "sparse chains"
+@pytest.mark.parametrize("training", (False, True))
+def test_convert_by_the_cost_model(training: bool):
+    def chosen(density: float, side: int) -> str:
+        layers = nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1)
+        model, masks = pruned(nn.Sequential(*layers).train(training), density)
+        x = torch.zeros(32, 3, side, side, dtype=torch.float64)
+        first, second = (report(convert(model, masks, x, deterministic=True)) for _ in range(2))
+        assert first == second
+        return first.chosen
+
+    assert chosen(0.02, 16) == "sparse chains"
+    assert chosen(0.9, 16) == "dense"
+    assert chosen(0.02, 1) == "dense"  # one pixel: a call costs more than it saves
 
 
 def test_convert_leaves_what_it_cannot_compute():
