@@ -18,6 +18,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,34 @@ def multiply(x: Tensor, values: Tensor, pattern: list[Tensor], shape: list[int])
     return ops.sparse_linear(x, values, pattern, None, shape)
 
 
+def sparseprop(layer: nn.Conv2d | nn.Linear, x: Tensor, weight: Tensor) -> dict[str, nn.Module]:
+    """The kernels of IST-DASLab/sparseprop (arXiv 2302.04852), if that is installed; it is no dependency."""
+    if find_spec("sparseprop") is None:
+        return {}
+    from sparseprop.modules import SparseConv2d, SparseLinear
+
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+        expected = layer(x)
+    if isinstance(layer, nn.Linear):
+        found = {"SparseProp": SparseLinear.from_dense(layer)}
+    else:
+        found = {f"SparseProp, {name}": SparseConv2d.from_dense(layer, over)
+                 for name, over in (("batch", False), ("width", True))}  # fmt: skip
+    for module in found.values():
+        close(module(x).detach(), expected)
+    return found
+
+
+def rival(module: nn.Module, x: Tensor, mode: str) -> Run:
+    """As `forward` and `backward`, of a module that holds its own weight."""
+    if mode == "forward":
+        return inference(module, x)
+    leaves = [x.clone().requires_grad_(), *module.parameters()]
+    grad = torch.randn_like(module(x))
+    return lambda: torch.autograd.grad(module(leaves[0]), leaves, grad)
+
+
 def layers(rows: Rows, sparsities: list[float], batches: list[int]) -> None:
     for batch, (channels, side), sparsity in product(batches, LAYERS, sparsities):
         key = "3x3 convolution", f"{channels}-{channels}, {side}x{side}", batch, sparsity
@@ -149,13 +178,18 @@ def layers(rows: Rows, sparsities: list[float], batches: list[int]) -> None:
         close(ours(x, values), dense_conv(x, weight))
         close(ops.from_blocks(ours(blocks, values), batch), dense_conv(x, weight))
         last = [t.contiguous(memory_format=LAST) for t in (x, weight)]
+        rivals = sparseprop(nn.Conv2d(channels, channels, 3, padding=1, bias=False), x, weight)
         for mode, way in MODES.items():
-            rows.add(*key, mode, seconds=interleaved({
+            seconds = interleaved({
                 "dense": way(dense_conv, x, weight),
                 "dense channels_last": way(dense_conv, *last),
                 "ours": way(ours, x, values),
                 "ours, blocked": way(ours, blocks, values),
-            }))  # fmt: skip
+                **{name: rival(module, x, mode) for name, module in rivals.items()},
+            })  # fmt: skip
+            if rivals:  # one of its kernels is far slower than the other, which one depends on the plane
+                seconds["SparseProp"] = min(seconds.pop(name) for name in rivals)
+            rows.add(*key, mode, seconds=seconds)
 
 
 def linear(rows: Rows, sparsities: list[float], batches: list[int]) -> None:
@@ -169,15 +203,18 @@ def linear(rows: Rows, sparsities: list[float], batches: list[int]) -> None:
         ours = partial(multiply, pattern=pattern, shape=list(mask.shape))
         close(ours(x, values), F.linear(x, weight))
         close(onednn(x, packed), F.linear(x, weight))
+        rivals = sparseprop(nn.Linear(FEATURES, FEATURES, bias=False), x, weight)
         rows.add(*key, "forward", seconds=interleaved({
             "dense": forward(F.linear, x, weight),
             "dense oneDNN": forward(onednn, x, packed),
             "MKL CSR": forward(mkl, x, csr),
             "ours": forward(ours, x, values),
+            **{name: rival(module, x, "forward") for name, module in rivals.items()},
         }))  # fmt: skip
         rows.add(*key, "forward + backward", seconds=interleaved({
             "dense": backward(F.linear, x, weight),
             "ours": backward(ours, x, values),
+            **{name: rival(module, x, "backward") for name, module in rivals.items()},
         }))  # fmt: skip
 
 

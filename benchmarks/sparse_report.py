@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
+from statistics import median
 
 from bench_sparse import Row
 
@@ -38,19 +39,29 @@ may choose dense: the lowest of these figures is {lowest}.
 {networks}
 
 Dense networks under `torch.compile` against the same eager ones: {compiled}.
+
+Of those, inference with `torch.sparse` CSR (MKL) in place of Linear:
+
 {csr}
+
 ![speed-up against sparsity]({figure})
 
 ## Single layers
 
-3x3 convolutions, stride 1, called with ordinary [N, C, H, W] tensors; in brackets, with what they are given
-and give in blocks of 16 images already, as inside a converted network. Backward: to input and weight.
+Called with ordinary tensors, [N, C, H, W]; 3x3 convolutions have stride 1. Backward: to input and weight.
 
 {layers}
 
-Linear, 4096x4096: `torch.sparse` CSR (MKL) in brackets, which has no fast backward.
-
 {linear}
+
+The same convolutions by our op on images in blocks, as inside a converted network / by SparseProp's faster
+kernel (arXiv 2302.04852):
+
+{layer_rivals}
+
+The same Linear by `torch.sparse` CSR (MKL), whose backward is dense / by SparseProp:
+
+{linear_rivals}
 """
 
 Cell = Callable[[Row], str]
@@ -75,54 +86,44 @@ def table(rows: Iterable[Row], cell: Cell) -> str:
     return "\n".join(lines)
 
 
-def _times(row: Row) -> str:
-    return f"{row.speedup():.2f}"
+def _of(*providers: str) -> Cell:
+    """Their speed-ups, one beside the other."""
 
-
-def _beside(provider: str) -> Cell:
     def cell(row: Row) -> str:
-        beside = f" ({row.speedup(provider):.1f})" if provider in row.seconds else ""
-        return f"{row.speedup():.1f}{beside}"
+        return " / ".join(f"{row.speedup(p):.3g}" if p in row.seconds else "-" for p in providers)
 
     return cell
 
 
-def _named(rows: list[Row]) -> str:
+def _lowest(rows: list[Row]) -> str:
     lowest = min(rows, key=Row.speedup)
     below = sum(row.speedup() < TOLERATED for row in rows)
     where = f"{lowest.name}, {lowest.mode}, batch {lowest.batch}, {lowest.sparsity:.1%}"
     return f"{lowest.speedup():.2f} ({where}); {below} of {len(rows)} are below {TOLERATED}"
 
 
-def _of(provider: str, rows: list[Row]) -> Iterator[str]:
-    """Its speed-up at the highest sparsity that it was measured at."""
-    rows = sorted(rows, key=lambda row: (row.name, row.mode, row.batch, -row.sparsity))
+def _compiled(rows: list[Row]) -> Iterator[str]:
+    """Of torch.compile, whose speed does not depend on the sparsity."""
+    rows = sorted(rows, key=lambda row: (row.name, row.mode, row.batch))
     for (name, mode, batch), group in groupby(rows, key=lambda row: (row.name, row.mode, row.batch)):
-        if (row := next(group)) and provider in row.seconds:
-            yield f"{name}, {mode}, batch {batch}: {row.speedup(provider):.2f}x"
+        found = [row.speedup("torch.compile") for row in group if "torch.compile" in row.seconds]
+        if found:
+            yield f"{name}, {mode}, batch {batch}: {median(found):.2f}x"
 
 
 def page(rows: list[Row], figure: str) -> str:
-    kinds = {
-        what: [row for row in rows if row.what == what] for what in ("network", "3x3 convolution", "linear")
-    }
-    nets = kinds["network"]
-    csr = [row for row in nets if "MKL CSR" in row.seconds]
-    csr_part = (
-        f"\nOf those, inference with `torch.sparse` CSR in place of Linear:\n\n{table(csr, _csr)}\n"
-        if csr
-        else ""
+    nets, convolutions, linear = (
+        [row for row in rows if row.what == what] for what in ("network", "3x3 convolution", "linear")
     )
+    csr = [row for row in nets if "MKL CSR" in row.seconds]
     return HEAD.format(
-        machines="; ".join(dict.fromkeys(row.machine for row in rows)),
-        lowest=_named(nets), networks=table(nets, _times), compiled="; ".join(_of("torch.compile", nets)),
-        csr=csr_part, figure=figure, layers=table(kinds["3x3 convolution"], _beside("ours, blocked")),
-        linear=table(kinds["linear"], _beside("MKL CSR")),
+        machines="; ".join(dict.fromkeys(row.machine for row in rows)), lowest=_lowest(nets),
+        networks=table(nets, _of("ours")), compiled="; ".join(_compiled(nets)),
+        csr=table(csr, _of("MKL CSR")), figure=figure, layers=table(convolutions, _of("ours")),
+        linear=table(linear, _of("ours")),
+        layer_rivals=table(convolutions, _of("ours, blocked", "SparseProp")),
+        linear_rivals=table(linear, _of("MKL CSR", "SparseProp")),
     )  # fmt: skip
-
-
-def _csr(row: Row) -> str:
-    return f"{row.speedup('MKL CSR'):.2f}"
 
 
 def draw(rows: list[Row], path: Path) -> None:

@@ -237,17 +237,17 @@ def test_convert(model: type[nn.Module], training: bool, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("training", (False, True))
 def test_convert_by_the_cost_model(training: bool):
-    def chosen(density: float, side: int) -> str:
+    def chosen(density: float, images: int, side: int) -> str:
         layers = nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1)
         model, masks = pruned(nn.Sequential(*layers).train(training), density)
-        x = torch.zeros(32, 3, side, side, dtype=torch.float64)
+        x = torch.zeros(images, 3, side, side, dtype=torch.float64)
         first, second = (report(convert(model, masks, x, deterministic=True)) for _ in range(2))
         assert first == second
         return first.chosen
 
-    assert chosen(0.02, 16) == "sparse chains"
-    assert chosen(0.9, 16) == "dense"
-    assert chosen(0.02, 1) == "dense"  # one pixel: a call costs more than it saves
+    assert chosen(0.02, 32, 16) == "sparse chains"
+    assert chosen(0.9, 32, 16) == "dense"
+    assert chosen(0.02, 1, 1) == "dense"  # a call costs more than it saves
 
 
 def test_convert_leaves_what_it_cannot_compute():
