@@ -11,6 +11,7 @@ from types import ModuleType
 
 from . import blocked as blocked
 from . import prune as prune
+from . import shards as shards
 from . import sparse as sparse
 
 _C: ModuleType | None
@@ -21,4 +22,4 @@ except ImportError as error:
     _C, build_error = None, str(error)
 implementations = {"drive::prune_": prune.complete(build_error)}
 
-__all__ = ["blocked", "build_error", "implementations", "prune", "sparse"]
+__all__ = ["blocked", "build_error", "implementations", "prune", "shards", "sparse"]

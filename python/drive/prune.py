@@ -14,7 +14,7 @@ from .capture import Capture, captured, check_capture
 from .feed import endless
 from .finite import LateChecks
 from .fused import check_sparsity
-from .gradients import Batch, LossFn, LossGradients
+from .gradients import Batch, LossFn, loss_gradients
 from .masks import Masks
 from .methods.base import Method, Problem
 from .restore import scoring, undone_on_error
@@ -53,6 +53,11 @@ def prune(
     mode, `.grad` and `requires_grad` are afterwards as before; weights differ only where a mask is
     False. If anything raises, Ctrl-C included, the weights are restored too (which costs one copy
     of the prunable weights while it runs; of the whole model for a method that trains it).
+
+    A model wrapped in DistributedDataParallel, or of DTensors (FSDP2, tensor parallelism), is pruned by all
+    its ranks together, each with its own batches, by the gradients that the ranks' backward passes average:
+    all call this, with the same arguments, and get the same masks, as DTensors where the weights are. Methods
+    that differentiate twice or train in rounds are not made for FSDP2.
 
     Args:
         model: the model; for DRIVE after its dense warm-up, for SNIP at initialisation.
@@ -124,13 +129,15 @@ def prune(
     check_capture("prune", capture, device)
     if trains and capture is True:
         raise ValueError("prune: capture must be 'auto' or False for a method that trains, got True")
+    if selection.team is not None and capture is True:
+        raise ValueError("prune: capture must be 'auto' or False for a model on several ranks, got True")
     if autocast not in (None, torch.bfloat16):
         # float16 would need its loss scaled
         raise ValueError(f"prune: autocast must be None or torch.bfloat16, got {autocast!r}")
 
-    eager = LossGradients(model, weights, loss_fn, autocast)
+    eager = loss_gradients(model, weights, loss_fn, autocast)
     checks = LateChecks(steps_late=1 if device.type == "cuda" else 0)
-    capture = False if trains else capture
+    capture = False if trains or selection.team is not None else capture
     with ExitStack() as stack:
         stack.enter_context(undone_on_error(model, weights if not trains else None))
         stack.enter_context(_seeded(seed, device))

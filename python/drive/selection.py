@@ -11,9 +11,12 @@ from . import scopes, structures
 from .fused import prune_operands
 from .masks import Masks, zero_pruned_
 from .methods.base import Ranking
+from .placement import check_placed, is_dtensor, local
 from .result import PruneResult
 from .scopes import Groups
+from .shards import Shards, described
 from .targets import Operands, match
+from .team import Team, team_of, together
 
 
 class Selection:
@@ -31,7 +34,7 @@ class Selection:
     ):
         """
         Args:
-            model: whose the weights are.
+            model: whose the weights are. If it is spread over ranks, all of them must call this.
             weights: the prunable ones by name.
             structure, scope, sparsity, min_keep: of `drive.prune`.
             op: for the error messages.
@@ -42,6 +45,11 @@ class Selection:
         self.op, self.weights, self.scope, self.min_keep = op, dict(weights), scope, min_keep
         self.structure = structures.structure(structure)
         self.axes: Mapping[str, int] = {}
+        self.team = team_of(op, model)
+        with together(self.team, "check their models") as said:
+            said += described(self.team, self.weights)
+            if self.structure is not None and any(map(is_dtensor, self.weights.values())):
+                raise ValueError(f"{op}: structure must be 'unstructured' for DTensors, got {structure!r}")
         if self.structure is not None:
             self.axes = structures.input_axes(model, weights)
             for name, weight in weights.items():
@@ -71,7 +79,8 @@ class Selection:
             some = {name: self.weights[name] for name in names}
             old = None if masks is None or ranking.revive else Masks({name: masks[name] for name in names})
             if self.structure is None:
-                results.append(_step(self.op, _operands(self.op, some, ranking), prune, old, self.min_keep))
+                found = _operands(self.op, some, ranking)
+                results.append(_step(self.op, found, prune, old, self.min_keep, self.team))
             else:
                 results.append(self._structured(self.structure, some, ranking, prune, old))
         result = PruneResult.merged(results)
@@ -103,7 +112,7 @@ class Selection:
         ranked = [ordered(unit) if ranking.signed else unit for unit in units.values()]
         min_keep = structure.units_to_keep(self.min_keep)
         found = Operands(units, [], [], ranked)
-        result = _step(self.op, found, prune + sum(guarded), Masks(open_), min_keep)
+        result = _step(self.op, found, prune + sum(guarded), Masks(open_), min_keep, self.team)
         for name, weight in weights.items():
             alive[name].copy_(structure.spread(result.masks[name] | safe[name], self.axes[name]))
             zero_pruned_(weight, alive[name])
@@ -111,9 +120,13 @@ class Selection:
         return PruneResult(alive, kept, bad, result._scores)
 
 
-def _step(op: str, found: Operands, prune: int, masks: Masks | None, min_keep: int) -> PruneResult:
-    prune_ = torch.ops.drive.prune_
-    return prune_operands(prune_, op, found, prune, masks=masks, min_keep=min_keep, check_finite=False)
+def _step(
+    op: str, found: Operands, prune: int, masks: Masks | None, min_keep: int, team: Team | None
+) -> PruneResult:
+    return prune_operands(
+        torch.ops.drive.prune_, op, found, prune, masks=masks, min_keep=min_keep, check_finite=False,
+        shards=None if team is None else Shards(team, found.weights),
+    )  # fmt: skip
 
 
 def _operands(op: str, weights: dict[str, Tensor], ranking: Ranking) -> Operands:
@@ -137,7 +150,8 @@ def _score(op: str, name: str, weight: Tensor, ranking: Ranking) -> Tensor:
         raise ValueError(
             f"{op}: scores[{name}] must have shape {tuple(weight.shape)}, got {tuple(score.shape)}"
         )
-    return score
+    check_placed(op, f"scores[{name}]", score, weight)
+    return local(score)
 
 
 @torch.no_grad()

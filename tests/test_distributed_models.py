@@ -1,0 +1,201 @@
+"""drive.prune, Masks and checkpoints of models under DDP, FSDP2 and tensor parallelism."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+from worlds import returned, run
+
+import drive
+from drive import Masks, fused_drive_prune
+from drive.reference import drive_prune
+
+
+def network(seed: int = 0, inner: int = 33) -> nn.Sequential:
+    """Odd sizes: uneven shards, and ranks that hold nothing."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(10, inner), nn.Tanh(), nn.Linear(inner, 21), nn.Tanh(), nn.Linear(21, 3))
+
+
+def batches(count: int = 4, rank: int = 0) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(100 + rank)
+    labels = torch.arange(8) % 3
+    return [(torch.randn(8, 10, generator=generator), labels) for _ in range(count)]
+
+
+def sharded(model: nn.Module, **options: Any) -> nn.Module:
+    """Every Linear a group of its own, and the model."""
+    for layer in model:  # type: ignore[attr-defined]
+        if isinstance(layer, nn.Linear):
+            fully_shard(layer, **options)
+    return fully_shard(model, **options)
+
+
+def tensor_parallel(model: nn.Module, mesh: Any) -> nn.Module:
+    return parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+
+
+def full(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+loss_fn = nn.functional.cross_entropy
+
+
+def check_step(model: nn.Module, rank: int | None = None) -> None:
+    """A step on the model's own gradients, against the oracle on all of them."""
+    rank = dist.get_rank() if rank is None else rank
+    loss_fn(model(batches(rank=rank)[0][0]), batches()[0][1]).backward()
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    named = {n: p for n, p in inner.named_parameters() if n.endswith("weight")}
+    weights = {name: full(p.detach()).clone() for name, p in named.items()}
+    grads = {name: full(p.grad).clone() for name, p in named.items() if p.grad is not None}
+    oracle = drive_prune(weights, grads, sparsity=0.8, min_keep=2)
+    found = fused_drive_prune(model, sparsity=0.8, min_keep=2)
+    for name, mask in found.masks.items():
+        parameter = named[name]
+        assert isinstance(mask, DTensor) == isinstance(parameter, DTensor)
+        if isinstance(mask, DTensor) and isinstance(parameter, DTensor):
+            assert mask.placements == parameter.placements and mask.device_mesh == parameter.device_mesh
+        assert torch.equal(full(mask), oracle.masks[name]), name
+        assert torch.equal(full(named[name].detach()), weights[name]), name
+    assert found.per_tensor == oracle.per_tensor
+
+
+def steps() -> None:
+    check_step(sharded(network()))
+    check_step(DistributedDataParallel(network()))
+    if dist.get_world_size() == 4:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+        check_step(sharded(network(), mesh=mesh))  # replicated over the first dimension
+        both = sharded(tensor_parallel(network(inner=36), mesh["tensor"]), mesh=mesh["data"])
+        check_step(both, mesh["data"].get_local_rank())
+        alone = tensor_parallel(network(inner=36), init_device_mesh("cpu", (4,)))  # the last layer: copies
+        check_step(alone, 0)
+
+
+@pytest.mark.parametrize("size", (1, 2, 3, 4))
+def test_steps_on_models(size: int):
+    returned(run(size, steps))
+
+
+def loops(method: str) -> None:
+    """All ranks have the same batches: averages over two of them are exact."""
+    alone = network()
+    options = {"sparsity": 0.9, "iterations": 3, "min_keep": 1, "progress": False, "method": method}
+    expected = drive.prune(alone, batches(), loss_fn, **options)
+    for model in (DistributedDataParallel(network()), sharded(network())):
+        loss_fn(model(batches()[0][0]), batches()[0][1]).backward()
+        before = [p.grad for p in model.parameters()]
+        masks = drive.prune(model, batches(), loss_fn, **options)
+        assert all(p.grad is grad for p, grad in zip(model.parameters(), before, strict=True))
+        for name, mask in masks.items():
+            assert torch.equal(full(mask), expected[name]), name
+        inner = model.module if isinstance(model, DistributedDataParallel) else model
+        for name, p in inner.named_parameters():
+            assert torch.equal(full(p.detach()), alone.get_parameter(name)), name
+        assert masks.sparsity() == pytest.approx(expected.sparsity())
+        assert masks.summary() == expected.summary()
+    with pytest.raises(ValueError, match="structure must be 'unstructured' for DTensors, got '2:4'"):
+        drive.prune(sharded(network()), batches(), loss_fn, sparsity=0.5, structure="2:4", progress=False)
+
+
+@pytest.mark.parametrize("method", ("drive", "magnitude"))
+def test_loops(method: str):
+    returned(run(2, loops, method))
+
+
+def training(kind: str) -> None:
+    """Pruned weights, their gradients and moments stay zero; the others train."""
+    rank = dist.get_rank()
+    options: dict[str, Any] = {
+        "mixed": {"mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32)},
+        "offload": {"offload_policy": CPUOffloadPolicy(pin_memory=False)},
+        "resharded": {"reshard_after_forward": True},
+    }.get(kind, {})
+    model = DistributedDataParallel(network()) if kind == "ddp" else sharded(network(), **options)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+
+    def step() -> None:
+        for last in (False, True):  # gradients of two batches
+            if isinstance(model, DistributedDataParallel):
+                model.require_backward_grad_sync = last
+            else:
+                model.set_requires_gradient_sync(last)  # type: ignore[operator]
+            inputs, labels = batches(rank=rank)[int(last)]
+            loss_fn(model(inputs).float(), labels).backward()
+        optimizer.step()
+
+    step()  # moments of the dense model
+    masks = fused_drive_prune(model, sparsity=0.7).masks
+    with masks.attach(model):
+        optimizer.zero_grad()
+        for _ in range(2):
+            step()
+            optimizer.zero_grad()
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    for name, mask in masks.items():
+        weight = inner.get_parameter(name)
+        pruned = ~full(mask)
+        moments = [s for s in optimizer.state[weight].values() if s.shape == weight.shape]
+        for tensor in (weight.detach(), *moments):
+            assert not full(tensor)[pruned].any() and full(tensor)[~pruned].all()
+
+
+@pytest.mark.parametrize("kind", ("ddp", "plain", "mixed", "offload", "resharded"))
+def test_training(kind: str):
+    returned(run(2, training, kind))
+
+
+def saved(folder: str) -> None:
+    model = sharded(network())
+    loss_fn(model(batches()[0][0]), batches()[0][1]).backward()
+    masks = fused_drive_prune(model, sparsity=0.8).masks
+    dcp.save({"model": model.state_dict(), "masks": masks.state_dict()}, checkpoint_id=f"{folder}/checkpoint")
+    masks.save(f"{folder}/masks.safetensors")
+    whole = Masks.load(f"{folder}/masks.safetensors")
+    for name, mask in masks.items():
+        assert torch.equal(full(mask), whole[name])
+    if dist.get_rank() == 0:
+        whole.save(f"{folder}/again.safetensors")
+        again = Masks.load(f"{folder}/again.safetensors")
+        assert list(again) == list(whole) and all(torch.equal(again[name], whole[name]) for name in whole)
+    assert "sharded" in repr(masks)
+    with pytest.raises(RuntimeError if dist.get_rank() else FileNotFoundError):
+        masks.save(f"{folder}/nowhere/masks.safetensors")
+
+
+def loaded(folder: str) -> None:
+    """On another number of ranks; one more step goes on from the old masks."""
+    model = sharded(network(seed=1))
+    masks = Masks.dense(model)
+    state = {"model": model.state_dict(), "masks": masks.state_dict()}
+    dcp.load(state, checkpoint_id=f"{folder}/checkpoint")
+    model.load_state_dict(state["model"])
+    whole = Masks.load(f"{folder}/masks.safetensors")
+    for name, mask in masks.items():
+        assert torch.equal(full(mask), whole[name])
+        assert not full(model.get_parameter(name).detach())[~whole[name]].any()
+    other = Masks.dense(model)
+    other.load_state_dict(whole)
+    assert all(torch.equal(other[name].to_local(), masks[name].to_local()) for name in masks)  # type: ignore[attr-defined]
+    loss_fn(model(batches()[0][0]), batches()[0][1]).backward()
+    result = fused_drive_prune(model, sparsity=0.9, masks=masks)
+    assert result.pruned == round(0.9 * result.total)
+    assert not any((full(result.masks[name]) & ~whole[name]).any() for name in whole)
+
+
+def test_checkpoints(tmp_path: Path):
+    returned(run(3, saved, str(tmp_path)))
+    for size in (1, 2, 4):
+        returned(run(size, loaded, str(tmp_path)))
