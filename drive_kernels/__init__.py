@@ -10,6 +10,7 @@ from importlib import import_module
 from types import ModuleType
 
 from . import blocked as blocked
+from . import masked as masked
 from . import prune as prune
 from . import sparse as sparse
 
@@ -19,6 +20,6 @@ try:
     _C, build_error = import_module("._C", __name__), None
 except ImportError as error:
     _C, build_error = None, str(error)
-implementations = {"drive::prune_": prune.complete(build_error)}
+implementations = {"drive::prune_": prune.complete(build_error), **masked.complete()}
 
-__all__ = ["blocked", "build_error", "implementations", "prune", "sparse"]
+__all__ = ["blocked", "build_error", "implementations", "masked", "prune", "sparse"]

@@ -2,6 +2,9 @@
 
 from .convert import convert
 from .layers import SparseConv2d, SparseLinear
+from .masked import MaskedConv2d, MaskedLinear
 from .report import Choice, Report, report
 
-__all__ = ["Choice", "Report", "SparseConv2d", "SparseLinear", "convert", "report"]
+__all__ = [
+    "Choice", "MaskedConv2d", "MaskedLinear", "Report", "SparseConv2d", "SparseLinear", "convert", "report",
+]  # fmt: skip

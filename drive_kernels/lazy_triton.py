@@ -1,0 +1,21 @@
+"""Triton where it serves: looked for when ops are registered, imported when one of them first runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+
+def missing() -> str | None:
+    return None if find_spec("triton") else "Triton is not installed"
+
+
+def kernel(module: str, name: str) -> Callable[..., Any]:
+    """A function of a module here that imports Triton: `import drive` takes no time for it."""
+
+    def call(*arguments: Any) -> Any:
+        return getattr(import_module(f".{module}", __package__), name)(*arguments)
+
+    return call
