@@ -9,7 +9,9 @@ is missing. Where it has no CUDA kernel, one in Triton serves, and where that is
 from importlib import import_module
 from types import ModuleType
 
+from . import block as block
 from . import blocked as blocked
+from . import packed as packed
 from . import prune as prune
 from . import sparse as sparse
 
@@ -19,6 +21,6 @@ try:
     _C, build_error = import_module("._C", __name__), None
 except ImportError as error:
     _C, build_error = None, str(error)
-implementations = {"drive::prune_": prune.complete(build_error)}
+implementations = {"drive::prune_": prune.complete(build_error), **packed.complete(), **block.complete()}
 
-__all__ = ["blocked", "build_error", "implementations", "prune", "sparse"]
+__all__ = ["block", "blocked", "build_error", "implementations", "packed", "prune", "sparse"]

@@ -12,12 +12,11 @@ Among equal keys the lower global index survives: order of the tensors, then row
 """
 
 from collections.abc import Callable, Sequence
-from importlib import import_module
-from importlib.util import find_spec
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from . import lazy_triton
 
 _library = torch.library.Library("drive", "DEF")
 _library.define(
@@ -135,12 +134,6 @@ torch.library.register_fake("drive::prune_", _prune_fake, lib=_library)
 _library.impl("prune_", reference, "CompositeExplicitAutograd")
 
 
-def _triton(*arguments: Any) -> Outputs:
-    """Imported at the first call only: `import drive` takes no time for Triton, and does not need it."""
-    outputs: Outputs = import_module(".prune_triton", __package__).prune_(*arguments)
-    return outputs
-
-
 def complete(build_error: str | None) -> dict[str, dict[str, str | None]]:
     """To be called when the compiled part is loaded, or has failed to: registers Triton where it is needed.
 
@@ -155,9 +148,9 @@ def complete(build_error: str | None) -> dict[str, dict[str, str | None]]:
         return None if there else f"the compiled part was built without a {device} kernel"
 
     cuda, cpu = compiled("CUDA"), compiled("CPU")
-    triton = None if find_spec("triton") else "Triton is not installed"
+    triton = lazy_triton.missing()
     if cuda and not triton:
-        _library.impl("prune_", _triton, "CUDA")
+        _library.impl("prune_", lazy_triton.kernel("prune_triton", "prune_"), "CUDA")
     return {
         "cpu": {"compiled C++ kernel": cpu, "reference in PyTorch": None},
         "cuda": {"compiled CUDA kernel": cuda, "Triton kernel": triton, "reference in PyTorch": None},

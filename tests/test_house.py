@@ -20,7 +20,7 @@ LIBRARY = (
     "methods.drive", "methods.snip", "methods.grasp", "methods.synflow", "methods.crop", "methods.early_crop",
     "methods.magnitude", "methods.gradual", "methods.imp", "methods.rigl", "methods.random", "methods",
     "selection", "paths", "prune",
-    "sparse.packing", "sparse.layers", "sparse.chains", "sparse.measure", "sparse.report",
+    "sparse.packing", "sparse.layers", "sparse.gpu", "sparse.chains", "sparse.measure", "sparse.report",
     "sparse.convert", "sparse",
 )  # fmt: skip
 
