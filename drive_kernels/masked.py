@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import lazy_triton
 from .prune import _library
 
 _library.define(
@@ -339,16 +338,3 @@ for _name, (_fake, _reference) in OPS.items():
 
 torch.library.register_autograd("drive::masked_linear", _linear_autograd, setup_context=_setup, lib=_library)
 torch.library.register_autograd("drive::masked_conv2d", _conv2d_autograd, setup_context=_setup, lib=_library)
-
-
-def complete() -> dict[str, dict[str, dict[str, str | None]]]:
-    """Registers Triton for CUDA where it is there; returns what prune.complete does, for each op here."""
-    triton = lazy_triton.missing()
-    if not triton:
-        for name in OPS:
-            _library.impl(name, lazy_triton.kernel("masked_triton", name), "CUDA")
-    reference = "reference in PyTorch"
-    return {
-        f"drive::{name}": {"cpu": {reference: None}, "cuda": {"Triton kernel": triton, reference: None}}
-        for name in OPS
-    }

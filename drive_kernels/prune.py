@@ -16,8 +16,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from . import lazy_triton
-
 _library = torch.library.Library("drive", "DEF")
 _library.define(
     "prune_("
@@ -132,26 +130,3 @@ def _score_summary(keys: Tensor, keep: Tensor, squared: bool) -> Tensor:
 
 torch.library.register_fake("drive::prune_", _prune_fake, lib=_library)
 _library.impl("prune_", reference, "CompositeExplicitAutograd")
-
-
-def complete(build_error: str | None) -> dict[str, dict[str, str | None]]:
-    """To be called when the compiled part is loaded, or has failed to: registers Triton where it is needed.
-
-    Returns for each device its implementations, best first, and what is wrong with each of them: the
-    first with nothing wrong, None, is what the dispatcher picks.
-    """
-
-    def compiled(device: str) -> str | None:
-        if build_error is not None:
-            return f"the compiled part is not loaded ({build_error})"
-        there = torch._C._dispatch_has_kernel_for_dispatch_key("drive::prune_", device)
-        return None if there else f"the compiled part was built without a {device} kernel"
-
-    cuda, cpu = compiled("CUDA"), compiled("CPU")
-    triton = lazy_triton.missing()
-    if cuda and not triton:
-        _library.impl("prune_", lazy_triton.kernel("prune_triton", "prune_"), "CUDA")
-    return {
-        "cpu": {"compiled C++ kernel": cpu, "reference in PyTorch": None},
-        "cuda": {"compiled CUDA kernel": cuda, "Triton kernel": triton, "reference in PyTorch": None},
-    }

@@ -113,9 +113,9 @@ def served(setup: str) -> list[str]:
 import sys
 {setup}
 import torch
-from drive.info import OP, facts
-print(facts()[OP]["cuda"])
-print(torch._C._dispatch_has_kernel_for_dispatch_key(OP, "CUDA"), "triton" in sys.modules)
+from drive.info import facts
+print(facts()["drive::prune_"]["cuda"])
+print(torch._C._dispatch_has_kernel_for_dispatch_key("drive::prune_", "CUDA"), "triton" in sys.modules)
 """
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     return run.stdout.splitlines()
