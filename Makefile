@@ -15,9 +15,11 @@ test: $(VENV)/.built
 bench: $(VENV)/.built
 	$(BIN)/pytest benchmarks/ --benchmark-only
 
-# The table in docs/results/cpu.md: long, and meaningful on a quiet machine only.
+# The tables in docs/results: hours, and meaningful on a quiet machine only.
 results: $(VENV)/.built
 	$(BIN)/python benchmarks/bench_prune.py --out docs/results/cpu.md
+	$(BIN)/python benchmarks/bench_sparse.py --out docs/results/sparse-cpu.jsonl
+	$(BIN)/python benchmarks/sparse_report.py docs/results/sparse-cpu.jsonl docs/results/sparse-cpu.md
 
 # Builds, checks and measures on a GPU (docs/gpu.md) with the torch that is there: $(PYTHON)'s, else the
 # environment's. make gpu OUT_DIR=folder MINUTES=9
