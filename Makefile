@@ -32,7 +32,7 @@ lint: $(VENV)/.built
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The op's tests on a build that watches every address and every undefined operation.
+# The ops' tests on a build that watches every address and every undefined operation.
 SANITIZE := build/sanitize
 sanitize: $(VENV)/.built
 	CFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer" \
@@ -40,7 +40,7 @@ sanitize: $(VENV)/.built
 	    $(BIN)/python setup.py -q build --build-lib $(SANITIZE) --build-temp $(SANITIZE).tmp
 	PYTHONPATH=$(SANITIZE) PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so) $$(g++ -print-file-name=libstdc++.so)" \
-	    $(BIN)/pytest tests/test_prune_op.py tests/test_fused.py
+	    $(BIN)/pytest tests/test_prune_op.py tests/test_fused.py tests/test_sparse_ops.py
 
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "needs Python 3.10 or later")'

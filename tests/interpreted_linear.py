@@ -1,5 +1,5 @@
 """The Triton kernels of packed_linear and block_linear in the interpreter, on CPU tensors, against float64:
-test_gpu_linear.py runs these tests in a process of their own."""
+test_gpu_linear_triton.py runs these tests in a process of their own."""
 
 from __future__ import annotations
 
