@@ -18,13 +18,14 @@ from .layers import SparseConv2d
 CHANNELS_LAST = "dense channels_last"
 BLOCKED = " blocked"  # after the name of a sparse layer: in the blocked layout
 
-# Rounds of a measurement: until so many, or until so many seconds have gone by (but always three).
-_ROUNDS, _SECONDS = 15, 0.5
+# Rounds of a measurement: until so many, or until so many seconds a candidate have gone by, but always
+# three. A whole model gets more of them: its choice is the last word.
+_ROUNDS, SECONDS, MODEL_SECONDS = 15, 0.5, 2.5
 
 Run = Callable[[], object]
 
 
-def interleaved(runs: Mapping[str, Run], cuda: bool = False) -> dict[str, float]:
+def interleaved(runs: Mapping[str, Run], cuda: bool = False, seconds: float = SECONDS) -> dict[str, float]:
     """Median seconds of each, called in turns, so that whatever else the machine does hits all alike."""
     timed = _timed_on_cuda if cuda else _timed
     for run in runs.values():
@@ -32,7 +33,7 @@ def interleaved(runs: Mapping[str, Run], cuda: bool = False) -> dict[str, float]
     times: dict[str, list[float]] = {name: [] for name in runs}
     start = time.perf_counter()
     for done in range(_ROUNDS):
-        if done >= 3 and time.perf_counter() - start > _SECONDS * len(runs):
+        if done >= 3 and time.perf_counter() - start > seconds * len(runs):
             break
         for name, run in runs.items():
             run()  # untimed: finds its data where the others have left them, in no cache
@@ -113,7 +114,7 @@ def model_times(ways: Mapping[str, nn.Module], inputs: tuple[Any, ...], training
             if way == CHANNELS_LAST:
                 model.to(memory_format=torch.channels_last)
             runs[way] = _model_run(model, inputs, training)
-        return interleaved(runs, cuda)
+        return interleaved(runs, cuda, MODEL_SECONDS)
 
 
 def estimates(
