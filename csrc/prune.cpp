@@ -314,11 +314,7 @@ Outputs prune_cpu(at::TensorList weights, at::TensorList grads, at::TensorList m
                   at::TensorList masks, bool fresh, int64_t prune, int64_t min_keep) {
   const PruneArguments arguments{weights, grads, mask_grads, masks, fresh, prune, min_keep};
   const bool wide = arguments.check();
-  for (size_t i = 0; fresh && i < masks.size(); ++i) {
-    if (i == 0 || !masks[i].is_alias_of(masks[i - 1])) {
-      expect_writes(masks[i].storage().mutable_data(), masks[i].storage().nbytes());
-    }
-  }
+  arguments.expect_fresh_masks();
   const DefaultRounding rounding;
   Outputs outputs = wide ? run<int64_t>(arguments) : run<int32_t>(arguments);
   arguments.bump_versions();

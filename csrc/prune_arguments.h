@@ -60,6 +60,15 @@ struct PruneArguments {
     return n;
   }
 
+  // Fresh masks are about to be written, whole, on a CPU.
+  void expect_fresh_masks() const {
+    for (size_t i = 0; fresh && i < masks.size(); ++i) {
+      if (i == 0 || !masks[i].is_alias_of(masks[i - 1])) {
+        expect_writes(masks[i].storage().mutable_data(), masks[i].storage().nbytes());
+      }
+    }
+  }
+
   // Tells autograd that weights and masks have changed.
   void bump_versions() const {
     for (const at::TensorList changed : {weights, masks}) {

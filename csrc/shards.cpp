@@ -19,6 +19,7 @@
 #include "prune_isa.h"
 #include "radix.h"
 #include "sample.h"
+#include "sampling.h"
 #include "work.h"
 
 namespace drive {
@@ -255,6 +256,7 @@ void shard_apply(at::TensorList weights, at::TensorList grads, at::TensorList ma
   TORCH_CHECK_VALUE(thresholds.size() == weights.size() && tie_ends.size() == weights.size(), op,
                     ": thresholds and tie_ends must be ", weights.size(), ", got ", thresholds.size(), " and ",
                     tie_ends.size());
+  arguments.expect_fresh_masks();
   const DefaultRounding rounding;
   if (wide) {
     apply_to<int64_t>(items_of(arguments), thresholds, tie_ends);
@@ -264,18 +266,21 @@ void shard_apply(at::TensorList weights, at::TensorList grads, at::TensorList ma
   arguments.bump_versions();
 }
 
+// Every position has a multiplier of its own, scattered over 64 bits, so that differences do not add up to 0.
 template <class Bits>
 uint64_t checksum_of(const Bits* bits, int64_t n) {
   constexpr int64_t kPiece = 1 << 16;
+  constexpr uint64_t kStep = 0x9e3779b97f4a7c15u;
   std::atomic<uint64_t> sum{0};  // modulo 2^64: in any order
   at::parallel_for(0, (n + kPiece - 1) / kPiece, 1, [&](int64_t first, int64_t last) {
     uint64_t mine = 0;
     for (int64_t i = first * kPiece; i < std::min(n, last * kPiece); ++i) {
-      mine += static_cast<uint64_t>(static_cast<int64_t>(bits[i])) * (2 * static_cast<uint64_t>(i) + 1);
+      const uint64_t x = (static_cast<uint64_t>(i) + 1) * kStep;
+      mine += static_cast<uint64_t>(static_cast<int64_t>(bits[i])) * (x ^ (x >> 32));
     }
     sum += mine;
   });
-  return sum;
+  return scramble(sum);
 }
 
 at::Tensor checksum(const at::Tensor& input) {

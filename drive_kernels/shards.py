@@ -215,17 +215,35 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
 
 
 def checksum_reference(input: Tensor) -> Tensor:
-    """What drive::checksum means: the sum of bits * (2 * position + 1), modulo 2^64.
+    """What drive::checksum means: the sum of bits * (a multiplier of the position), scrambled, modulo 2^64.
 
-    Entries of 8 bytes are two of 4: the product must not push all bits that differ out of the sum.
+    Multipliers are scattered over 64 bits, so that the differences of two tensors do not add up to 0; entries
+    of 8 bytes are two of 4, so that no bit is pushed out of the sum. The sum is scrambled (csrc/sampling.h), so
+    that the checksums of several tensors do not add up as the tensors do.
     """
     bits = input.detach().flatten().view(_BITS[input.element_size()])
     total = torch.zeros((), dtype=torch.int64, device=input.device)
     for begin in range(0, bits.numel(), _PIECE):
         part = bits[begin : begin + _PIECE].long()
-        odd = torch.arange(2 * begin + 1, 2 * (begin + part.numel()), 2, device=input.device)
-        total += (part * odd).sum()
-    return total
+        factor = torch.arange(begin + 1, begin + 1 + part.numel(), device=input.device) * _GOLDEN
+        total += (part * (factor ^ _shifted(factor, 32))).sum()
+    total += _GOLDEN
+    total = (total ^ _shifted(total, 30)) * _signed(0xBF58476D1CE4E5B9)
+    total = (total ^ _shifted(total, 27)) * _signed(0x94D049BB133111EB)
+    return total ^ _shifted(total, 31)
+
+
+def _signed(number: int) -> int:
+    """The int64 of the same bits."""
+    return number - ((number >> 63) << 64)
+
+
+def _shifted(numbers: Tensor, by: int) -> Tensor:
+    """To the right, without the sign."""
+    return (numbers >> by) & ((1 << (64 - by)) - 1)
+
+
+_GOLDEN = _signed(0x9E3779B97F4A7C15)
 
 
 def _sample_fake(weights: Sequence[Tensor], *rest: object) -> Tensor:

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.distributed.tensor import DTensor, init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
-from worlds import returned, run
+from worlds import Traffic, returned, run
 
 import drive
 from drive import Masks, fused_drive_prune
@@ -92,13 +92,16 @@ def test_steps_on_models(size: int):
 def loops(method: str) -> None:
     """All ranks have the same batches: averages over two of them are exact."""
     alone = network()
-    options = {"sparsity": 0.9, "iterations": 3, "min_keep": 1, "progress": False, "method": method}
+    options: dict[str, Any] = {"sparsity": 0.9, "iterations": 3, "min_keep": 1, "progress": False}
+    options["method"] = method
     expected = drive.prune(alone, batches(), loss_fn, **options)
-    for model in (DistributedDataParallel(network()), sharded(network())):
+    models = [DistributedDataParallel(network()), sharded(network())]
+    for model in models[: 1 if drive.methods.get(method).spread == "copies" else 2]:
         loss_fn(model(batches()[0][0]), batches()[0][1]).backward()
         before = [p.grad for p in model.parameters()]
         masks = drive.prune(model, batches(), loss_fn, **options)
-        assert all(p.grad is grad for p, grad in zip(model.parameters(), before, strict=True))
+        trains = drive.methods.get(method).stage == "training"
+        assert trains or all(p.grad is grad for p, grad in zip(model.parameters(), before, strict=True))
         for name, mask in masks.items():
             assert torch.equal(full(mask), expected[name]), name
         inner = model.module if isinstance(model, DistributedDataParallel) else model
@@ -106,13 +109,72 @@ def loops(method: str) -> None:
             assert torch.equal(full(p.detach()), alone.get_parameter(name)), name
         assert masks.sparsity() == pytest.approx(expected.sparsity())
         assert masks.summary() == expected.summary()
-    with pytest.raises(ValueError, match="structure must be 'unstructured' for DTensors, got '2:4'"):
-        drive.prune(sharded(network()), batches(), loss_fn, sparsity=0.5, structure="2:4", progress=False)
 
 
-@pytest.mark.parametrize("method", ("drive", "magnitude"))
+@pytest.mark.parametrize("method", ("drive", "magnitude", "gradual", "imp", "synflow", "random", "rigl"))
 def test_loops(method: str):
     returned(run(2, loops, method))
+
+
+def loops_with_faults() -> None:
+    rank = dist.get_rank()
+    models = {"several ranks": DistributedDataParallel(network()), "DTensors": sharded(network())}
+
+    def refused(kind: str, message: str, error: type[Exception] = ValueError, **options: Any) -> None:
+        model = models[kind]
+        before = [full(p.detach()).clone() for p in model.parameters()]
+        given = options.pop("batches", batches())
+        with pytest.raises(error, match=message):
+            drive.prune(model, given, loss_fn, progress=False, **{"sparsity": 0.5, **options})
+        now = [full(p.detach()) for p in model.parameters()]
+        assert all(torch.equal(a, b) for a, b in zip(before, now, strict=True))
+
+    for kind in models:
+        refused(kind, f"^prune: method must be one for a model on {kind}, got 'grasp'$", method="grasp")
+        refused(kind, "iterations must be the same on all ranks, got 1 on rank 0 and 2", iterations=1 + rank)
+        here = "sparsity must be in"
+        there = f"rank {1 - rank} raised ValueError: prune: sparsity must be in"
+        for bad in (0, 1):
+            error = ValueError if rank == bad else RuntimeError
+            refused(kind, here if rank == bad else there, error, sparsity=1.3 if rank == bad else 0.5)
+        few = iter(batches(3) if rank else batches())  # the fourth is missing on one rank
+        error, message = (ValueError, "ran out after 3") if rank else (RuntimeError, "rank 1 raised .* after 3")
+        refused(kind, message, error, batches=few, iterations=4)
+        nan = batches()
+        nan[1][0][0, 0] = torch.nan if rank else 0  # the average is NaN everywhere, or on one shard
+        refused(kind, "iteration 2: non-finite score in .*, the first on rank", batches=nan, iterations=3)
+    refused("DTensors", "method must be one for a model on DTensors, got 'rigl'", method="rigl")
+    refused("DTensors", "structure must be 'unstructured' for DTensors, got '2:4'", structure="2:4")
+
+
+def test_loops_with_faults():
+    returned(run(2, loops_with_faults))
+
+
+def diverged() -> None:
+    """One rank's weights, or its gradients, are not those of the others."""
+    rank = dist.get_rank()
+    model = DistributedDataParallel(network())
+    compiled = torch.compile(model, backend="eager")
+    loss_fn(model(batches()[0][0]), batches()[0][1]).backward()
+    for tensor, what in ((model.module[2].weight.data, "2.weight"), (model.module[0].weight.grad, "0.weight.grad")):
+        tensor[3, 4] += rank == 1
+        before = [p.detach().clone() for p in model.parameters()]
+        for target in (model, compiled):
+            message = f"{what} must be the same on all ranks that hold a copy, got different ones on ranks 0 and 1"
+            with pytest.raises(ValueError, match=message):
+                fused_drive_prune(target, sparsity=0.5)
+        assert all(torch.equal(p, was) for p, was in zip(model.parameters(), before, strict=True))
+        tensor[3, 4] -= rank == 1
+    # the compiled wrapper averages gradients, too: each rank has its own batches
+    masks = drive.prune(compiled, batches(rank=rank), loss_fn, sparsity=0.5, iterations=2, progress=False)
+    kept = torch.tensor([int(mask.sum()) for mask in masks.values()])
+    dist.all_reduce(kept, dist.ReduceOp.MAX)
+    assert kept.tolist() == [int(mask.sum()) for mask in masks.values()]
+
+
+def test_diverged_copies():
+    returned(run(2, diverged))
 
 
 def training(kind: str) -> None:
@@ -138,12 +200,15 @@ def training(kind: str) -> None:
 
     step()  # moments of the dense model
     masks = fused_drive_prune(model, sparsity=0.7).masks
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
     with masks.attach(model):
         optimizer.zero_grad()
         for _ in range(2):
             step()
+            for name, mask in masks.items():
+                gradient = inner.get_parameter(name).grad
+                assert gradient is not None and not full(gradient)[~full(mask)].any()
             optimizer.zero_grad()
-    inner = model.module if isinstance(model, DistributedDataParallel) else model
     for name, mask in masks.items():
         weight = inner.get_parameter(name)
         pruned = ~full(mask)
@@ -162,7 +227,9 @@ def saved(folder: str) -> None:
     loss_fn(model(batches()[0][0]), batches()[0][1]).backward()
     masks = fused_drive_prune(model, sparsity=0.8).masks
     dcp.save({"model": model.state_dict(), "masks": masks.state_dict()}, checkpoint_id=f"{folder}/checkpoint")
-    masks.save(f"{folder}/masks.safetensors")
+    with Traffic() as traffic:
+        masks.save(f"{folder}/masks.safetensors")
+    assert {name for name, _ in traffic.sent} == {"allreduce_"}, "nothing is gathered"
     whole = Masks.load(f"{folder}/masks.safetensors")
     for name, mask in masks.items():
         assert torch.equal(full(mask), whole[name])

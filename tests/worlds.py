@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 TIMEOUT = 60  # seconds for all that a world does
 
@@ -69,6 +71,29 @@ def returned(results: list[Any]) -> list[Any]:
     for rank, result in enumerate(results):
         assert not isinstance(result, Exception), f"rank {rank}: {result}\n{result.__notes__}"
     return results
+
+
+class Traffic(TorchDispatchMode):
+    """What this rank gives to collectives, PyTorch's own ones for DTensors included.
+
+    Attributes:
+        sent: names of the operations and bytes of their tensors, in order.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent: list[tuple[str, int]] = []
+
+    @property
+    def bytes(self) -> int:
+        return sum(size for _, size in self.sent)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.split("::")[1]
+        if func.namespace in ("c10d", "_c10d_functional") and name != "wait_tensor":
+            tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
+            self.sent.append((name, sum(tensor.nbytes for tensor in tensors)))
+        return func(*args, **(kwargs or {}))
 
 
 def _rank(

@@ -21,7 +21,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, combinations
 
 import torch
 from torch import Tensor
@@ -67,7 +67,7 @@ class ShardedStep:
 
     def __init__(self, shards: Shards):
         self._shards = shards
-        self.bad_ranks: list[int] | None = None  # [T] first rank with a non-finite score, after a call
+        self.bad_ranks = [0] * len(shards.parts)  # [T] first rank with a non-finite score, after a call
 
     def __call__(
         self,
@@ -81,7 +81,7 @@ class ShardedStep:
     ) -> Outputs:
         wide = bool(mask_grads) or any(w.dtype == torch.float64 for w in weights)
         operands = Operands(weights, grads, mask_grads, [] if fresh else masks, wide)
-        keep = sum(self._shards.sizes.values()) - prune
+        keep = sum(part.numel for part in self._shards.parts.values()) - prune
         plan = _Plan(self._shards, operands, keep)
         device = weights[0].device
         if not plan.nonfinite.any():
@@ -119,14 +119,15 @@ class _Plan:
         overflow = int(listed.sum()) > self._room
         self._listed = [] if overflow else list(inside.split(listed.tolist()))
         self._bad_here = counts[:, _NONFINITE] > 0
-        table = torch.cat([counts, self._divergence(operands)], 1)
-        table = torch.cat([table.flatten(), torch.tensor([int(overflow)])])
-        table = self._team.sum(table, "count scores")
-        self._complete = int(table[-1]) == 0
-        table = table[:-1].view(len(parts), -1)
+        digests = _digests(operands, parts)
+        # in one piece, as float64: whole numbers below 2^53 add up exactly in any order
+        mine = torch.cat([counts, _divergence(digests, parts)], 1).double().flatten()
+        ends = torch.stack([torch.tensor(overflow).double(), sums.sum().cpu()])
+        found = self._team.sum(torch.cat([mine, ends]), "count scores")
+        table = found[:-2].long().view(len(parts), -1)
         self._counts = table[:, : len(COUNTS)]
-        self._check_copies(table[:, len(COUNTS) :])
-        self._sum = float(self._team.sum(sums.sum(), "add up scores"))
+        self._complete, self._sum = not found[-2], float(found[-1])
+        self._check_copies(table[:, len(COUNTS) :], digests)
 
     @property
     def nonfinite(self) -> Tensor:
@@ -307,29 +308,43 @@ class _Plan:
     def _total(self, counts: Tensor) -> Tensor:
         return self._team.sum(counts, "count keys")
 
-    def _divergence(self, operands: Operands) -> Tensor:
-        """[T, 4] Zero, added up over the ranks, if all copies of each part are equal.
+    def _check_copies(self, divergence: Tensor, digests: Tensor) -> None:
+        if not divergence.any():
+            return
+        t, column = divergence.nonzero()[0].tolist()
+        what = ("{}", "{}.grad", "mask_grads[{}]", "masks[{}]")[column].format(self._names[t])
+        part = self._parts[t]
+        found = self._team.gather((part.runs, int(digests[t, column])))
+        first, other = next(
+            (a, b) for (a, (ours, one)), (b, (theirs, two)) in combinations(enumerate(found), 2)
+            if ours == theirs and one != two
+        )  # fmt: skip
+        raise ValueError(
+            f"{self._team.op}: {what} must be the same on all ranks that hold a copy, "
+            f"got different ones on ranks {first} and {other}"
+        )
 
-        The owner of a part has its checksum for every other copy, which takes its own off again. By weight,
-        gradient, mask gradient and mask.
-        """
-        found = torch.zeros(len(self._parts), 4, dtype=torch.int64)
-        for t, part in enumerate(self._parts):
-            if part.copies == 1:
-                continue
-            factor = part.copies - 1 if part.owner else -1
-            for column, tensors in enumerate(operands.lists):
-                if tensors:
-                    found[t, column] = torch.ops.drive.checksum(tensors[t]).cpu() * factor
-        return found
 
-    def _check_copies(self, divergence: Tensor) -> None:
-        if divergence.any():
-            t, column = divergence.nonzero()[0].tolist()
-            what = ("{}", "{}.grad", "mask_grads[{}]", "masks[{}]")[column].format(self._names[t])
-            raise ValueError(
-                f"{self._team.op}: {what} must be the same on all ranks that hold a copy, got different ones"
-            )
+def _digests(operands: Operands, parts: list[Part]) -> Tensor:
+    """[T, 4] checksums of what other ranks hold copies of: weight, gradient, mask gradient and mask.
+
+    Of 40 bits: 2^13 of them add up below 2^53.
+    """
+    found = torch.zeros(len(parts), 4, dtype=torch.int64)
+    for t, part in enumerate(parts):
+        for column, tensors in enumerate(operands.lists):
+            if tensors and part.copies > 1:
+                found[t, column] = torch.ops.drive.checksum(tensors[t]).cpu() & ((1 << 40) - 1)
+    return found
+
+
+def _divergence(digests: Tensor, parts: list[Part]) -> Tensor:
+    """[T, 4] Zero, added up over the ranks, if all copies of each part are equal.
+
+    The owner of a part has its digest for every other copy, which takes its own off again.
+    """
+    factors = [[part.copies - 1 if part.owner else -1] for part in parts]
+    return digests * torch.tensor(factors)
 
 
 def _owned(operands: Operands, parts: list[Part]) -> Operands:

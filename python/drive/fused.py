@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from numbers import Real
 
 import torch
@@ -15,9 +15,9 @@ from .distributed import ShardedStep
 from .masks import Masks, zero_pruned_
 from .placement import distributed_like, is_dtensor, local
 from .result import PruneResult
-from .shards import Shards, described
+from .shards import Shards
 from .targets import Include, Operands, Target, Tensors, operands
-from .team import Team, team_of, together
+from .team import Said, Team, team_of, together
 
 PruneOp = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
@@ -65,8 +65,8 @@ def fused_drive_prune(
         include: predicate (name, module, tensor) -> bool choosing the tensors; default: weights of
             Linear, Conv and ConvTranspose layers of a module, everything of a mapping or sequence.
         process_group: the ranks that hold the other shards; DTensors on all ranks need none.
-        check_finite: raise if a score is not finite. False: no host synchronisation; a non-finite
-            score then makes the step a no-op and `result.ok` False.
+        check_finite: raise if a score is not finite. False: no host synchronisation (but for tensors that
+            are spread over ranks); a non-finite score then makes the step a no-op and `result.ok` False.
 
     Returns:
         PruneResult, with the masks and the counts.
@@ -99,74 +99,90 @@ def prune_step(
     check_finite: bool,
     team: Team | None = None,
 ) -> PruneResult:
-    """Check the arguments, call `prune_op` (any implementation of drive::prune_), wrap its result."""
-    with together(team, "check their tensors") as said:
-        check_sparsity(op, sparsity)
-        found = operands(target, grads, mask_grads, include, op)
-        said.append(("sparsity", float(sparsity)))
-        said += described(team, found.weights)
-    shards = None if team is None else Shards(team, found.weights)
-    return prune_operands(
-        prune_op,
-        op,
-        found,
-        round(sparsity * sum(_sizes(found, shards).values())),
-        masks=masks,
-        min_keep=min_keep,
-        check_finite=check_finite,
-        shards=shards,
-    )
+    """Check the arguments, call `prune_op` (any implementation of drive::prune_), wrap its result.
 
-
-def prune_operands(
-    prune_op: PruneOp,
-    op: str,
-    found: Operands,
-    prune: int,
-    *,
-    masks: Masks | None,
-    min_keep: int,
-    check_finite: bool,
-    shards: Shards | None = None,
-) -> PruneResult:
-    """Prune so many entries of checked operands in all. Arguments as those of `fused_drive_prune`.
-
-    `shards`: where the operands lie, if they are spread over ranks; these then do the work of `prune_op`.
+    On a team, `prune_op` is not called: drive::shard_* take the step.
     """
-    weights, fresh = list(found.weights.values()), masks is None
-    sizes = _sizes(found, shards)
-    with together(None if shards is None else shards.team, "check their arguments") as said:
-        _check_counts(op, min_keep, prune, list(sizes.values()))
-        if shards is None and any(map(is_dtensor, weights)):
+    with together(team, "check their arguments") as said:
+        check_sparsity(op, sparsity)
+        step = Step(op, operands(target, grads, mask_grads, include, op), masks, min_keep, team)
+        said += [("sparsity", float(sparsity)), *step.said]
+    sizes = step.meet()
+    return step.take(prune_op, sizes, round(sparsity * sum(sizes.values())), check_finite)
+
+
+class Step:
+    """A step whose tensors and masks fit together on this rank."""
+
+    def __init__(
+        self, op: str, found: Operands, masks: Masks | None, min_keep: int, team: Team | None
+    ) -> None:
+        """
+        Args:
+            op: for the error messages.
+            found: what to prune, by what.
+            masks, min_keep: of `fused_drive_prune`.
+            team: the ranks that take it together; None: this process alone.
+
+        Raises:
+            ValueError, TypeError: a mask that does not fit, a bad `min_keep`, DTensors without a team.
+        """
+        if not isinstance(min_keep, int) or isinstance(min_keep, bool) or min_keep < 0:
+            raise ValueError(f"{op}: min_keep must be an integer >= 0, got {min_keep!r}")
+        if team is None and any(map(is_dtensor, found.weights.values())):
             raise TypeError(f"{op}: tensors must be plain ones, got a DTensor")
-        if masks is None:
-            masks = new_masks(found.weights)
+        self._op, self._found, self._min_keep, self._fresh = op, found, min_keep, masks is None
+        masks = new_masks(found.weights) if masks is None else masks
         masks.check_match(op, found.weights)
-        said += [("prune", prune), ("min_keep", min_keep), ("masks", "none" if fresh else "given")]
-        said += [("gradients", len(found.grads)), ("mask_gradients", len(found.mask_grads))]
-    ordered = [masks[name] for name in found.weights]
-    lists = (found.scores or weights, found.grads, found.mask_grads, ordered)
-    sharded = None if shards is None else ShardedStep(shards)
-    take_step: PruneOp = prune_op if sharded is None else sharded
-    with torch.no_grad():
-        outputs = take_step(*[[local(t) for t in some] for some in lists], fresh, prune, min_keep)
+        self._masks = [masks[name] for name in found.weights]
+        self._shards = None if team is None else Shards(team, found.weights)
+
+    @property
+    def said(self) -> Said:
+        """What must be the same on all ranks before they `meet`."""
+        def given(whether: bool) -> str:
+            return "given" if whether else "none"
+
+        return [
+            *([] if self._shards is None else self._shards.said),
+            ("min_keep", self._min_keep),
+            ("masks", given(not self._fresh)),
+            ("gradients", given(bool(self._found.grads))),
+            ("mask gradients", given(bool(self._found.mask_grads))),
+        ]
+
+    def meet(self) -> dict[str, int]:
+        """Entries of each tensor, on all ranks, which must all ask."""
+        if self._shards is not None:
+            return self._shards.meet()
+        return {name: weight.numel() for name, weight in self._found.weights.items()}
+
+    @torch.no_grad()
+    def take(self, prune_op: PruneOp, sizes: Mapping[str, int], prune: int, check_finite: bool) -> PruneResult:
+        """Prune so many entries in all, after the ranks have met.
+
+        Raises:
+            ValueError: `min_keep` asks for more survivors than there are; a non-finite score.
+        """
+        op, found, shards = self._op, self._found, self._shards
+        _check_counts(op, self._min_keep, prune, list(sizes.values()))
+        weights = list(found.weights.values())
+        sharded = None if shards is None else ShardedStep(shards)
+        take_step: PruneOp = prune_op if sharded is None else sharded
+        operands = (found.scores or weights, found.grads, found.mask_grads, self._masks)
+        here = [[local(tensor) for tensor in some] for some in operands]
+        outputs = take_step(*here, self._fresh, prune, self._min_keep)
         if found.scores is not None:  # the op has zeroed these
-            for weight, mask in zip(weights, ordered, strict=True):
+            for weight, mask in zip(weights, self._masks, strict=True):
                 zero_pruned_(weight, mask)
-    kept = Masks(dict(zip(found.weights, ordered, strict=True)))
-    result = PruneResult(kept, *outputs, sizes, None if sharded is None else sharded.bad_ranks)
-    if check_finite:
-        result.check_finite(op).answer()
-    return result
-
-
-def _sizes(found: Operands, shards: Shards | None) -> dict[str, int]:
-    return {name: w.numel() for name, w in found.weights.items()} if shards is None else shards.sizes
+        masks = Masks(dict(zip(found.weights, self._masks, strict=True)))
+        result = PruneResult(masks, *outputs, sizes, None if sharded is None else sharded.bad_ranks)
+        if check_finite:
+            result.check_finite(op).answer()
+        return result
 
 
 def _check_counts(op: str, min_keep: int, prune: int, sizes: list[int]) -> None:
-    if not isinstance(min_keep, int) or isinstance(min_keep, bool) or min_keep < 0:
-        raise ValueError(f"{op}: min_keep must be an integer >= 0, got {min_keep!r}")
     total, guarded = sum(sizes), sum(min(min_keep, size) for size in sizes)
     if guarded > total - prune:
         raise ValueError(

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from .placement import placed_as
+from .team import replicated
 
 LossFn = Callable[[Any, Any], Tensor]
 Batch = tuple[Any, Any]  # inputs and targets: tensors, or tuples, lists and dicts of tensors
@@ -77,7 +77,8 @@ class ReducedGradients(LossGradients):
     def _differentiated(self, loss: Tensor) -> Sequence[Tensor | None]:
         parameters = list(self.model.parameters())
         # gradients may be views into buckets, which the next backward pass overwrites
-        views = isinstance(self.model, DistributedDataParallel) and self.model.gradient_as_bucket_view
+        wrapper = replicated(self.model)
+        views = wrapper is not None and wrapper.gradient_as_bucket_view
         before = [p.grad.clone() if views and p.grad is not None else p.grad for p in parameters]
         try:
             for p in parameters:
@@ -96,5 +97,5 @@ def loss_gradients(
     """`LossGradients` of whatever kind the model needs."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     sharded = fsdp is not None and any(isinstance(m, fsdp.FSDPModule) for m in model.modules())
-    reduced = sharded or isinstance(model, DistributedDataParallel)
-    return (ReducedGradients if reduced else LossGradients)(model, weights, loss_fn, autocast)
+    kind = ReducedGradients if sharded or replicated(model) is not None else LossGradients
+    return kind(model, weights, loss_fn, autocast)

@@ -15,7 +15,7 @@ from torch import Tensor
 from .files import write_atomic
 from .placement import Part, local
 from .shards import Shards
-from .team import Team, team_of, together
+from .team import team_of, together
 
 FORMAT = "drive.masks.v1"
 
@@ -38,8 +38,12 @@ def write_sharded(path: Path, masks: Mapping[str, Tensor]) -> None:
     """
     team = team_of("Masks.save", masks)
     assert team is not None  # there are DTensors
+    with together(team, "compare their masks") as said:
+        shards = Shards(team, masks)
+        said += shards.said
+    shards.meet()
     with together(team, "write masks"):
-        pieces = _pieces(team, masks)
+        pieces = _pieces(shards, masks)
         try:
             if team.rank == 0:
                 write_atomic(path, chain([_header(masks)], pieces))
@@ -66,15 +70,14 @@ def _header(masks: Mapping[str, Tensor]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _pieces(team: Team, masks: Mapping[str, Tensor]) -> Iterator[bytes]:
-    parts = Shards(team, masks).parts
+def _pieces(shards: Shards, masks: Mapping[str, Tensor]) -> Iterator[bytes]:
     for name, mask in masks.items():
-        here, part = local(mask).flatten(), parts[name]
+        here, part = local(mask).flatten(), shards.parts[name]
         for begin in range(0, part.numel, _PIECE):
             end = min(part.numel, begin + _PIECE)
             packed = torch.from_numpy(np.packbits(_bits(here, part, begin, end).numpy()))
             # no bit is of two owners: adding them up is putting them together
-            yield team.sum(packed, "write masks").numpy().tobytes()
+            yield shards.team.sum(packed, "write masks").numpy().tobytes()
 
 
 def _bits(here: Tensor, part: Part, begin: int, end: int) -> Tensor:

@@ -144,20 +144,18 @@ def whole(tensor: Tensor, copies: int = 1, owner: bool = True) -> Part:
     return Part(tensor.numel(), shape, tuple(_runs([(0, size)]) for size in shape), copies, owner)
 
 
-def rows(tensor: Tensor, rank: int, ranks: int, most: int, total: int) -> Part:
+def rows(tensor: Tensor, rank: int, ranks: int, total: int) -> Part:
     """The part of a rank that holds some rows of a tensor, between those of the ranks before and after it.
 
     Args:
         tensor: the rows.
         rank, ranks: this one, of so many.
-        most: rows of the rank that has the most: index space for each rank, so that no rank need know
-            how many each other one has.
-        total: rows of all ranks.
+        total: rows of all ranks; also the index space of each, so that none need know how many another has.
     """
-    height, *width = tensor.shape
-    first = rank * most
+    height, *width = tuple(tensor.shape) or (1,)
+    first = rank * total
     runs = _runs([(first, first + height)]), *(_runs([(0, size)]) for size in width)
-    return Part(total * math.prod(width), (ranks * most, *width), runs)
+    return Part(total * math.prod(width), (ranks * total, *width), runs)
 
 
 def part_of(op: str, name: str, tensor: DTensor) -> Part:

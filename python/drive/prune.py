@@ -17,11 +17,13 @@ from .fused import check_sparsity
 from .gradients import Batch, LossFn, loss_gradients
 from .masks import Masks
 from .methods.base import Method, Problem
+from .placement import is_dtensor
 from .restore import scoring, undone_on_error
 from .scopes import Groups
 from .selection import Selection
 from .sgd import Train, sgd_epoch
 from .targets import Include, prunable
+from .team import team_of, together, together_from
 
 
 def prune(
@@ -56,8 +58,8 @@ def prune(
 
     A model wrapped in DistributedDataParallel, or of DTensors (FSDP2, tensor parallelism), is pruned by all
     its ranks together, each with its own batches, by the gradients that the ranks' backward passes average:
-    all call this, with the same arguments, and get the same masks, as DTensors where the weights are. Methods
-    that differentiate twice or train in rounds are not made for FSDP2.
+    all call this, with the same arguments, and get the same masks, as DTensors where the weights are. Not all
+    methods can (`Method.spread`).
 
     Args:
         model: the model; for DRIVE after its dense warm-up, for SNIP at initialisation.
@@ -103,48 +105,54 @@ def prune(
         ValueError, TypeError: bad arguments, batches that run out, a non-finite score.
         RuntimeError: capture is True and it is not possible, with the reason.
     """
-    check_sparsity("prune", sparsity)
-    chosen = methods.get(method)
-    count = chosen.iterations_to(sparsity) if iterations is None else iterations
-    if not isinstance(count, int) or count < 1:
-        raise ValueError(f"prune: iterations must be an integer >= 1, got {iterations!r}")
-    taken = chosen.accumulate if accumulate is None else accumulate
-    if not isinstance(taken, int) or taken < 1:
-        raise ValueError(f"prune: accumulate must be an integer >= 1, got {accumulate!r}")
-    if schedule is None:
-        several = chosen.iterations == 1 < count  # of a one-shot method
-        schedule = "exponential" if several and chosen.schedule == "one_shot" else chosen.schedule
-    weights = prunable(model, include, op="prune")
-    selection = Selection(
-        model, weights, structure, chosen.scope if scope is None else scope, sparsity, min_keep
-    )
-    plan = [selection.groups(step) for step in schedules.plan(schedule, sparsity, count)]
-    if masks is not None:
-        masks.check_match("prune", weights)
-        masks = Masks({name: masks[name].clone() for name in weights})
-        selection.check_masks(masks)
+    team = team_of("prune", model)
+    with together(team, "check their arguments") as said:
+        check_sparsity("prune", sparsity)
+        chosen = methods.get(method)
+        count = chosen.iterations_to(sparsity) if iterations is None else iterations
+        if not isinstance(count, int) or count < 1:
+            raise ValueError(f"prune: iterations must be an integer >= 1, got {iterations!r}")
+        taken = chosen.accumulate if accumulate is None else accumulate
+        if not isinstance(taken, int) or taken < 1:
+            raise ValueError(f"prune: accumulate must be an integer >= 1, got {accumulate!r}")
+        if schedule is None:
+            several = chosen.iterations == 1 < count  # of a one-shot method
+            schedule = "exponential" if several and chosen.schedule == "one_shot" else chosen.schedule
+        weights = prunable(model, include, op="prune")
+        if team is not None:
+            _check_spread(chosen, any(map(is_dtensor, weights.values())))
+        selection = Selection(
+            model, weights, structure, chosen.scope if scope is None else scope, sparsity, min_keep, team
+        )
+        plan = [selection.groups(step) for step in schedules.plan(schedule, sparsity, count)]
+        if masks is not None:
+            masks.check_match("prune", weights)
+            masks = Masks({name: masks[name].clone() for name in weights})
+            selection.check_masks(masks)
 
-    trains = chosen.stage == "training"
-    device = next(iter(weights.values())).device
-    check_capture("prune", capture, device)
-    if trains and capture is True:
-        raise ValueError("prune: capture must be 'auto' or False for a method that trains, got True")
-    if selection.team is not None and capture is True:
-        raise ValueError("prune: capture must be 'auto' or False for a model on several ranks, got True")
-    if autocast not in (None, torch.bfloat16):
-        # float16 would need its loss scaled
-        raise ValueError(f"prune: autocast must be None or torch.bfloat16, got {autocast!r}")
+        trains = chosen.stage == "training"
+        device = next(iter(weights.values())).device
+        check_capture("prune", capture, device)
+        if trains and capture is True:
+            raise ValueError("prune: capture must be 'auto' or False for a method that trains, got True")
+        if team is not None and capture is True:
+            raise ValueError("prune: capture must be 'auto' or False for a model on several ranks, got True")
+        if autocast not in (None, torch.bfloat16):
+            # float16 would need its loss scaled
+            raise ValueError(f"prune: autocast must be None or torch.bfloat16, got {autocast!r}")
+        said += [("method", chosen.name), ("sparsity", sparsity), ("iterations", count)]
+        said += [("accumulate", taken), ("scope", scope), ("structure", structure), ("min_keep", min_keep)]
 
     eager = loss_gradients(model, weights, loss_fn, autocast)
     checks = LateChecks(steps_late=1 if device.type == "cuda" else 0)
-    capture = False if trains or selection.team is not None else capture
+    capture = False if trains or team is not None else capture
     with ExitStack() as stack:
         stack.enter_context(undone_on_error(model, weights if not trains else None))
         stack.enter_context(_seeded(seed, device))
         if not trains:  # once for all iterations
             stack.enter_context(scoring(model, weights))
         problem = Problem(
-            model, weights, endless(batches, device), loss_fn,
+            model, weights, together_from(team, endless(batches, device)), loss_fn,
             gradients_of=stack.enter_context(captured(eager, capture, count)),
             train=train or sgd_epoch(batches, loss_fn),
             accumulate=taken, sparsity=sparsity, iteration=0, iterations=count, masks=masks,
@@ -167,6 +175,12 @@ def prune(
         for mask in masks.values():  # they may be of the graph's stream
             mask.record_stream(torch.cuda.current_stream(device))
     return masks
+
+
+def _check_spread(method: Method, shards: bool) -> None:
+    if method.spread == "no" or (shards and method.spread == "copies"):
+        where = "DTensors" if shards else "several ranks"
+        raise ValueError(f"prune: method must be one for a model on {where}, got {method.name!r}")
 
 
 @contextmanager

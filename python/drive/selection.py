@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from . import scopes, structures
-from .fused import prune_operands
+from .fused import Step
 from .masks import Masks, zero_pruned_
 from .methods.base import Ranking
 from .placement import check_placed, is_dtensor, local
 from .result import PruneResult
 from .scopes import Groups
-from .shards import Shards, described
 from .targets import Operands, match
-from .team import Team, team_of, together
+from .team import Team, together
 
 
 class Selection:
@@ -30,13 +30,15 @@ class Selection:
         scope: str,
         sparsity: float,
         min_keep: int,
+        team: Team | None = None,
         op: str = "prune",
     ):
         """
         Args:
-            model: whose the weights are. If it is spread over ranks, all of them must call this.
+            model: whose the weights are.
             weights: the prunable ones by name.
             structure, scope, sparsity, min_keep: of `drive.prune`.
+            team: the ranks that hold the model; None: this process alone.
             op: for the error messages.
 
         Raises:
@@ -45,12 +47,10 @@ class Selection:
         self.op, self.weights, self.scope, self.min_keep = op, dict(weights), scope, min_keep
         self.structure = structures.structure(structure)
         self.axes: Mapping[str, int] = {}
-        self.team = team_of(op, model)
-        with together(self.team, "check their models") as said:
-            said += described(self.team, self.weights)
-            if self.structure is not None and any(map(is_dtensor, self.weights.values())):
-                raise ValueError(f"{op}: structure must be 'unstructured' for DTensors, got {structure!r}")
+        self.team = team
         if self.structure is not None:
+            if any(map(is_dtensor, weights.values())):
+                raise ValueError(f"{op}: structure must be 'unstructured' for DTensors, got {structure!r}")
             self.axes = structures.input_axes(model, weights)
             for name, weight in weights.items():
                 self.structure.check(op, name, weight, self.axes[name])
@@ -79,8 +79,8 @@ class Selection:
             some = {name: self.weights[name] for name in names}
             old = None if masks is None or ranking.revive else Masks({name: masks[name] for name in names})
             if self.structure is None:
-                found = _operands(self.op, some, ranking)
-                results.append(_step(self.op, found, prune, old, self.min_keep, self.team))
+                find = partial(_operands, self.op, some, ranking)
+                results.append(self._take(find, prune, old, self.min_keep))
             else:
                 results.append(self._structured(self.structure, some, ranking, prune, old))
         result = PruneResult.merged(results)
@@ -111,22 +111,21 @@ class Selection:
         guarded = [structure.safe_units(weight.numel()) for weight in weights.values()]
         ranked = [ordered(unit) if ranking.signed else unit for unit in units.values()]
         min_keep = structure.units_to_keep(self.min_keep)
-        found = Operands(units, [], [], ranked)
-        result = _step(self.op, found, prune + sum(guarded), Masks(open_), min_keep, self.team)
+        find = partial(Operands, units, [], [], ranked)
+        result = self._take(find, prune + sum(guarded), Masks(open_), min_keep)
         for name, weight in weights.items():
             alive[name].copy_(structure.spread(result.masks[name] | safe[name], self.axes[name]))
             zero_pruned_(weight, alive[name])
         kept = (result._kept + torch.tensor(guarded, device=result._kept.device)) * structure.size
         return PruneResult(alive, kept, bad, result._scores)
 
-
-def _step(
-    op: str, found: Operands, prune: int, masks: Masks | None, min_keep: int, team: Team | None
-) -> PruneResult:
-    return prune_operands(
-        torch.ops.drive.prune_, op, found, prune, masks=masks, min_keep=min_keep, check_finite=False,
-        shards=None if team is None else Shards(team, found.weights),
-    )  # fmt: skip
+    def _take(
+        self, find: Callable[[], Operands], prune: int, masks: Masks | None, min_keep: int
+    ) -> PruneResult:
+        with together(self.team, "check their scores") as said:
+            step = Step(self.op, find(), masks, min_keep, self.team)
+            said += [("entries to prune", prune), *step.said]
+        return step.take(torch.ops.drive.prune_, step.meet(), prune, check_finite=False)
 
 
 def _operands(op: str, weights: dict[str, Tensor], ranking: Ranking) -> Operands:

@@ -57,13 +57,13 @@ class Team:
         failed = torch.tensor([int(error is not None)])
         top = self.largest(torch.cat([failed, words, -words]), what)
         if int(top[0]):
-            errors = self._gather(error and f"{type(error).__name__}: {error}")
+            errors = self.gather(error and f"{type(error).__name__}: {error}")
             if error is not None:
                 raise error
             rank = next(rank for rank, text in enumerate(errors) if text is not None)
             raise RuntimeError(f"{self.op}: rank {rank} raised {errors[rank]}")
         if not torch.equal(top[1:9], -top[9:]):
-            raise ValueError(f"{self.op}: {_difference(self._gather(said))}")
+            raise ValueError(f"{self.op}: {_difference(self.gather(said))}")
 
     def _all_reduce(self, tensor: Tensor, how: str, what: str) -> Tensor:
         tensor = tensor.to(self.device, copy=True).contiguous()  # reduced in place
@@ -75,8 +75,8 @@ class Team:
             ) from error
         return tensor.cpu()
 
-    def _gather(self, mine: Any) -> list[Any]:
-        """Of all ranks; only after something went wrong."""
+    def gather(self, mine: Any) -> list[Any]:
+        """Anything from all ranks: for the words of an error, so only after something went wrong."""
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, mine, group=self.group)
         return found
@@ -98,11 +98,12 @@ def team_of(
         return None
     tensors = _tensors(target)
     device = next((t.device for t in tensors if isinstance(t, Tensor)), torch.device("cpu"))
-    if isinstance(target, DistributedDataParallel):
-        return Team(op, process_group or target.process_group, device)
-    if process_group is not None:
-        return Team(op, process_group, device, rows=True)
     meshes = {t.device_mesh for t in tensors if is_dtensor(t)}
+    wrapper = replicated(target)
+    if process_group is not None:
+        return Team(op, process_group, device, rows=wrapper is None and not meshes)
+    if wrapper is not None:  # around DTensors: all ranks
+        return Team(op, None if meshes else wrapper.process_group, device)
     if not meshes:
         return None
     if any(mesh.size() == dist.get_world_size() for mesh in meshes):
@@ -112,6 +113,15 @@ def team_of(
     raise ValueError(
         f"{op}: process_group must be given for DTensors on several meshes of some ranks, got None"
     )
+
+
+def replicated(model: object) -> DistributedDataParallel | None:
+    """The wrapper that keeps the ranks' copies of a model equal, beneath torch.compile's if there is one."""
+    while not isinstance(model, DistributedDataParallel):
+        model = getattr(model, "_orig_mod", None)
+        if model is None:
+            return None
+    return model
 
 
 def _tensors(target: object) -> list[object]:
@@ -139,6 +149,17 @@ def together(team: Team | None, what: str) -> Iterator[Said]:
             raise
     if team is not None:
         team.agree(said, error, what)
+
+
+def together_from(team: Team | None, batches: Iterator[Any]) -> Iterator[Any]:
+    """The same; when they run out on one rank, all raise its error, and none waits in a backward pass."""
+    if team is None:
+        yield from batches
+        return
+    while True:
+        with together(team, "take a batch"):
+            batch = next(batches)
+        yield batch
 
 
 def _difference(said: list[Said]) -> str:
