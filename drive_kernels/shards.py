@@ -218,8 +218,8 @@ def checksum_reference(input: Tensor) -> Tensor:
     """What drive::checksum means: the sum of bits * (a multiplier of the position), scrambled, modulo 2^64.
 
     Multipliers are scattered over 64 bits, so that the differences of two tensors do not add up to 0; entries
-    of 8 bytes are two of 4, so that no bit is pushed out of the sum. The sum is scrambled (csrc/sampling.h), so
-    that the checksums of several tensors do not add up as the tensors do.
+    of 8 bytes are two of 4, so that no bit is pushed out of the sum. The sum is scrambled (csrc/sampling.h),
+    so that the checksums of several tensors do not add up as the tensors do.
     """
     bits = input.detach().flatten().view(_BITS[input.element_size()])
     total = torch.zeros((), dtype=torch.int64, device=input.device)

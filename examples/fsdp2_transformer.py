@@ -1,14 +1,14 @@
-"""Prune a decoder that is sharded by FSDP2, and train what is left: start here for models larger than a device.
+"""Prune a decoder that is sharded by FSDP2, and train what is left: a start for models larger than a device.
 
     pip install transformers
-    torchrun --nproc-per-node 2 examples/fsdp2_transformer.py --out run              # gloo, or NCCL where CUDA is
+    torchrun --nproc-per-node 2 examples/fsdp2_transformer.py --out run              # gloo; NCCL on GPUs
     torchrun --nproc-per-node 4 examples/fsdp2_transformer.py --out run --steps 600  # goes on, on more ranks
 
-A Llama is built from a config (nothing is downloaded) and reads the sources of Python's standard library, byte by
-byte. It trains densely for --warm-up steps, is pruned by DRIVE, and trains on with the pruned weights at zero. Every
---every steps a checkpoint is written; the next run in the same folder goes on from it, on any number of ranks that
-divides --batch: the batches depend on the step alone. A rank that dies ends the run; start it again. On several
-machines --out must be a folder that all of them see.
+A Llama is built from a config (nothing is downloaded) and reads the sources of Python's standard library,
+byte by byte. It trains densely for --warm-up steps, is pruned by DRIVE, and trains on with the pruned weights
+at zero. Every --every steps a checkpoint is written; the next run in the same folder goes on from it, on any
+number of ranks that divides --batch: the batches depend on the step alone. A rank that dies ends the run:
+start it again. On several machines --out must be a folder that all of them see.
 
     run/step-000300/         the last checkpoint: weights, AdamW's state and masks, each rank's shards
     run/model.pt             at the end: {"config", "model", "loss"} for torch.load, whole, dense with zeros
@@ -125,7 +125,9 @@ class Run:
         if dist.get_rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
-            (partial / "run.json").write_text(json.dumps({"step": self.step, "pruned": self.masks is not None}))
+            (partial / "run.json").write_text(
+                json.dumps({"step": self.step, "pruned": self.masks is not None})
+            )
         dist.barrier()
         dcp.save(self._state(), checkpoint_id=partial)
         if dist.get_rank() == 0:

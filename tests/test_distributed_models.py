@@ -138,7 +138,9 @@ def loops_with_faults() -> None:
             error = ValueError if rank == bad else RuntimeError
             refused(kind, here if rank == bad else there, error, sparsity=1.3 if rank == bad else 0.5)
         few = iter(batches(3) if rank else batches())  # the fourth is missing on one rank
-        error, message = (ValueError, "ran out after 3") if rank else (RuntimeError, "rank 1 raised .* after 3")
+        error, message = (
+            (ValueError, "ran out after 3") if rank else (RuntimeError, "rank 1 raised .* after 3")
+        )
         refused(kind, message, error, batches=few, iterations=4)
         nan = batches()
         nan[1][0][0, 0] = torch.nan if rank else 0  # the average is NaN everywhere, or on one shard
@@ -157,11 +159,16 @@ def diverged() -> None:
     model = DistributedDataParallel(network())
     compiled = torch.compile(model, backend="eager")
     loss_fn(model(batches()[0][0]), batches()[0][1]).backward()
-    for tensor, what in ((model.module[2].weight.data, "2.weight"), (model.module[0].weight.grad, "0.weight.grad")):
+    for tensor, what in (
+        (model.module[2].weight.data, "2.weight"),
+        (model.module[0].weight.grad, "0.weight.grad"),
+    ):
         tensor[3, 4] += rank == 1
         before = [p.detach().clone() for p in model.parameters()]
         for target in (model, compiled):
-            message = f"{what} must be the same on all ranks that hold a copy, got different ones on ranks 0 and 1"
+            message = (
+                f"{what} must be the same on all ranks that hold a copy, got different ones on ranks 0 and 1"
+            )
             with pytest.raises(ValueError, match=message):
                 fused_drive_prune(target, sparsity=0.5)
         assert all(torch.equal(p, was) for p, was in zip(model.parameters(), before, strict=True))

@@ -19,12 +19,27 @@ from drive import Masks
 EXAMPLES = Path(__file__).parent.parent / "examples"
 PATIENCE = 120  # seconds for a run; it takes some 10
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes in Linux's /proc")
+pytestmark = pytest.mark.skipif(
+    not Path("/proc/self/stat").exists(), reason="finds processes in Linux's /proc"
+)
 
 OPTIONS = (
-    "--warm-up 4 --every 2 --log 1 --sparsity 0.8 --iterations 3 "
-    "--width 32 --layers 2 --heads 2 --length 32 --batch 12 --lr 0.01"
-).split()
+    *(
+        "--warm-up",
+        "4",
+        "--every",
+        "2",
+        "--log",
+        "1",
+        "--sparsity",
+        "0.8",
+        "--iterations",
+        "3",
+        "--lr",
+        "0.01",
+    ),
+    *("--width", "32", "--layers", "2", "--heads", "2", "--length", "32", "--batch", "12"),
+)
 
 
 def children(parent: int) -> dict[int, dict[str, str]]:
@@ -46,14 +61,13 @@ def torchrun(ranks: int, example: str, *arguments: str) -> Iterator[subprocess.P
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     process = subprocess.Popen(
         [sys.executable, *command, str(EXAMPLES / example), *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    left: dict[int, dict[str, str]] = {}
     try:
         yield process
     finally:
-        left = children(process.pid)
-        for pid in left:
+        for pid in children(process.pid):
             os.kill(pid, signal.SIGKILL)
         process.kill()
         process.communicate()

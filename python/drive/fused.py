@@ -140,6 +140,7 @@ class Step:
     @property
     def said(self) -> Said:
         """What must be the same on all ranks before they `meet`."""
+
         def given(whether: bool) -> str:
             return "given" if whether else "none"
 
@@ -158,7 +159,9 @@ class Step:
         return {name: weight.numel() for name, weight in self._found.weights.items()}
 
     @torch.no_grad()
-    def take(self, prune_op: PruneOp, sizes: Mapping[str, int], prune: int, check_finite: bool) -> PruneResult:
+    def take(
+        self, prune_op: PruneOp, sizes: Mapping[str, int], prune: int, check_finite: bool
+    ) -> PruneResult:
         """Prune so many entries in all, after the ranks have met.
 
         Raises:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .placement import Part, is_dtensor, part_of, rows, whole
+from .placement import is_dtensor, part_of, rows, whole
 from .team import Said, Team
 
 
@@ -24,7 +24,7 @@ class Shards:
     def __init__(self, team: Team, weights: Mapping[str, Tensor]):
         """
         Args:
-            weights: DTensors, and plain tensors of which all ranks have copies, or each its rows (`team.rows`).
+            weights: DTensors, and plain tensors: copies on all ranks, or with `team.rows` each rank's rows.
 
         Raises:
             ValueError: a placement that cannot be pruned.
