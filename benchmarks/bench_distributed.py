@@ -2,14 +2,14 @@
 
 python benchmarks/bench_distributed.py [--entries 25000000] [--ranks 1 2 4] [--rounds 9]
 
-Each rank holds `entries` in one tensor and computes with one thread. Rounds of four kinds take turns, and in each
-all ranks start together:
+Each rank holds `entries` in one tensor and computes with one thread. Rounds of four kinds take turns, and in
+each all ranks start together:
 
     alone      one rank takes a step on its own entries, the others wait
     at once    every rank takes a step on its own entries: what the cores can do
     sharded    all ranks take one step on all entries
-    in turns   the same, but one rank computes at a time: the sum, over what lies between two all-reduces, of the
-               slowest rank's time, as if every rank had a core of its own
+    in turns   the same, but one rank computes at a time: the sum, over what lies between two all-reduces, of
+               the slowest rank's time, as if every rank had a core of its own
 
 A round lasts until its last rank is done. CPU time is that of a rank's process, all of its threads.
 """

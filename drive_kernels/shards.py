@@ -160,7 +160,7 @@ def survey_reference(
     counts = torch.zeros(len(weights), len(COUNTS), dtype=torch.int64, device=weights[0].device)
     sums = torch.zeros(len(weights), dtype=torch.float64, device=weights[0].device)
     listed = [sums.new_empty(0, dtype=torch.float64 if wide else torch.float32)]
-    per_block: list[int] = []
+    per_block: list[Tensor] = []
     for index in range(len(weights)):
         for _, scores, alive, keys in _pieces(operands, index):
             inside = (keys > low) & (keys < high)
@@ -169,8 +169,8 @@ def survey_reference(
             living = torch.where(alive, scores, 0).double()
             sums[index] += (living.square() if grads and not mask_grads else living).sum()
             listed.append(scores[inside])
-            per_block += [int(part.sum()) for part in inside.split(BLOCK)]
-    lengths = torch.tensor(per_block, dtype=torch.int64, device=weights[0].device)
+            per_block += [part.sum() for part in inside.split(BLOCK)]
+    lengths = torch.stack(per_block) if per_block else counts.new_empty(0)
     blocks = torch.stack([lengths.cumsum(0) - lengths, lengths], 1)
     found = torch.cat(listed)
     return counts, sums, found if len(found) <= room else found[:0], blocks

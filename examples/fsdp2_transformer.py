@@ -168,7 +168,7 @@ def train(run: Run, text: Text, until: int, options: argparse.Namespace) -> None
         loss.backward()
         run.optimizer.step()
         run.step += 1
-        if run.step % options.log == 0 or run.step == begin + 1:
+        if run.step % options.print_every == 0 or run.step == begin + 1:
             say(f"step {run.step:6}  loss {mean(loss):.4f}")
         if run.step % options.every == 0 or run.step == until:
             run.save(options.out)
@@ -221,7 +221,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=300, help="of training, the warm-up included")
     parser.add_argument("--warm-up", type=int, default=100, help="dense steps before pruning")
     parser.add_argument("--every", type=int, default=50, help="steps from one checkpoint to the next")
-    parser.add_argument("--log", type=int, default=10, help="steps from one line to the next")
+    parser.add_argument("--print-every", type=int, default=10, help="steps from one line to the next")
     parser.add_argument("--sparsity", type=float, default=0.8)
     parser.add_argument("--iterations", type=int, default=20, help="of DRIVE")
     parser.add_argument("--width", type=int, default=128)

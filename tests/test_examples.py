@@ -24,20 +24,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 OPTIONS = (
-    *(
-        "--warm-up",
-        "4",
-        "--every",
-        "2",
-        "--log",
-        "1",
-        "--sparsity",
-        "0.8",
-        "--iterations",
-        "3",
-        "--lr",
-        "0.01",
-    ),
+    *("--warm-up", "4", "--every", "2", "--print-every", "1", "--iterations", "3", "--lr", "0.01"),
     *("--width", "32", "--layers", "2", "--heads", "2", "--length", "32", "--batch", "12"),
 )
 
@@ -70,7 +57,8 @@ def torchrun(ranks: int, example: str, *arguments: str) -> Iterator[subprocess.P
         for pid in children(process.pid):
             os.kill(pid, signal.SIGKILL)
         process.kill()
-        process.communicate()
+        process.wait()
+        process.stdout.close()
 
 
 def wait_for(pattern: str, folder: Path, process: subprocess.Popen[str]) -> None:
@@ -112,11 +100,3 @@ def test_fsdp2_transformer(tmp_path: Path):
         weight = model.get_parameter(name).detach()
         assert not weight[~mask].any() and weight[mask].all()
     assert found["loss"] < 4.5, "5.5 nats is a guess among 256 bytes"
-
-
-def test_bad_batch(tmp_path: Path):
-    pytest.importorskip("transformers")
-    with torchrun(2, "fsdp2_transformer.py", "--out", str(tmp_path), "--batch", "7") as process:
-        output, _ = process.communicate(timeout=PATIENCE)
-    assert process.returncode != 0
-    assert "--batch must be a multiple of the number of ranks, 2, got 7" in output
