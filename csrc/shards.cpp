@@ -189,8 +189,8 @@ std::vector<int64_t> ties_of(std::vector<Item> items, Key threshold, const std::
       chunks.push_back({0, static_cast<int32_t>(std::min(kChunk, stop - begin)), begin});
     }
   }
-  std::vector<int64_t> counts(ends.size() - 1);
-  count_parallel(chunks.size(), counts, [&](int64_t i, auto& into) {
+  std::vector<int64_t> found(2 * (ends.size() - 1));  // by range: how many, and the position if that is one
+  count_parallel(chunks.size(), found, [&](int64_t i, auto& into) {
     Staging room;
     alignas(64) Key keys[kChunk];
     keys_of(items, chunks[i], room, keys);
@@ -199,10 +199,14 @@ std::vector<int64_t> ties_of(std::vector<Item> items, Key threshold, const std::
     for (int32_t j = 0; j < chunks[i].count; ++j) {
       if (keys[j] != threshold) continue;
       while (begin + j >= ends[range + 1]) ++range;
-      ++into[range];
+      into[2 * range] += 1;
+      into[2 * range + 1] = begin + j;
     }
   });
-  return counts;
+  for (size_t range = 0; range < found.size(); range += 2) {
+    if (found[range] != 1) found[range + 1] = 0;
+  }
+  return found;
 }
 
 std::vector<int64_t> as_vector(const at::Tensor& tensor) {
@@ -226,10 +230,10 @@ at::Tensor shard_ties(at::TensorList weights, at::TensorList grads, at::TensorLi
   std::vector<int64_t> visited((weights[0].numel() + kListed - 1) / kListed);
   std::iota(visited.begin(), visited.end(), 0);
   if (blocks) visited = as_vector(*blocks);
-  return at::tensor(
+  const std::vector<int64_t> found =
       wide ? ties_of<int64_t>(items_of(arguments), threshold, positions, visited)
-           : ties_of<int32_t>(items_of(arguments), static_cast<int32_t>(threshold), positions, visited),
-      at::kLong);
+           : ties_of<int32_t>(items_of(arguments), static_cast<int32_t>(threshold), positions, visited);
+  return at::tensor(found, at::kLong).view({-1, 2});
 }
 
 template <class Key>

@@ -49,7 +49,7 @@ _library.define(
     "int threshold, "
     "Tensor ends, "  # [E] int64, rising positions
     "Tensor? blocks"  # int64: blocks of BLOCK positions beside which there are no such keys; None: any
-    ") -> Tensor"  # [E - 1] int64: keys on the threshold between neighbouring ends
+    ") -> Tensor"  # [E - 1, 2] int64: keys on the threshold between two ends; if that is one, its position
 )
 _library.define(
     "shard_apply_(Tensor(a!)[] weights, Tensor[] grads, Tensor[] mask_grads, Tensor(b!)[] masks, "
@@ -182,15 +182,17 @@ def ties_reference(
 ) -> Tensor:  # fmt: skip
     """What drive::shard_ties means, in plain PyTorch."""
     operands = Operands(weights, grads, mask_grads, masks, wide)
-    before = torch.zeros_like(ends)
+    before = ends.new_zeros(len(ends), 2)  # how many before an end, and the sum of their positions
     for piece in _pieces(operands, 0, int(ends[0]), int(ends[-1])):
         ties = piece.keys == threshold
+        position = torch.arange(piece.begin, piece.begin + len(ties), device=ties.device)
         if blocks is not None:
-            position = torch.arange(piece.begin, piece.begin + len(ties), device=ties.device)
             ties &= torch.isin(position // BLOCK, blocks)
-        seen = torch.nn.functional.pad(ties.cumsum(0), (1, 0))
+        seen = torch.stack([ties, torch.where(ties, position, 0)], 1).cumsum(0)
+        seen = torch.nn.functional.pad(seen, (0, 0, 1, 0))
         before += seen[(ends - piece.begin).clamp(0, piece.keys.numel())]
-    return before.diff()
+    counts, positions = before.diff(dim=0).unbind(1)
+    return torch.stack([counts, torch.where(counts == 1, positions, 0)], 1)
 
 
 @torch.no_grad()
@@ -265,7 +267,7 @@ def _survey_fake(weights: Sequence[Tensor], *rest: object) -> tuple[Tensor, Tens
 
 def _ties_fake(weights: Sequence[Tensor], *rest: Tensor) -> Tensor:
     ends = rest[-2]
-    return ends.new_empty(ends.shape[0] - 1)
+    return ends.new_empty(ends.shape[0] - 1, 2)
 
 
 def _apply_fake(*_: object) -> None:

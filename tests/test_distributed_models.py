@@ -60,6 +60,8 @@ def check_step(model: nn.Module, rank: int | None = None) -> None:
     named = {n: p for n, p in inner.named_parameters() if n.endswith("weight")}
     weights = {name: full(p.detach()).clone() for name, p in named.items()}
     grads = {name: full(p.grad).clone() for name, p in named.items() if p.grad is not None}
+    with torch.no_grad():  # FSDP2 leaves whole copies of the outermost module's parameters
+        model(batches()[0][0])
     oracle = drive_prune(weights, grads, sparsity=0.8, min_keep=2)
     found = fused_drive_prune(model, sparsity=0.8, min_keep=2)
     for name, mask in found.masks.items():
@@ -74,6 +76,7 @@ def check_step(model: nn.Module, rank: int | None = None) -> None:
 
 def steps() -> None:
     check_step(sharded(network()))
+    check_step(fully_shard(network()))
     check_step(DistributedDataParallel(network()))
     if dist.get_world_size() == 4:
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
@@ -116,9 +119,34 @@ def test_loops(method: str):
     returned(run(2, loops, method))
 
 
+def rows_of_a_model(scope: str) -> None:
+    """Rows of a layer need no others for their outputs, nor for the gradients of a sum of these."""
+    rank, batch = dist.get_rank(), batches()[0][0]
+    torch.manual_seed(0)
+    whole = nn.Linear(10, 12)
+    mine = slice(0, 7) if rank == 0 else slice(7, 12)
+    part = nn.Linear(10, 12)
+    part.weight = nn.Parameter(whole.weight.detach()[mine].clone())
+    part.bias = nn.Parameter(whole.bias.detach()[mine].clone())
+
+    def loss_fn(outputs: Tensor, targets: Tensor) -> Tensor:
+        return outputs.square().sum()
+
+    options: dict[str, Any] = {"sparsity": 0.8, "iterations": 3, "scope": scope, "progress": False}
+    expected = drive.prune(whole, [(batch, batch)], loss_fn, **options)
+    found = drive.prune(part, [(batch, batch)], loss_fn, process_group=dist.group.WORLD, **options)
+    assert torch.equal(found["weight"], expected["weight"][mine])
+    assert torch.equal(part.weight, whole.weight[mine])
+
+
+@pytest.mark.parametrize("scope", ("global", "erk"))
+def test_rows_of_a_model(scope: str):
+    returned(run(2, rows_of_a_model, scope))
+
+
 def loops_with_faults() -> None:
     rank = dist.get_rank()
-    models = {"several ranks": DistributedDataParallel(network()), "DTensors": sharded(network())}
+    models = {"copies": DistributedDataParallel(network()), "shards": sharded(network())}
 
     def refused(kind: str, message: str, error: type[Exception] = ValueError, **options: Any) -> None:
         model = models[kind]
@@ -130,7 +158,7 @@ def loops_with_faults() -> None:
         assert all(torch.equal(a, b) for a, b in zip(before, now, strict=True))
 
     for kind in models:
-        refused(kind, f"^prune: method must be one for a model on {kind}, got 'grasp'$", method="grasp")
+        refused(kind, f"^prune: method must be one for {kind} of a model, got 'grasp'$", method="grasp")
         refused(kind, "iterations must be the same on all ranks, got 1 on rank 0 and 2", iterations=1 + rank)
         here = "sparsity must be in"
         there = f"rank {1 - rank} raised ValueError: prune: sparsity must be in"
@@ -145,8 +173,8 @@ def loops_with_faults() -> None:
         nan = batches()
         nan[1][0][0, 0] = torch.nan if rank else 0  # the average is NaN everywhere, or on one shard
         refused(kind, "iteration 2: non-finite score in .*, the first on rank", batches=nan, iterations=3)
-    refused("DTensors", "method must be one for a model on DTensors, got 'rigl'", method="rigl")
-    refused("DTensors", "structure must be 'unstructured' for DTensors, got '2:4'", structure="2:4")
+    refused("shards", "method must be one for shards of a model, got 'rigl'", method="rigl")
+    refused("shards", "structure must be 'unstructured' for shards, got '2:4'", structure="2:4")
 
 
 def test_loops_with_faults():

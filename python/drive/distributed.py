@@ -11,7 +11,7 @@ Only counts travel, of sizes that do not depend on the number of entries; no ran
      the bracket held; if it did not, among all keys, one pass a round.
   4. Ties: the first entries on the threshold survive, in the order of tensors and then row-major indices of
      the whole tensor. In the one tensor where they end, their last index is found by the same selection:
-     among indices instead of keys, whoever holds them.
+     among indices instead of keys, whoever holds them. If it is alone in its bucket, one round will do.
   5. Apply (one more pass), alone.
 """
 
@@ -177,16 +177,19 @@ class _Plan:
 
         def count(problem: int, low: int, shift: int, buckets: int) -> Tensor:
             t = cut[problem]
-            last = math.prod(self._parts[t].shape)
+            part, weight = self._parts[t], self._own.weights[t]
             bounds = low + (torch.arange(buckets + 1) << shift)
-            ends = self._parts[t].positions(bounds.clamp(max=last))
-            if not self._own.weights[t].numel():
-                return torch.zeros(buckets, dtype=torch.int64)
-            ends = ends.to(self._own.weights[t].device)
-            counts: Tensor = torch.ops.drive.shard_ties(
-                *_some(self._own, [t]), thresholds[t], ends, blocks[problem]
-            )
-            return counts.cpu()
+            ends = part.positions(bounds.clamp(max=math.prod(part.shape)))
+            found = torch.zeros(2, buckets, dtype=torch.int64)
+            if weight.numel():
+                operands = _some(self._own, [t])
+                ties = torch.ops.drive.shard_ties(
+                    *operands, thresholds[t], ends.to(weight.device), blocks[problem]
+                )
+                found[0], position = ties.cpu().unbind(1)
+                alone = found[0] == 1
+                found[1, alone] = part.indices(position[alone]) - low
+            return found
 
         blocks = [self._blocks_with(t, thresholds[t]) for t in cut]
         solve(problems, count, partial(self._team.sum, what="settle ties"))
@@ -301,7 +304,7 @@ class _Plan:
     def _histogram(self, operands: Callable[[int], Operands]) -> Callable[[int, int, int, int], Tensor]:
         def count(problem: int, low: int, shift: int, buckets: int) -> Tensor:
             counts: Tensor = torch.ops.drive.shard_histogram(*operands(problem), low, shift, buckets)
-            return counts
+            return counts[None]
 
         return count
 

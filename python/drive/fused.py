@@ -154,9 +154,9 @@ class Step:
 
     def meet(self) -> dict[str, int]:
         """Entries of each tensor, on all ranks, which must all ask."""
-        if self._shards is not None:
-            return self._shards.meet()
-        return {name: weight.numel() for name, weight in self._found.weights.items()}
+        weights, shards = self._found.weights, self._shards
+        shapes = {name: weight.shape for name, weight in weights.items()} if shards is None else shards.meet()
+        return {name: shape.numel() for name, shape in shapes.items()}
 
     @torch.no_grad()
     def take(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .placement import placed_as
+from .placement import fsdp_modules, placed_as
 from .team import replicated
 
 LossFn = Callable[[Any, Any], Tensor]
@@ -95,7 +94,6 @@ def loss_gradients(
     model: nn.Module, weights: Mapping[str, Tensor], loss_fn: LossFn, autocast: torch.dtype | None = None
 ) -> LossGradients:
     """`LossGradients` of whatever kind the model needs."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    sharded = fsdp is not None and any(isinstance(m, fsdp.FSDPModule) for m in model.modules())
-    kind = ReducedGradients if sharded or replicated(model) is not None else LossGradients
+    reduced = replicated(model) is not None or bool(fsdp_modules(model))
+    kind = ReducedGradients if reduced else LossGradients
     return kind(model, weights, loss_fn, autocast)

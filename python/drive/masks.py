@@ -17,7 +17,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from typing_extensions import Self
 
 from .packed import FORMAT, write_packed, write_sharded
-from .placement import check_placed, distributed_like, is_dtensor, local, sharded_like
+from .placement import check_placed, distributed_like, is_dtensor, local, reshard, sharded_like
 from .targets import Include, Target, prunable, unwrap
 
 
@@ -176,7 +176,8 @@ class Masks(Mapping[str, Tensor]):
     def _pairs(self, model: nn.Module | Mapping[str, Tensor], op: str) -> list[tuple[Tensor, Tensor]]:
         """(weight, mask) of every mask, checked."""
         if isinstance(model, nn.Module):
-            weights: Mapping[str, Tensor] = dict(unwrap(model).named_parameters(remove_duplicate=False))
+            inner = reshard(unwrap(model))
+            weights: Mapping[str, Tensor] = dict(inner.named_parameters(remove_duplicate=False))
         else:
             weights = model
         for name, mask in self.items():

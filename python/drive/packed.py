@@ -85,5 +85,5 @@ def _bits(here: Tensor, part: Part, begin: int, end: int) -> Tensor:
     bits = torch.zeros(end - begin, dtype=torch.uint8)
     if part.owner and here.numel():
         first, last = part.positions(torch.tensor([begin, end])).tolist()
-        bits[part.indices(first, last) - begin] = here[first:last].cpu().to(torch.uint8)
+        bits[part.indices(torch.arange(first, last)) - begin] = here[first:last].cpu().to(torch.uint8)
     return bits

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -27,6 +27,23 @@ def local(tensor: Tensor) -> Tensor:
         return tensor
     with torch.no_grad():
         return tensor.to_local()
+
+
+def fsdp_modules(model: nn.Module) -> list[Any]:
+    """The modules that FSDP2 shards."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return [m for m in model.modules() if isinstance(m, fsdp.FSDPModule)] if fsdp else []
+
+
+def reshard(model: nn.Module) -> nn.Module:
+    """The same, its parameters the shards.
+
+    After a forward pass without a backward one (an evaluation), FSDP2 leaves whole copies in their places, of
+    the outermost module's at least. What happens to such a copy is lost.
+    """
+    for module in fsdp_modules(model):
+        module.reshard()
+    return model
 
 
 def distributed_like(part: Tensor, whole: Tensor) -> Tensor:
@@ -125,13 +142,16 @@ class Part:
             on_path &= (starts[at] <= index) & (index < stops[at])
         return found
 
-    def indices(self, begin: int, end: int) -> Tensor:
-        """Row-major indices in the whole tensor of the part's entries [begin, end)."""
-        rest = torch.arange(begin, end)
-        found = torch.zeros_like(rest)
+    def indices(self, positions: Tensor) -> Tensor:
+        """Row-major indices in the whole tensor of these entries of the part.
+
+        Args:
+            positions: [E] int64, row-major in the part.
+        """
+        found = torch.zeros_like(positions)
         sizes = self.sizes
         for d, runs in enumerate(self.runs):
-            here = rest // math.prod(sizes[d + 1 :]) % sizes[d]
+            here = positions // math.prod(sizes[d + 1 :]) % sizes[d]
             starts, _, before = _columns(runs)
             at = torch.searchsorted(before, here, right=True) - 1
             found += (starts[at] + here - before[at]) * math.prod(self.shape[d + 1 :])

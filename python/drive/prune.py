@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from . import methods, schedules
@@ -40,6 +41,7 @@ def prune(
     min_keep: int = 0,
     masks: Masks | None = None,
     include: Include | None = None,
+    process_group: dist.ProcessGroup | None = None,
     train: Train | None = None,
     accumulate: int | None = None,
     seed: int = 0,
@@ -82,6 +84,8 @@ def prune(
         min_keep: survivors that every tensor keeps at least.
         masks: masks to start from, of a model pruned before; they are not changed.
         include: which parameters to prune, as in `fused_drive_prune`.
+        process_group: as in `fused_drive_prune`: of a model whose weights are plain tensors, each this rank's
+            rows of a larger one; the gradients that `loss_fn` gives are then those of the whole model.
         train: (model, masks or None, number) -> anything: a round of training with these masks held
             (`Masks.attach`), for methods that prune in the course of it (see their docstrings for
             what a round is). `number` counts the rounds since the weights were fresh, from 0. Default:
@@ -105,7 +109,7 @@ def prune(
         ValueError, TypeError: bad arguments, batches that run out, a non-finite score.
         RuntimeError: capture is True and it is not possible, with the reason.
     """
-    team = team_of("prune", model)
+    team = team_of("prune", model, process_group)
     with together(team, "check their arguments") as said:
         check_sparsity("prune", sparsity)
         chosen = methods.get(method)
@@ -120,11 +124,11 @@ def prune(
             schedule = "exponential" if several and chosen.schedule == "one_shot" else chosen.schedule
         weights = prunable(model, include, op="prune")
         if team is not None:
-            _check_spread(chosen, any(map(is_dtensor, weights.values())))
+            _check_spread(chosen, team.rows or any(map(is_dtensor, weights.values())))
         selection = Selection(
             model, weights, structure, chosen.scope if scope is None else scope, sparsity, min_keep, team
         )
-        plan = [selection.groups(step) for step in schedules.plan(schedule, sparsity, count)]
+        steps = schedules.plan(schedule, sparsity, count)
         if masks is not None:
             masks.check_match("prune", weights)
             masks = Masks({name: masks[name].clone() for name in weights})
@@ -141,7 +145,9 @@ def prune(
             # float16 would need its loss scaled
             raise ValueError(f"prune: autocast must be None or torch.bfloat16, got {autocast!r}")
         said += [("method", chosen.name), ("sparsity", sparsity), ("iterations", count)]
-        said += [("accumulate", taken), ("scope", scope), ("structure", structure), ("min_keep", min_keep)]
+        said += [("accumulate", taken), ("steps", steps), *selection.said]
+    selection.meet()
+    plan = [selection.groups(step) for step in steps]
 
     eager = loss_gradients(model, weights, loss_fn, autocast)
     checks = LateChecks(steps_late=1 if device.type == "cuda" else 0)
@@ -179,8 +185,8 @@ def prune(
 
 def _check_spread(method: Method, shards: bool) -> None:
     if method.spread == "no" or (shards and method.spread == "copies"):
-        where = "DTensors" if shards else "several ranks"
-        raise ValueError(f"prune: method must be one for a model on {where}, got {method.name!r}")
+        what = "shards" if shards else "copies"
+        raise ValueError(f"prune: method must be one for {what} of a model, got {method.name!r}")
 
 
 @contextmanager

@@ -26,7 +26,8 @@ class Problem:
     high: int
 
 
-# (index of the problem, low, shift, buckets) -> [buckets] how many numbers lie in low + [b, b + 1) * 2^shift
+# (index of the problem, low, shift, buckets) -> [1 or 2, buckets]: how many numbers lie in
+# low + [b, b + 1) * 2^shift; and, if whoever counts knows it, n - low where that is one number n, else 0
 Count = Callable[[int, int, int, int], Tensor]
 
 
@@ -38,23 +39,26 @@ def solve(
     Args:
         problems: changed in place. If there are fewer than k numbers, the answer is the lowest one.
         count: the counts of this rank.
-        total: [problems, buckets] counts of this rank -> of all ranks.
+        total: [problems, 1 or 2, buckets] counts of this rank -> of all ranks.
         rounds: stop after so many, solved or not.
     """
     while (rounds is None or rounds > 0) and (open_ := [i for i, p in enumerate(problems) if p.low < p.high]):
         bits = max(4, min(_BITS, (_BUCKETS // len(open_)).bit_length() - 1))
         shifts = [max(0, (problems[i].high - problems[i].low).bit_length() - bits) for i in open_]
         mine = [count(i, problems[i].low, shift, 1 << bits) for i, shift in zip(open_, shifts, strict=True)]
-        for i, shift, counts in zip(open_, shifts, total(torch.stack(mine)), strict=True):
-            _narrow(problems[i], counts, shift)
+        for i, shift, found in zip(open_, shifts, total(torch.stack(mine)), strict=True):
+            _narrow(problems[i], shift, *found)
         rounds = None if rounds is None else rounds - 1
 
 
-def _narrow(problem: Problem, counts: Tensor, shift: int) -> None:
+def _narrow(problem: Problem, shift: int, counts: Tensor, only: Tensor | None = None) -> None:
     counts = counts.clone()
     counts[((problem.high - problem.low) >> shift) + 1 :] = 0  # larger ones: they are not in k any more
     at_least = counts.flip(0).cumsum(0).flip(0)  # [b]: numbers in bucket b and those above it
     bucket = max(int((at_least >= problem.k).sum()) - 1, 0)
     problem.k -= int(at_least[bucket] - counts[bucket])
+    if only is not None and counts[bucket] == 1:  # one rank alone has it
+        problem.low = problem.high = problem.low + int(only[bucket])
+        return
     problem.low += bucket << shift
     problem.high = min(problem.high, problem.low + (1 << shift) - 1)

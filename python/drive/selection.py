@@ -15,8 +15,9 @@ from .methods.base import Ranking
 from .placement import check_placed, is_dtensor, local
 from .result import PruneResult
 from .scopes import Groups
+from .shards import Shards
 from .targets import Operands, match
-from .team import Team, together
+from .team import Said, Team, together
 
 
 class Selection:
@@ -48,19 +49,34 @@ class Selection:
         self.structure = structures.structure(structure)
         self.axes: Mapping[str, int] = {}
         self.team = team
+        self._shards = None if team is None else Shards(team, weights)
+        self._shapes = {name: weight.shape for name, weight in weights.items()}
         if self.structure is not None:
-            if any(map(is_dtensor, weights.values())):
-                raise ValueError(f"{op}: structure must be 'unstructured' for DTensors, got {structure!r}")
+            if (team is not None and team.rows) or any(map(is_dtensor, weights.values())):
+                raise ValueError(f"{op}: structure must be 'unstructured' for shards, got {structure!r}")
             self.axes = structures.input_axes(model, weights)
             for name, weight in weights.items():
                 self.structure.check(op, name, weight, self.axes[name])
             self.structure.check_plan(op, weights, scope, sparsity, min_keep)
 
+    @property
+    def said(self) -> Said:
+        """What must be the same on all ranks before they `meet`."""
+        return [
+            *([] if self._shards is None else self._shards.said),
+            *(("scope", self.scope), ("structure", self.structure), ("min_keep", self.min_keep)),
+        ]
+
+    def meet(self) -> None:
+        """All ranks must call this, before the rest."""
+        if self._shards is not None:
+            self._shapes = self._shards.meet()
+
     def groups(self, sparsity: float) -> Groups:
         """What to prune to a sparsity: names of tensors and a number of entries, or of blocks."""
         unit = 1 if self.structure is None else self.structure.size
-        total = sum(w.numel() for w in self.weights.values()) // unit
-        return scopes.groups(self.scope, self.weights, round(sparsity * total), unit)
+        total = sum(shape.numel() for shape in self._shapes.values()) // unit
+        return scopes.groups(self.scope, self._shapes, round(sparsity * total), unit)
 
     def check_masks(self, masks: Masks) -> None:
         """Raise ValueError unless pruning can go on from these masks to the structure."""

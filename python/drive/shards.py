@@ -49,18 +49,17 @@ class Shards:
         named = ((name, facts(weight)) for name, weight in self._weights.items())
         return [("names", list(self._weights)), *named]
 
-    def meet(self) -> dict[str, int]:
-        """Entries of each tensor, on all ranks, which must all ask: they learn of each other's parts."""
+    def meet(self) -> dict[str, torch.Size]:
+        """Shape of each whole tensor. All ranks must ask: they learn of each other's parts."""
+        shapes = {name: weight.shape for name, weight in self._weights.items()}
         if self.team.rows:
-            self._count_rows()
+            heights = torch.tensor([shape[0] if shape else 1 for shape in shapes.values()])
+            totals = self.team.sum(heights, "count rows").tolist()
+            for (name, weight), total in zip(self._weights.items(), totals, strict=True):
+                self.parts[name] = rows(weight, self.team.rank, self.team.size, total)
+                shapes[name] = torch.Size([total, *weight.shape[1:]])
         self._count_copies_on_other_meshes()
-        return {name: part.numel for name, part in self.parts.items()}
-
-    def _count_rows(self) -> None:
-        heights = torch.tensor([w.shape[0] if w.dim() else 1 for w in self._weights.values()])
-        totals = self.team.sum(heights, "count rows").tolist()
-        for (name, weight), total in zip(self._weights.items(), totals, strict=True):
-            self.parts[name] = rows(weight, self.team.rank, self.team.size, total)
+        return shapes
 
     def _count_copies_on_other_meshes(self) -> None:
         """With FSDP2 beside tensor parallelism, each rank of the latter has a copy of what only FSDP2 shards.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
-from .placement import check_placed, local
+from .placement import check_placed, local, reshard
 
 Target = nn.Module | Mapping[str, Tensor] | Sequence[Tensor]
 Tensors = Mapping[str, Tensor] | Sequence[Tensor]
@@ -107,7 +107,7 @@ def _everything(name: str, module: nn.Module | None, tensor: Tensor) -> bool:
 
 def _candidates(target: Target, op: str) -> Iterator[tuple[str, nn.Module | None, Tensor]]:
     if isinstance(target, nn.Module):
-        for prefix, module in unwrap(target).named_modules():
+        for prefix, module in reshard(unwrap(target)).named_modules():
             for name, parameter in module.named_parameters(recurse=False):
                 yield (f"{prefix}.{name}" if prefix else name), module, parameter
     elif isinstance(target, Mapping):

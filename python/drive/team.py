@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .placement import is_dtensor
+from .placement import is_dtensor, reshard
 
 Said = list[tuple[str, object]]  # an argument's name, and its value
 
@@ -126,7 +126,7 @@ def replicated(model: object) -> DistributedDataParallel | None:
 
 def _tensors(target: object) -> list[object]:
     if isinstance(target, nn.Module):
-        return list(target.parameters())
+        return list(reshard(target).parameters())
     if isinstance(target, Mapping):
         return list(target.values())
     return list(target) if isinstance(target, Sequence) else []
