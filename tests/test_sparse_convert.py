@@ -144,7 +144,8 @@ def test_chains_know_these_layers():
         model.set_submodule(name, layer)
     link(graph := trace(model), {name for name, layer in sparse.items() if isinstance(layer, SparseConv2d)})
     targets = [getattr(node.target, "__name__", str(node.target)) for node in graph.graph.nodes]
-    assert targets.count("_convolved") == 7
+    assert targets.count("_convolved_twice") == 2  # the residual blocks
+    assert targets.count("_convolved") == 3
     assert targets.count("_to_blocks") == 2  # the input, and behind the sigmoid
     assert not [target for target in targets if "bn" in target or "relu" in target]
 
