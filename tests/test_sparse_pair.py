@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_sparse_ops import TOLERANCE, Conv
+from test_sparse_ops import TOLERANCE, Conv, run_variant
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -133,13 +130,7 @@ def check_variant() -> None:
 
 @pytest.mark.parametrize("capability", ("default", "avx2"))
 def test_variants(capability: str, tmp_path: Path):
-    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    subprocess.run(
-        [sys.executable, "-c", "import test_sparse_pair; test_sparse_pair.check_variant()"],
-        env={**os.environ, "ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": paths},
-        cwd=tmp_path,
-        check=True,
-    )
+    run_variant(capability, "test_sparse_pair", tmp_path)
 
 
 def test_opcheck_and_reference():
