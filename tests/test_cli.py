@@ -16,6 +16,9 @@ from test_data import image_folder
 import drive
 import drive_kernels
 from drive.cli import main
+from drive.inputs import InputError
+from drive.models import Network
+from drive.options import train_defaults
 
 ROOTS = [str(Path(module.__file__).parents[1]) for module in (drive, drive_kernels)]
 TINY = ["--epochs", "2", "--limit-train", "128", "--batch-size", "32"]
@@ -154,6 +157,48 @@ def test_train_dense_then_sparse(capsys: pytest.CaptureFixture[str]) -> None:
     assert rejected(capsys, "train --init foreign.pt").startswith("--init must hold the weights of")
 
 
+def test_sparse_ops_are_for_the_cpu() -> None:
+    with pytest.raises(InputError, match="--device must be cpu with --sparse-ops, got cuda"):
+        train_defaults({"sparse_ops": True, "device": "cuda"})
+
+
+@needs_digits
+def test_sparse_ops_and_sparse_bench(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["prune", *TINY_PRUNE, "--sparse-ops", "--methods", "drive,rigl", "--out", "run"]
+    assert main(command) == 0
+    assert json.loads(Path("run/config.json").read_text())["options"]["sparse_ops"] is True
+    assert "training on the sparse ops" in Path("run/tables.md").read_text()
+    found = ["sparse-bench", "--checkpoint", "run/checkpoint.pt", "--batch-size", "2"]
+    assert main([*found, "--masks", "run/masks.safetensors", "--out", "bench"]) == 0
+    assert main(found) == 0  # zeros are the mask
+    saved = json.loads(Path("bench/sparse.json").read_text())
+    masks = drive.Masks.load("run/masks.safetensors")
+    for mode in ("inference", "training"):
+        layers = {layer["name"]: layer["density"] for layer in saved[mode]["choices"]}
+        assert layers == {n.removesuffix(".weight"): float(m.float().mean()) for n, m in masks.items()}
+        assert Path(f"bench/{mode}.png").read_bytes().startswith(b"\x89PNG")
+    shown = capsys.readouterr().out
+    assert "whole model: " in shown and "training, 2 images a batch" in shown
+
+
+@needs_digits
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("", "--checkpoint must be given"),
+        ("--checkpoint missing", "--checkpoint must be a checkpoint file, got missing (no such file)"),
+        ("--checkpoint foreign", "--checkpoint must be one of `drive prune` or `drive train`, got foreign"),
+        ("--checkpoint good --masks foreign", "--masks must be a masks file of small_cnn, got foreign ("),
+        ("--checkpoint good --batch-size 0", "--batch-size must be an integer >= 1, got '0'"),
+    ],
+)
+def test_sparse_bench_refuses(capsys: pytest.CaptureFixture[str], options: str, message: str) -> None:
+    network = Network("small_cnn", 10, 1, 8)
+    torch.save({"model": {"weight": torch.ones(2)}}, "foreign")
+    torch.save({"network": network.as_dict(), "model": network.build().state_dict()}, "good")
+    assert rejected(capsys, f"sparse-bench {options}").startswith(message)
+
+
 @needs_digits
 def test_train_resumes_to_the_bit() -> None:
     assert main(["train", *TINY, "--out", "whole"]) == 0
@@ -230,7 +275,7 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(section in shown for section in facts)
 
 
-@pytest.mark.parametrize("command", ["prune", "train", "info"])
+@pytest.mark.parametrize("command", ["prune", "train", "info", "bench", "sparse-bench"])
 def test_help_shows_examples(capsys: pytest.CaptureFixture[str], command: str) -> None:
     assert main([command, "--help"]) == 0
     shown = capsys.readouterr().out

@@ -67,7 +67,8 @@ def config(**options: object) -> Config:
     settings = {
         "data": "digits", "data_dir": None, "limit_train": 256, "model": "small_cnn",
         "methods": ["drive", "snip", "magnitude"], "sparsities": [0.9, 0.98], "seeds": 1, "epochs": 3,
-        "warmup_epochs": 1, "iterations": 3, "batch_size": 64, "lr": 0.1, "device": "cpu", "threads": 1,
+        "warmup_epochs": 1, "iterations": 3, "batch_size": 64, "lr": 0.1, "sparse_ops": False,
+        "device": "cpu", "threads": 1,
     }  # fmt: skip
     return Config.read({**settings, **options})
 

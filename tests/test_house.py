@@ -15,11 +15,15 @@ DRIVE = ROOT / "python" / "drive"
 # The library, lowest first: a module may import those before it. What is not listed serves the command
 # line and may import all of these; none of these may import it.
 LIBRARY = (
-    "files", "targets", "masks", "finite", "result", "fused", "reference", "schedules", "gradients",
-    "capture", "feed", "sgd", "scopes", "structures", "restore", "methods.base", "methods.second_order",
+    "files", "figures", "targets", "masks", "finite", "result", "fused", "reference", "schedules",
+    "gradients", "capture", "feed", "sgd", "scopes", "structures", "restore", "methods.base",
+    "methods.second_order",
     "methods.drive", "methods.snip", "methods.grasp", "methods.synflow", "methods.crop", "methods.early_crop",
     "methods.magnitude", "methods.gradual", "methods.imp", "methods.rigl", "methods.random", "methods",
     "selection", "paths", "prune",
+    "sparse.packing", "sparse.layers", "sparse.masked", "sparse.gpu", "sparse.chains", "sparse.measure",
+    "sparse.report",
+    "sparse.convert", "sparse",
 )  # fmt: skip
 
 

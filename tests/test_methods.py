@@ -275,7 +275,19 @@ ugly = st.one_of(
 )
 
 
-@given(st.lists(ugly, min_size=1, max_size=50))
+def _neighbours(given: tuple[float, int]) -> list[float]:
+    """A number and the next ones below it."""
+    found = [torch.tensor(given[0])]
+    for _ in range(given[1]):
+        found.append(torch.nextafter(found[-1], torch.tensor(-torch.inf)))
+    return [float(value) for value in found if value.isfinite()]
+
+
+def _flat(lists: list[list[float]]) -> list[float]:
+    return [value for values in lists for value in values]
+
+
+@given(st.lists(st.tuples(ugly, st.integers(0, 2)).map(_neighbours), min_size=1, max_size=25).map(_flat))
 @example([0.0, -0.0, 2.0**-149, -(2.0**-149), 2.0**-126, -(2.0**-126), 3.4028235e38, -3.4028235e38])
 @settings(max_examples=200, deadline=None)
 def test_signed_order_is_that_of_sort(values: list[float]):

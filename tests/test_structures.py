@@ -306,8 +306,12 @@ def test_dead_blocks_stay_dead_whatever_their_score():
     model = nn.ModuleList([nn.Linear(4, 2, bias=False)])
     scores = {"0.weight": torch.tensor([[9.0, 9.0, 1.0, 1.0], [9.0, 9.0, 2.0, 2.0]])}
     start = Masks({"0.weight": torch.tensor([[False, False, True, True]] * 2)})
+    expected = [[False] * 4, [False, False, True, True]]
     masks = prune(model, Given(scores), sparsity=0.75, structure="1x2", masks=start)
-    assert masks["0.weight"].tolist() == [[False] * 4, [False, False, True, True]]
+    assert masks["0.weight"].tolist() == expected
+    scores["0.weight"] = torch.tensor([[9.0, 9.0, -2.0, -2.0], [9.0, 9.0, -1.0, -1.0]])  # below dead ones' 0
+    masks = prune(model, Given(scores, signed=True), sparsity=0.75, structure="1x2", masks=start)
+    assert masks["0.weight"].tolist() == expected
 
 
 # Scopes
@@ -353,9 +357,9 @@ def test_non_finite_scores_name_the_tensor_and_change_nothing(structure, sparsit
         prune(model, Given(good, scores, signed=signed), schedule=lambda n: sparsity * (n - 1), **options)
     assert all(torch.equal(w, before[name]) for name, w in model.named_parameters())
     assert all(mask.all() for mask in start.values())
-    start["1.weight"][:, :, 1, 0] = False  # of an entry that is pruned, the score does not matter
-    if structure == "unstructured":
-        assert prune(model, Given(scores, signed=signed), **options).sparsity() == 0.5
+    entry = (3, 2, 1, 0) if structure == "2:4" else (slice(None), slice(None), 1, 0)
+    start["1.weight"][entry] = False  # of an entry that is pruned, the score does not matter
+    assert prune(model, Given(scores, signed=signed), **options).sparsity() == 0.5
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The training loop and the networks: exact resumption, exact zeros, what is rejected."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -188,3 +189,32 @@ def test_every_network_prunes_and_answers(name: str, side: int) -> None:
         model, [(images, labels)], F.cross_entropy, method="snip", sparsity=0.9, progress=False
     )
     assert masks.sparsity() == pytest.approx(0.9, abs=1e-4)
+
+
+class Double(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.double()
+
+
+def test_sparse_ops_follow_the_dense_losses() -> None:
+    images = torch.randint(0, 255, (96, 3, 16, 16), dtype=torch.uint8)
+    labels = images.float().mean((1, 2, 3)).argsort().argsort() // 48
+    batches = Batches(Dataset(images, labels, images, labels, classes=2, augment=False), 32, seed=3)
+    model = nn.Sequential(
+        Double(), nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1),
+        nn.BatchNorm2d(64), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 2),
+    ).double()  # fmt: skip
+    masks = drive.prune(model, [], None, method="magnitude", sparsity=0.98, progress=False)
+    converted = drive.sparse.convert(model.train(), masks, torch.zeros(32, 3, 16, 16), deterministic=True)
+    assert drive.sparse.report(converted).chosen == "sparse chains"  # else nothing is tested here
+    losses, weights = [], []
+    for sparse_ops in (False, True):
+        trained = copy.deepcopy(model)
+        losses.append(
+            train(trained, batches, Recipe(3, 0.05), epochs=range(3), masks=masks, sparse_ops=sparse_ops)
+        )
+        weights.append(trained.state_dict())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-10, abs=0)
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, rtol=1e-8, atol=1e-10)
+    assert not any(weights[1][name][~mask].any() for name, mask in masks.items())

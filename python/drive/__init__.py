@@ -1,6 +1,6 @@
 """DRIVE: exact, fused pruning of neural networks before or during training (arXiv 2404.03687)."""
 
-from . import methods, reference, schedules
+from . import methods, reference, schedules, sparse
 from .fused import fused_drive_prune
 from .masks import Masks
 from .paths import Collapse, collapse
@@ -10,5 +10,5 @@ from .result import PruneResult
 __version__ = "0.1.0"
 __all__ = [
     "Collapse", "Masks", "PruneResult", "collapse", "fused_drive_prune", "methods", "prune", "reference",
-    "schedules",
+    "schedules", "sparse",
 ]  # fmt: skip

@@ -32,6 +32,7 @@ from .options import (
     Names,
     Out,
     Resume,
+    SparseOps,
     compare_defaults,
     file,
     given,
@@ -91,6 +92,7 @@ def _comparison(
     ] = None,
     batch_size: BatchSize = None,
     lr: LearningRate = None,
+    sparse_ops: SparseOps = False,
     device: Device = None,
     limit_train: LimitTrain = None,
     out: Out = None,
@@ -99,7 +101,7 @@ def _comparison(
     options = given(
         data=data, data_dir=data_dir, model=model, methods=methods, sparsities=sparsities, seeds=seeds,
         epochs=epochs, warmup_epochs=warmup_epochs, iterations=iterations, batch_size=batch_size, lr=lr,
-        device=device, limit_train=limit_train,
+        sparse_ops=sparse_ops, device=device, limit_train=limit_train,
     )  # fmt: skip
     command = str(context.info_name)
     defaults = {"prune": prune_defaults, "compare": compare_defaults}[command]
@@ -179,6 +181,7 @@ def train(
     epochs: Epochs = None,
     batch_size: BatchSize = None,
     lr: LearningRate = None,
+    sparse_ops: SparseOps = False,
     seed: Annotated[int | None, option("--seed", "[default: 0]", inputs.whole_number(0))] = None,
     device: Device = None,
     limit_train: LimitTrain = None,
@@ -201,7 +204,8 @@ def train(
     """
     options = given(
         data=data, data_dir=data_dir, model=model, masks=masks, init=init, epochs=epochs,
-        batch_size=batch_size, lr=lr, seed=seed, device=device, limit_train=limit_train,
+        batch_size=batch_size, lr=lr, seed=seed, sparse_ops=sparse_ops, device=device,
+        limit_train=limit_train,
     )  # fmt: skip
     with open_console("train", out, resume, options, train_defaults) as (folder, settings, console):
         from .train import deterministic
@@ -260,6 +264,51 @@ def bench(
         console.print(f"results in {out}", highlight=False)
 
 
+@app.command("sparse-bench")
+def sparse_bench(
+    checkpoint: Annotated[
+        Path, file("--checkpoint", "checkpoint.pt of drive prune or drive train [required]")
+    ],
+    masks: Annotated[
+        Path | None, file("--masks", "its masks.safetensors [default: weights that are 0 are pruned]")
+    ] = None,
+    batch_size: Annotated[int, option("--batch-size", "images in a batch", inputs.whole_number(1))] = 32,
+    out: Annotated[
+        Path | None,
+        file("--out", "folder for sparse.json and a figure each of inference and training", "DIR"),
+    ] = None,
+) -> None:
+    """Time a saved sparse network on the sparse ops against the dense ones, layer by layer and as a whole.
+
+    Examples:
+
+        drive sparse-bench --checkpoint runs/prune/checkpoint.pt
+
+        drive sparse-bench --checkpoint runs/train/checkpoint.pt --batch-size 1 --out runs/sparse
+    """
+    from . import bench as timing
+    from . import report
+    from .sparse_bench import MODES, Saved
+
+    if out is not None:
+        report.check_packages()
+        make_folder(out)
+    saved = Saved(checkpoint, masks)
+    console = Console()
+    console.print(timing.machine(), highlight=False)
+    found = {}
+    for mode in MODES:
+        with console.status(f"measuring {mode}"):
+            found[mode] = saved.convert(mode, batch_size)
+        console.print(f"\n{mode}, {batch_size} images a batch", highlight=False)
+        console.print(str(found[mode]), highlight=False, soft_wrap=True)
+    if out is not None:
+        write_json(out / "sparse.json", {mode: one.as_dict() for mode, one in found.items()})
+        for mode, one in found.items():
+            one.draw(out / f"{mode}.png", f"{saved.network.name}, {mode}, {batch_size} images a batch")
+        console.print(f"results in {out}", highlight=False)
+
+
 @app.command()
 def info(as_json: Annotated[bool, typer.Option("--json", help="as JSON")] = False) -> None:
     """What was built, what runs where, and why something does not.
@@ -301,5 +350,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _usage_message(error: Any) -> str:
     """One of typer's usage errors in the words of all others, where it is about an option's value."""
     if isinstance(error, typer.BadParameter) and error.param:
-        return f"{error.param.opts[0]} {error.message}"
+        return f"{error.param.opts[0]} {error.message or 'must be given'}"
     return str(error.format_message())

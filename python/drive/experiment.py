@@ -55,6 +55,7 @@ class Config:
     iterations: int
     batch_size: int
     lr: float
+    sparse_ops: bool
     device: str
     threads: int
 
@@ -143,7 +144,9 @@ class Experiment:
 
     def _run(self, cell: Cell, progress: Progress) -> dict[str, Any]:
         batches = Batches(self.data, self.config.batch_size, cell.seed)
+        began = time.monotonic()
         model, start = self._start(cell, batches, progress)
+        warmup_seconds = time.monotonic() - began
         masks, prune_seconds, round_seconds = None, 0.0, 0.0
         if cell.method != "dense":
             masks, start, prune_seconds, round_seconds = self._prune(cell, model, start, batches, progress)
@@ -155,7 +158,7 @@ class Experiment:
             began = time.monotonic()
             losses = train(
                 model, batches, self.recipe, epochs=epochs, masks=masks, checkpoint=partial,
-                on_step=lambda: progress.advance(bar.id),
+                sparse_ops=self.config.sparse_ops, on_step=lambda: progress.advance(bar.id),
             )  # fmt: skip
             train_seconds = time.monotonic() - began
         correct = evaluate(model, batches)
@@ -178,6 +181,7 @@ class Experiment:
             "kept": {name: int(mask.sum()) for name, mask in (masks or {}).items()},
             "empty": cut_off.empty if masks else [],
             "disconnected": cut_off.disconnected if masks else [],
+            "warmup_seconds": warmup_seconds,  # next to nothing where another cell has warmed up before
             "prune_seconds": prune_seconds,
             "train_seconds": train_seconds + round_seconds,
         }
@@ -205,7 +209,9 @@ class Experiment:
         method, epochs = methods.get(cell.method), self.config.epochs
         iterations = self.config.iterations if method.iterations > 1 else None
         rounds = Rounds(
-            lambda model, span, masks: train(model, batches, self.recipe, epochs=span, masks=masks)
+            lambda model, span, masks: train(
+                model, batches, self.recipe, epochs=span, masks=masks, sparse_ops=self.config.sparse_ops
+            )
         )
         if isinstance(method, methods.GradualMagnitude | methods.RigL):
             start = max(1, epochs * 3 // 4)

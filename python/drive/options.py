@@ -61,6 +61,10 @@ LearningRate = Annotated[
     float | None,
     option("--lr", "learning rate at its peak [default: the network's own]", inputs.positive, "X"),
 ]
+SparseOps = Annotated[
+    bool,
+    typer.Option("--sparse-ops", help="train pruned layers with their surviving weights only, where it pays"),
+]
 Device = Annotated[
     str | None, option("--device", "cpu, cuda or cuda:N [default: cpu]", inputs.device, "NAME")
 ]
@@ -77,11 +81,11 @@ Resume = Annotated[
 
 
 def given(**options: Any) -> Options:
-    """The options that the user gave, as they are stored."""
+    """The options that the user gave, as they are stored; a flag that is not set was not given."""
     return {
         name: str(value.resolve()) if isinstance(value, Path) else value
         for name, value in options.items()
-        if value is not None
+        if value is not None and value is not False
     }
 
 
@@ -126,10 +130,14 @@ def train_defaults(options: Options) -> Options:
 
 
 def _completed(options: Options) -> Options:
-    """`options` and the defaults of those that both commands have."""
+    """`options` and the defaults of those that both commands have.
+
+    Raises:
+        InputError: sparse ops on a GPU, where nothing but measuring could say whether they pay.
+    """
     digits = options.get("data", "digits") == "digits"
     model = options.get("model", "small_cnn" if digits else "resnet18")
-    return {
+    complete = {
         "data": "digits",
         "data_dir": None,
         "limit_train": None,
@@ -137,9 +145,13 @@ def _completed(options: Options) -> Options:
         "epochs": 20 if digits else 30,
         "batch_size": 128,
         "lr": models.default_lr(model),
+        "sparse_ops": False,
         "device": "cpu",
         # 8x8 images give threads nothing to do but wait; and with one thread the numbers do not
         # depend on how many cores there are
         "threads": 1 if digits else torch.get_num_threads(),
         **options,
     }
+    if complete["sparse_ops"] and complete["device"] != "cpu":
+        raise InputError(f"--device must be cpu with --sparse-ops, got {complete['device']}")
+    return complete

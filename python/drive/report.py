@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from rich.table import Table
 
+from . import methods
 from .bench import OURS, Row
 from .experiment import Config, Experiment
-from .files import write_atomic
+from .figures import figure_of, save_figure
 from .inputs import require
 from .targets import prunable
 
@@ -57,11 +57,13 @@ def check_packages() -> None:
 
 
 def timings(config: Config, results: Results) -> list[dict[str, Any]]:
-    """Mean seconds of pruning and training per method and sparsity."""
+    """Mean seconds of warm-up, pruning and training per method and sparsity."""
+    warmup = mean(c["warmup_seconds"] for c in _of(results, "dense", 0.0))  # the first of a seed does it
     return [
         {
             "method": m,
             "sparsity": s,
+            "warmup_seconds": warmup if m == "dense" or methods.get(m).stage == "warm-up" else 0.0,
             "prune_seconds": mean(c["prune_seconds"] for c in _of(results, m, s)),
             "train_seconds": mean(c["train_seconds"] for c in _of(results, m, s)),
         }
@@ -90,7 +92,7 @@ def details(report: dict[str, Any], times: list[dict[str, Any]]) -> Table:
 
 
 def draw_time(report: dict[str, Any], times: list[dict[str, Any]], path: Path) -> None:
-    """PNG: seconds of pruning and of training, stacked, a bar per method and sparsity."""
+    """PNG: seconds of warm-up, training and pruning, stacked, a bar per method and sparsity."""
     config = report["config"]
     figure = figure_of(max(6.0, 0.9 * len(config["methods"])) + 2, 3.8)
     axes = figure.subplots()
@@ -100,15 +102,13 @@ def draw_time(report: dict[str, Any], times: list[dict[str, Any]], path: Path) -
             next(r for r in times if (r["method"], r["sparsity"]) == (m, sparsity)) for m in config["methods"]
         ]
         places = [i - 0.4 + width * (index + 0.5) for i in range(len(rows))]
-        training = [row["train_seconds"] for row in rows]
-        named = index == 0
-        axes.bar(places, training, width * 0.9, color="C0", label="training" if named else None)
-        axes.bar(
-            places, [row["prune_seconds"] for row in rows], width * 0.9, bottom=training, color="C1",
-            label="pruning" if named else None,
-        )  # fmt: skip
-    dense = next(row for row in times if row["method"] == "dense")["train_seconds"]
-    axes.axhline(dense, color="black", linestyle="--", label="dense, after its warm-up")
+        bottom = [0.0] * len(rows)
+        for part, color in (("warmup", "C7"), ("train", "C0"), ("prune", "C1")):
+            heights = [row[f"{part}_seconds"] for row in rows]
+            label = {"warmup": "dense warm-up", "train": "training", "prune": "pruning"}[part]
+            axes.bar(places, heights, width * 0.9, bottom=bottom, color=color, label=None if index else label)
+            bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
+    axes.axhline(_in_all(_dense(times)), color="black", linestyle="--", label="dense")
     axes.set_xticks(range(len(config["methods"])), config["methods"], rotation=30, ha="right")
     axes.set_ylabel("seconds")
     over = ", ".join(f"{100 * s:g}" for s in config["sparsities"])
@@ -117,13 +117,22 @@ def draw_time(report: dict[str, Any], times: list[dict[str, Any]], path: Path) -
     save_figure(figure, path)
 
 
+def _dense(times: list[dict[str, Any]]) -> dict[str, Any]:
+    return next(row for row in times if row["method"] == "dense")
+
+
+def _in_all(row: dict[str, Any]) -> float:
+    return float(row["warmup_seconds"] + row["prune_seconds"] + row["train_seconds"])
+
+
 def markdown(report: dict[str, Any], times: list[dict[str, Any]]) -> str:
-    """The comparison as two tables for a page of results."""
+    """The comparison as three tables for a page of results."""
     config, seeds = report["config"], report["config"]["seeds"]
     heads = "".join(f" {100 * s:g} % |" for s in config["sparsities"])
     line = "| --- |" + " ---: |" * len(config["sparsities"])
     seconds = {(row["method"], row["sparsity"]): row for row in times}
-    accuracy, cost = [], []
+    accuracy, cost, end_to_end = [], [], []
+    dense = _in_all(_dense(times))
     for method in config["methods"]:
         rows = [row for row in report["pruned"] if row["method"] == method]
         accuracy.append(f"| {method} |" + "".join(f" {_shown(row, seeds)} |" for row in rows))
@@ -133,11 +142,16 @@ def markdown(report: dict[str, Any], times: list[dict[str, Any]]) -> str:
             f"{_most(row['empty'])} + {_most(row['disconnected'])} |"
             for row in rows
         ))  # fmt: skip
+        sums = [_in_all(seconds[method, row["sparsity"]]) for row in rows]
+        end_to_end.append(f"| {method} |" + "".join(f" {s:.1f} ({dense / s:.2f}x) |" for s in sums))
+    sparse = "on the sparse ops" if config["sparse_ops"] else "dense, with masks"
     return "\n".join([
         f"Test accuracy in %, {seeds} seeds; the dense network: {_shown(report['dense'], seeds)}.", "",
         f"| pruned |{heads}", line, *accuracy, "",
         "Seconds of pruning / training; layers that lost every weight + layers whose survivors lead nowhere "
         "(most over the seeds).", "", f"| pruned |{heads}", line, *cost, "",
+        f"Seconds in all - dense warm-up, pruning, training {sparse} - and how many times faster than the "
+        f"dense network's {dense:.1f}.", "", f"| pruned |{heads}", line, *end_to_end, "",
     ])  # fmt: skip
 
 
@@ -298,15 +312,3 @@ def _verdict(groups: dict[tuple[str, float], Results]) -> str:
 
 def _shown(row: dict[str, Any], seeds: int) -> str:
     return f"{100 * row['mean']:.2f}" + (f" ± {100 * row['std']:.2f}" if seeds > 1 else "")
-
-
-def figure_of(width: float, height: float) -> Any:
-    """A matplotlib figure that belongs to no window system."""
-    return require("matplotlib.figure").Figure(figsize=(width, height), layout="constrained")
-
-
-def save_figure(figure: Any, path: Path) -> None:
-    """`write_atomic` of a PNG."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    write_atomic(path, buffer.getvalue())

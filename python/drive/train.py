@@ -19,6 +19,7 @@ from .data import Batches, seed_of
 from .inputs import InputError
 from .masks import Masks
 from .runs import load_tensors, save_tensors
+from .sparse import convert
 
 RAMP = 0.2  # fraction of all steps in which the learning rate rises
 
@@ -64,6 +65,7 @@ def train(
     *,
     epochs: range,
     masks: Masks | None = None,
+    sparse_ops: bool = False,
     checkpoint: Checkpoint | None = None,
     on_step: Callable[[], None] = lambda: None,
 ) -> list[float]:
@@ -79,6 +81,8 @@ def train(
         recipe: optimizer and learning rate.
         epochs: those to run, out of `range(recipe.epochs)`.
         masks: weights that stay exactly zero.
+        sparse_ops: compute with the other weights only, where a cost model says that it pays; by a cost
+            model, not by measuring, so that two runs do the same arithmetic.
         checkpoint: if its file exists, go on from there (to the bit, on the same machine); keep it
             up to date, whole at any moment.
         on_step: called after every batch, also once for each that the checkpoint saves.
@@ -96,13 +100,21 @@ def train(
         for _ in range(len(losses) * len(batches)):
             on_step()
     saved = time.monotonic()
+    running = _sparse(model, masks, batches) if masks and sparse_ops else model
     with masks.attach(model, optimizer) if masks else nullcontext():
         for epoch in epochs[len(losses) :]:
-            losses.append(_one_epoch(model, batches, recipe, optimizer, epoch, on_step))
+            losses.append(_one_epoch(running, batches, recipe, optimizer, epoch, on_step))
             if checkpoint and (epoch == epochs[-1] or time.monotonic() - saved >= checkpoint.every):
                 _save(checkpoint, model, optimizer, losses)
                 saved = time.monotonic()
     return losses
+
+
+def _sparse(model: nn.Module, masks: Masks, batches: Batches) -> nn.Module:
+    """The same parameters in a model that computes with the surviving ones."""
+    images = batches.data.train_x
+    model.train()
+    return convert(model, masks, torch.zeros(batches.size, *images.shape[1:]), deterministic=True)
 
 
 def _one_epoch(

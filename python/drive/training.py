@@ -23,8 +23,8 @@ class Training:
         """Build the network, load weights and masks.
 
         Args:
-            options: of `drive train`: model, epochs, batch_size, lr, seed, device; init and masks are
-                paths or None.
+            options: of `drive train`: model, epochs, batch_size, lr, seed, sparse_ops, device; init
+                and masks are paths or None.
             data: the images.
             folder: of the run.
 
@@ -54,7 +54,8 @@ class Training:
         bar = progress.add_task(f"training {self.network.name}", total=epochs * len(batches))
         losses = train(
             self.model, batches, Recipe(epochs, self.options["lr"]), epochs=range(epochs),
-            masks=self.masks, checkpoint=Checkpoint(self.folder / "checkpoint.pt", self.network.as_dict()),
+            masks=self.masks, sparse_ops=self.options["sparse_ops"],
+            checkpoint=Checkpoint(self.folder / "checkpoint.pt", self.network.as_dict()),
             on_step=lambda: progress.advance(bar),
         )  # fmt: skip
         report = {

@@ -1,0 +1,347 @@
+"""Sparse layers and networks on CPU against dense ones: rows in a file, from which sparse_report.py draws.
+
+python benchmarks/bench_sparse.py --out docs/results/sparse-cpu.jsonl [layers] [linear] [networks]
+
+layers      3x3 convolutions called with [N, C, H, W], and in blocks
+linear      4096 x 4096, against oneDNN's packed weight and MKL's CSR too
+networks    whole networks, converted: inference, and a training step with its optimizer
+
+Everything is validated before it is timed. Providers run in turns in one process, each twice, the second
+call timed (drive.sparse.measure.interleaved). Two threads. Rows that the file has are not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from importlib.util import find_spec
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from sparse_networks import NETWORKS, drive_masks, uniform_masks
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import drive
+from drive.bench import machine
+from drive.sparse.measure import MODEL_SECONDS, interleaved
+from drive_kernels import sparse
+
+ops, ops_mkldnn = torch.ops.drive, torch.ops.mkldnn
+SPARSITIES = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.993)
+LAYERS = ((64, 32), (128, 16), (256, 8), (512, 4))  # channels, side
+FEATURES = 4096
+LAST = torch.channels_last
+
+Run = Callable[[], object]
+Layer = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was timed, and the seconds a call of each provider; "dense..." are those to beat."""
+
+    what: str
+    name: str
+    batch: int
+    sparsity: float
+    mode: str
+    seconds: dict[str, float] = field(default_factory=dict)
+    chosen: str = ""
+    machine: str = ""
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        return self.what, self.name, self.batch, self.sparsity, self.mode
+
+    @property
+    def best_dense(self) -> float:
+        """Of the eager ones: torch.compile's is shown apart."""
+        return min(s for name, s in self.seconds.items() if name.startswith("dense"))
+
+    def speedup(self, provider: str = "ours") -> float:
+        return self.best_dense / self.seconds[provider]
+
+
+class Rows:
+    """The file: a row a line, written as soon as it is measured."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        lines = path.read_text().splitlines() if path.exists() else []
+        self.known = {Row(**json.loads(line)).key for line in lines}
+
+    def missing(self, *key: Any) -> bool:
+        return key not in self.known
+
+    def add(self, *key: Any, seconds: dict[str, float], chosen: str = "") -> None:
+        row = Row(*key, seconds=seconds, chosen=chosen, machine=machine())
+        with self.path.open("a") as file:
+            file.write(json.dumps(asdict(row)) + "\n")
+        shown = ", ".join(
+            f"{name} {row.speedup(name):.2f}x" for name in seconds if not name.startswith("dense")
+        )
+        print(f"{key}: dense {row.best_dense * 1e3:.2f} ms; {shown} {chosen}", flush=True)
+
+
+def forward(layer: Layer, x: Tensor, weight: Tensor) -> Run:
+    def run() -> None:
+        with torch.no_grad():
+            layer(x, weight)
+
+    return run
+
+
+def backward(layer: Layer, x: Tensor, weight: Tensor) -> Run:
+    """Forward, then the gradients to the input and to the weight."""
+    leaves = [t.detach().clone().requires_grad_() for t in (x, weight)]
+    grad = torch.randn_like(layer(*leaves))
+    return lambda: torch.autograd.grad(layer(*leaves), leaves, grad)
+
+
+MODES = {"forward": forward, "forward + backward": backward}
+
+
+def pruned(shape: tuple[int, ...], sparsity: float) -> tuple[Tensor, Tensor]:
+    mask = torch.rand(shape) >= sparsity
+    return torch.randn(shape).masked_fill_(~mask, 0), mask
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max() + 1))
+
+
+def dense_conv(x: Tensor, weight: Tensor) -> Tensor:
+    return F.conv2d(x, weight, None, 1, 1)
+
+
+def convolve(x: Tensor, values: Tensor, pattern: list[Tensor], shape: list[int]) -> Tensor:
+    return ops.sparse_conv2d(x, values, pattern, None, shape, [1, 1], [1, 1], [1, 1], 1)
+
+
+def onednn(x: Tensor, packed: Tensor) -> Tensor:
+    return ops_mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+
+
+def mkl(x: Tensor, csr: Tensor) -> Tensor:
+    return (csr @ x.t()).t()
+
+
+def multiply(x: Tensor, values: Tensor, pattern: list[Tensor], shape: list[int]) -> Tensor:
+    return ops.sparse_linear(x, values, pattern, None, shape)
+
+
+def sparseprop(layer: nn.Conv2d | nn.Linear, x: Tensor, weight: Tensor) -> dict[str, nn.Module]:
+    """The kernels of IST-DASLab/sparseprop (arXiv 2302.04852), if that is installed; it is no dependency."""
+    if find_spec("sparseprop") is None:
+        return {}
+    from sparseprop.modules import SparseConv2d, SparseLinear
+
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+        expected = layer(x)
+    if isinstance(layer, nn.Linear):
+        found = {"SparseProp": SparseLinear.from_dense(layer)}
+    else:
+        found = {f"SparseProp, {name}": SparseConv2d.from_dense(layer, over)
+                 for name, over in (("batch", False), ("width", True))}  # fmt: skip
+    for module in found.values():
+        close(module(x).detach(), expected)
+    return found
+
+
+def rival(module: nn.Module, x: Tensor, mode: str) -> Run:
+    """As `forward` and `backward`, of a module that holds its own weight."""
+    if mode == "forward":
+        return inference(module, x)
+    leaves = [x.clone().requires_grad_(), *module.parameters()]
+    grad = torch.randn_like(module(x))
+    return lambda: torch.autograd.grad(module(leaves[0]), leaves, grad)
+
+
+def layers(rows: Rows, sparsities: list[float], batches: list[int]) -> None:
+    for batch, (channels, side), sparsity in product(batches, LAYERS, sparsities):
+        key = "3x3 convolution", f"{channels}-{channels}, {side}x{side}", batch, sparsity
+        if not any(rows.missing(*key, mode) for mode in MODES):
+            continue
+        x = torch.randn(batch, channels, side, side)
+        weight, mask = pruned((channels, channels, 3, 3), sparsity)
+        pattern, values = sparse.pattern_of(mask), weight[mask]
+        ours = partial(convolve, pattern=pattern, shape=list(mask.shape))
+        blocks = ops.to_blocks(x)
+        close(ours(x, values), dense_conv(x, weight))
+        close(ops.from_blocks(ours(blocks, values), batch), dense_conv(x, weight))
+        last = [t.contiguous(memory_format=LAST) for t in (x, weight)]
+        rivals = sparseprop(nn.Conv2d(channels, channels, 3, padding=1, bias=False), x, weight)
+        for mode, way in MODES.items():
+            seconds = interleaved({
+                "dense": way(dense_conv, x, weight),
+                "dense channels_last": way(dense_conv, *last),
+                "ours": way(ours, x, values),
+                "ours, blocked": way(ours, blocks, values),
+                **{name: rival(module, x, mode) for name, module in rivals.items()},
+            })  # fmt: skip
+            if rivals:  # one of its kernels is far slower than the other, which one depends on the plane
+                seconds["SparseProp"] = min(seconds.pop(name) for name in rivals)
+            rows.add(*key, mode, seconds=seconds)
+
+
+def linear(rows: Rows, sparsities: list[float], batches: list[int]) -> None:
+    for batch, sparsity in product(batches, sparsities):
+        key = "linear", f"{FEATURES}x{FEATURES}", batch, sparsity
+        if not any(rows.missing(*key, mode) for mode in MODES):
+            continue
+        x, (weight, mask) = torch.randn(batch, FEATURES), pruned((FEATURES, FEATURES), sparsity)
+        pattern, values = sparse.pattern_of(mask), weight[mask]
+        packed, csr = ops_mkldnn._reorder_linear_weight(weight, batch), weight.to_sparse_csr()
+        ours = partial(multiply, pattern=pattern, shape=list(mask.shape))
+        close(ours(x, values), F.linear(x, weight))
+        close(onednn(x, packed), F.linear(x, weight))
+        rivals = sparseprop(nn.Linear(FEATURES, FEATURES, bias=False), x, weight)
+        rows.add(*key, "forward", seconds=interleaved({
+            "dense": forward(F.linear, x, weight),
+            "dense oneDNN": forward(onednn, x, packed),
+            "MKL CSR": forward(mkl, x, csr),
+            "ours": forward(ours, x, values),
+            **{name: rival(module, x, "forward") for name, module in rivals.items()},
+        }))  # fmt: skip
+        rows.add(*key, "forward + backward", seconds=interleaved({
+            "dense": backward(F.linear, x, weight),
+            "ours": backward(ours, x, values),
+            **{name: rival(module, x, "backward") for name, module in rivals.items()},
+        }))  # fmt: skip
+
+
+def training_step(model: nn.Module, x: Tensor) -> Run:
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+    model.train()
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+
+    return step
+
+
+def inference(model: nn.Module, x: Tensor) -> Run:
+    model.eval()
+
+    def run() -> None:
+        with torch.no_grad():
+            model(x)
+
+    return run
+
+
+WAYS = {"inference": inference, "training step": training_step}
+
+
+def dense_rivals(build: Callable[[], nn.Module], x: Tensor, mode: str, compiled: bool) -> dict[str, Run]:
+    """The sparsity makes no difference to them. "again": how much two measurements of one thing differ."""
+    way, images = WAYS[mode], x.dim() == 4
+    rivals = {"dense": way(build(), x), "again": way(build(), x)}
+    if images:
+        rivals["dense channels_last"] = way(build().to(memory_format=LAST), x.contiguous(memory_format=LAST))
+    if compiled:
+        torch._dynamo.reset()
+        rivals["torch.compile"] = way(torch.compile(build()), x)
+    return rivals
+
+
+class CsrLinear(nn.Module):
+    """What torch.sparse offers."""
+
+    def __init__(self, layer: nn.Linear):
+        super().__init__()
+        self.weight, self.bias = layer.weight.detach().to_sparse_csr(), layer.bias.detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return mkl(x.flatten(0, -2), self.weight).view(*x.shape[:-1], -1) + self.bias
+
+
+class OneDnnLinear(nn.Module):
+    """The fastest dense form for inference; F.linear is MKL's."""
+
+    def __init__(self, layer: nn.Linear, rows: int):
+        super().__init__()
+        self.weight = ops_mkldnn._reorder_linear_weight(layer.weight.detach(), rows)
+        self.bias = layer.bias.detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops_mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+def linear_rivals(model: nn.Module, x: Tensor, expected: Tensor) -> Iterator[tuple[str, Run]]:
+    rows = x.numel() // x.shape[-1]
+    for name, kind in (("dense oneDNN", partial(OneDnnLinear, rows=rows)), ("MKL CSR", CsrLinear)):
+        rival = copy.deepcopy(model)
+        for at, layer in model.named_modules():
+            if isinstance(layer, nn.Linear):
+                rival.set_submodule(at, kind(layer))
+        close(rival(x), expected)
+        yield name, inference(rival, x)
+
+
+def networks(
+    rows: Rows, sparsities: list[float], batches: list[int], names: list[str], compiled: list[int]
+) -> None:
+    """The speed-up counts the better dense layout, whatever the model was given in."""
+    for name, batch, mode in product(names, batches, WAYS):
+        network, _, kind = name.partition(", ")
+        wanted = [s for s in sparsities if rows.missing("network", name, batch, s, mode)]
+        if not wanted:
+            continue
+        build, shape = NETWORKS[network]
+        x = torch.randn(batch, *shape)
+        rivals = dense_rivals(build, x, mode, batch in compiled)
+        for sparsity in wanted:
+            torch.manual_seed(0)
+            model = build()
+            masks = (drive_masks if kind else uniform_masks)(model, sparsity)
+            model.train(mode == "training step")
+            ours = drive.sparse.convert(model, masks, x)
+            model, ours = copy.deepcopy(model), copy.deepcopy(ours)
+            expected = copy.deepcopy(model)(x).detach()
+            close(copy.deepcopy(ours)(x).detach(), expected)
+            more = {}
+            if mode == "inference" and x.dim() < 4:
+                with torch.no_grad():
+                    more = dict(linear_rivals(model, x, expected))
+            runs = {**rivals, **more, "ours": WAYS[mode](ours, x)}
+            rows.add(
+                "network", name, batch, sparsity, mode,
+                seconds=interleaved(runs, seconds=MODEL_SECONDS),
+                chosen=drive.sparse.report(ours).chosen,
+            )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", nargs="*", default=["layers", "linear", "networks"])
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--sparsities", nargs="+", type=float, default=list(SPARSITIES))
+    parser.add_argument("--networks", nargs="+", default=[*NETWORKS, "resnet18, DRIVE", "vgg16_bn, DRIVE"])
+    parser.add_argument("--batches", nargs="+", type=int)
+    parser.add_argument("--compiled", nargs="*", type=int, default=[32], help="batches for torch.compile")
+    options = parser.parse_args()
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+    rows = Rows(options.out)
+    if "layers" in options.what:
+        layers(rows, options.sparsities, options.batches or [32, 128])
+    if "linear" in options.what:
+        linear(rows, options.sparsities, options.batches or [1, 32, 256])
+    if "networks" in options.what:
+        batches = options.batches or [32, 1, 128]
+        networks(rows, options.sparsities, batches, options.networks, options.compiled)
+
+
+if __name__ == "__main__":
+    main()

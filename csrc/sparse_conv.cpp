@@ -1,0 +1,357 @@
+// drive::sparse_conv2d on CPU: direct convolution by the non-zeros of the weight.
+//
+//   1. Pieces: a block of 16 images, the lanes, or one image whose pixels are, and some rows of the output,
+//      so few that the part of the input that they need stays in the L2 cache.
+//   2. The input of a piece is copied into a Window: padded, lanes innermost, phases apart. There every
+//      non-zero ("tap") is one offset.
+//   3. For each output channel a tile of sums is kept in registers while its taps are walked: one broadcast
+//      of the value, one FMA with a load for each 16 outputs. No index an element, only one a non-zero.
+//   4. The sums go to their place in the output, transposed if it is [N, C, H, W] and lanes are images.
+//
+// The gradient to the input is the same with the taps sorted by input channel. The gradient to the weight
+// is a dot product a tap, of the same shifted window with the input.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <array>
+#include <limits>
+#include <tuple>
+
+#include "recycle.h"
+#include "sparse_conv.h"
+#include "sparse_layout.h"
+#include "sparse_pattern.h"
+#include "sparse_work.h"
+
+namespace drive {
+namespace {
+
+constexpr const char* kOp = "drive::sparse_conv2d";
+
+// Pieces of `blocks` x `places` rows of output: rows so that the input fits the cache, channels split
+// where there would be fewer pieces than threads.
+struct Pieces {
+  int64_t blocks, rows, tiles, channel_groups, channels;
+
+  Pieces(int64_t blocks_, int64_t places, int64_t channels_, int64_t bytes_a_row, int64_t halo)
+      : blocks(blocks_), channels(channels_) {
+    const int64_t bytes = static_cast<int64_t>(kShareOfL2 * l2_bytes());
+    const int64_t fit = bytes / std::max<int64_t>(bytes_a_row, 1) - halo;
+    tiles = (places + std::max<int64_t>(fit, 1) - 1) / std::max<int64_t>(fit, 1);
+    rows = (places + tiles - 1) / tiles;
+    tiles = (places + rows - 1) / rows;
+    const int64_t threads = at::get_num_threads();
+    channel_groups = blocks * tiles % threads == 0 || blocks * tiles >= 4 * threads
+                         ? 1 : std::min(threads, channels);
+  }
+
+  // One of the pieces: of the output's channels, those from begin to end.
+  struct Piece {
+    int64_t block, tile, begin, end;
+    bool moved;  // is its input another one than before?
+  };
+
+  // make(): what works on the pieces of one thread, one after the other.
+  template <class Make>
+  void run(const Make& make) const {
+    at::parallel_for(0, blocks * tiles * channel_groups, 1, [&](int64_t begin, int64_t end) {
+      auto work = make();
+      int64_t before = -1;
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t input = i / channel_groups, group = i % channel_groups;
+        work(Piece{input % blocks, input / blocks, channels * group / channel_groups,
+                   channels * (group + 1) / channel_groups, input != before});
+        before = input;
+      }
+    });
+  }
+};
+
+// Taps of each input channel's phases, in a window on the gradient to the output; `packed`: which of the
+// packed values each is.
+template <class T>
+Taps<T> backward_taps(const Conv& conv, const Pattern& pattern, const T* values, const Window& window,
+                      std::vector<int32_t>& packed) {
+  const int64_t phases = conv.stride[0] * conv.stride[1], area = conv.area();
+  std::vector<int32_t> offset(area), phase(area);
+  for (int64_t ky = 0, i = 0; ky < conv.kernel[0]; ++ky) {
+    for (int64_t kx = 0; kx < conv.kernel[1]; ++kx, ++i) {
+      offset[i] = static_cast<int32_t>((conv.reach(0) - conv.shift(0, ky)) * window.pitch() +
+                                       (conv.reach(1) - conv.shift(1, kx)) * window.entry());
+      phase[i] = static_cast<int32_t>(conv.phase(0, ky) * conv.stride[1] + conv.phase(1, kx));
+    }
+  }
+  Taps<T> taps(pattern.count);
+  packed.resize(pattern.count);
+  taps.start.assign(conv.in_channels() * phases + 1, 0);
+  for (int64_t c = 0; c < conv.in_channels(); ++c) {
+    const int32_t* start = pattern.column_start + c * area;
+    for (int64_t k = 0; k < area; ++k) taps.start[c * phases + phase[k] + 1] += start[k + 1] - start[k];
+  }
+  for (size_t i = 1; i < taps.start.size(); ++i) taps.start[i] += taps.start[i - 1];
+  const int64_t grain = channel_grain(conv.in_channels(), pattern.count);
+  at::parallel_for(0, conv.in_channels(), grain, [&](int64_t begin, int64_t end) {
+    std::vector<Tap<T>*> next(phases);
+    for (int64_t c = begin; c < end; ++c) {
+      for (int64_t p = 0; p < phases; ++p) next[p] = taps.taps + taps.start[c * phases + p];
+      for (int64_t k = 0; k < area; ++k) {
+        Tap<T>*& tap = next[phase[k]];
+        const int32_t* const range = pattern.column_start + c * area + k;
+        for (int32_t i = range[0]; i < range[1]; ++i) {
+          packed[tap - taps.taps] = pattern.packed[i];
+          *tap++ = {static_cast<int32_t>(pattern.row[i] * window.channel_size()) + offset[k],
+                    values[pattern.packed[i]]};
+        }
+      }
+    }
+  });
+  return taps;
+}
+
+// Should lanes be pixels? They need no transposing, but load across cache lines, and narrow planes would
+// leave some idle, as small batches do otherwise. Measured, in 0.1 ns a position: `cost` of a tap, which
+// where lanes are images is 4, and 30 for a channel's transposing.
+bool by_pixels(const Conv& conv, const at::Tensor& x, int64_t width, int64_t nnz, double cost) {
+  if (conv.stride[0] != 1 || conv.stride[1] != 1 || x.size(3) != width || width % kLanes != 0) return false;
+  const int64_t filled = (x.size(0) + kLanes - 1) / kLanes * kLanes;
+  return cost * nnz * x.size(0) <= (4. * nnz + 30. * (conv.out_channels + conv.in_channels())) * filled;
+}
+
+}  // namespace
+
+template <class T>
+at::Tensor convolve(const Conv& conv, const at::Tensor& input, const Pattern& pattern, const T* values,
+                    const Epilogue<T>& epilogue) {
+  const int64_t height = conv.out_size(0, input.size(2)), width = conv.out_size(1, input.size(3));
+  at::Tensor output = empty_recycled(output_size(conv, input.sizes()), input.options());
+  if (output.numel() == 0) return output;
+  const bool pixels = by_pixels(conv, input, width, pattern.count, 5.5);
+  const Images<T> in(input, pixels), out(output, pixels);
+  const auto window_of = [&](int64_t rows) {
+    return Window(in.entry(), conv.in_axis(0, in.height), conv.in_axis(1, in.width), rows + conv.reach(0),
+                  width + conv.reach(1), 0, conv.used_phases());
+  };
+  const Window row = window_of(1 - conv.reach(0));
+  const Pieces pieces(in.blocks(), height, conv.out_channels, row.channel_size() * in.channels * sizeof(T),
+                      conv.reach(0));
+  const Window in_window = window_of(pieces.rows);
+  check_reach(kOp, in_window, in.channels);
+  const Taps<T> taps = forward_taps(conv, pattern, values, in_window);
+  const auto multiply = sparse_kernels<T>().multiply;
+
+  pieces.run([&] {
+    const Window plane(out.entry(), {height}, {width}, pieces.rows, width, 0, {true});
+    return [&, source = Held<T>(in, in_window, kInputScratch, in.channels),
+            target = Held<T>(out, plane, kOutputScratch, 1)](const Pieces::Piece& piece) mutable {
+      const int64_t y0 = piece.tile * pieces.rows, end = std::min(y0 + pieces.rows, height);
+      if (piece.moved) {
+        source.move(y0);
+        source.load_used(piece.block, pattern.column_start, conv.area());
+        target.move(y0);
+      }
+      for (int64_t y = y0, step = out.strip(end - y0); y < end; y += step) {
+        const T* const from = source.at(0) + (y - y0) * in_window.pitch();
+        for (int64_t o = piece.begin; o < piece.end; ++o) {
+          T* const to = out.direct() ? out.at(piece.block, o) + y * width * out.stored() : target.at(0);
+          multiply({from, in_window.pitch(), taps.of(o), taps.count(o), std::min(step, end - y),
+                    width / out.position(), to, width * out.entry(),
+                    epilogue.residual ? epilogue.residual + (to - out.data) : nullptr,
+                    epilogue.bias ? epilogue.bias[o] : T(0), epilogue.floor});
+          if (!out.direct()) out.store(piece.block, o, target.window(), to);
+        }
+      }
+    };
+  });
+  return output;
+}
+template at::Tensor convolve(const Conv&, const at::Tensor&, const Pattern&, const float*,
+                             const Epilogue<float>&);
+template at::Tensor convolve(const Conv&, const at::Tensor&, const Pattern&, const double*,
+                             const Epilogue<double>&);
+
+void check_convolution(const char* op, at::IntArrayRef input, at::ScalarType type, const at::Tensor& values,
+                       at::IntArrayRef shape, at::IntArrayRef stride, at::IntArrayRef padding,
+                       at::IntArrayRef dilation, int64_t groups) {
+  TORCH_CHECK_VALUE(shape.size() == 4, op, ": shape must be that of a weight [O, C / groups, kh, kw], got ",
+                    shape);
+  TORCH_CHECK_VALUE(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2, op,
+                    ": stride, padding and dilation must be two numbers each, got ", stride, ", ", padding,
+                    ", ", dilation);
+  for (int d = 0; d < 2; ++d) {
+    TORCH_CHECK_VALUE(stride[d] > 0 && dilation[d] > 0 && padding[d] >= 0 && shape[2 + d] > 0, op,
+                      ": stride, dilation and the kernel's size must be > 0 and padding >= 0, got ", stride,
+                      ", ", dilation, ", ", shape, ", ", padding);
+  }
+  TORCH_CHECK_VALUE(groups > 0 && shape[0] % groups == 0, op, ": groups must divide ", shape[0],
+                    " output channels, got ", groups);
+  TORCH_CHECK_TYPE(at::isFloatingType(type), op, ": input must be floating-point, got ", type);
+  TORCH_CHECK_TYPE(values.scalar_type() == type, op, ": values must be ", type, ", as input is, got ",
+                   values.scalar_type());
+  TORCH_CHECK_VALUE(input.size() == 4 || (input.size() == 5 && input[4] == kLanes), op,
+                    ": input must be [N, C, H, W] or blocked [N / 16, C, H, W, 16], got ", input);
+  TORCH_CHECK_VALUE(input[1] == shape[1] * groups, op, ": input must have ", shape[1] * groups,
+                    " channels, got ", input[1]);
+  for (int d = 0; d < 2; ++d) {
+    TORCH_CHECK_VALUE(input[2 + d] + 2 * padding[d] > dilation[d] * (shape[2 + d] - 1), op,
+                      ": input must, padded, be no smaller than the kernel, got ", input);
+  }
+}
+
+namespace {
+
+// The gradients to the input and to the packed values. With the taps sorted by input channel, both come
+// from the same window on the gradient to the output: a tap adds what it sees there, times its value, to
+// its channel's gradient, and gets the product of what it sees there and its channel's input.
+template <class T>
+void backward(const Conv& conv, const at::Tensor& grad, const at::Tensor& input, const Pattern& pattern,
+              const T* values, at::Tensor* to_input, at::Tensor* to_values) {
+  const bool pixels = by_pixels(conv, input, grad.size(3), pattern.count, 7);
+  const Images<T> in(grad, pixels), x(input, pixels), out(to_input ? *to_input : input, pixels);
+  const int64_t phases = conv.stride[0] * conv.stride[1];
+  const Axis y_axis = conv.in_axis(0, x.height), x_axis = conv.in_axis(1, x.width);
+  const int64_t y_first = y_axis.place(0), places = y_axis.place(x.height - 1) + 1 - y_first;
+  const int64_t x_first = x_axis.place(0), cols = x_axis.place(x.width - 1) + 1 - x_first;
+  const auto window_of = [&](int64_t rows) {
+    return Window(in.entry(), {in.height}, {in.width}, rows + conv.reach(0), cols + conv.reach(1),
+                  x_first - conv.reach(1), {true});
+  };
+  const Window row = window_of(1 - conv.reach(0));
+  const Pieces pieces(x.blocks(), places, x.channels, row.channel_size() * in.channels * sizeof(T),
+                      conv.reach(0));
+  const Window in_window = window_of(pieces.rows);
+  check_reach(kOp, in_window, in.channels);
+  std::vector<int32_t> packed;
+  const Taps<T> taps = backward_taps(conv, pattern, values, in_window, packed);
+  const auto& kernels = sparse_kernels<T>();
+  const int64_t copies = to_values ? at::get_num_threads() : 0;
+  const at::Tensor sums = at::zeros({copies, pattern.count}, input.options());
+  const bool direct = x.direct() && phases == 1;
+
+  pieces.run([&] {
+    const Window plane(x.entry(), y_axis, x_axis, pieces.rows, cols, x_first,
+                       std::vector<bool>(phases, true));
+    T* const mine = to_values ? sums.data_ptr<T>() + at::get_thread_num() * pattern.count : nullptr;
+    return [&, mine, source = Held<T>(in, in_window, kInputScratch, in.channels),
+            plane_in = Held<T>(x, plane, kPlaneScratch, 1),
+            plane_out = Held<T>(out, plane, kOutputScratch, 1)](const Pieces::Piece& piece) mutable {
+      const int64_t y0 = y_first + piece.tile * pieces.rows;
+      const int64_t rows = std::min(pieces.rows, y_first + places - y0);
+      if (piece.moved) {
+        source.move(y0 - conv.reach(0));
+        source.load_used(piece.block, pattern.row_start, 1);
+        plane_in.move(y0);
+        plane_out.move(y0);
+      }
+      const Window& window = plane_in.window();
+      for (int64_t c = piece.begin; c < piece.end; ++c) {
+        const int64_t here = window.first() * x.stored();
+        T* const from = direct ? x.at(piece.block, c) + here : plane_in.at(0);
+        T* const to = direct ? out.at(piece.block, c) + here : plane_out.at(0);
+        const bool used = taps.start[c * phases] < taps.start[(c + 1) * phases];
+        if (mine && !direct && used) plane_in.load(piece.block, c, 0);
+        for (int64_t p = 0, v = c * phases; p < phases; ++p, ++v) {
+          const int64_t at = p * window.slot_size();
+          if (to_input) {
+            kernels.multiply({source.at(0), in_window.pitch(), taps.of(v), taps.count(v), rows,
+                              cols / x.position(), to + at, window.pitch(), nullptr, T(0),
+                              -std::numeric_limits<T>::infinity()});
+          }
+          if (mine) {
+            kernels.sample({source.at(0), in_window.pitch(), taps.of(v), taps.count(v), rows,
+                            cols / x.position(), from + at, window.pitch(), mine + taps.start[v]});
+          }
+        }
+        if (to_input && !direct) out.store(piece.block, c, window, to);
+      }
+    };
+  });
+  if (!to_values) return;
+  T* const found = to_values->data_ptr<T>();
+  for (int64_t i = 0; i < pattern.count; ++i) {
+    T sum = 0;
+    for (int64_t t = 0; t < copies; ++t) sum += sums.data_ptr<T>()[t * pattern.count + i];
+    found[packed[i]] = sum;
+  }
+}
+
+at::Tensor sparse_conv2d_cpu(const at::Tensor& input, const at::Tensor& values, at::TensorList pattern,
+                             const std::optional<at::Tensor>& bias, at::IntArrayRef shape,
+                             at::IntArrayRef stride,
+                             at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
+                             const std::optional<at::Tensor>& residual, bool relu) {
+  if (is_half(input) && values.scalar_type() == input.scalar_type()) {
+    const auto extra = residual ? std::optional(widened(*residual)) : std::nullopt;
+    return sparse_conv2d_cpu(widened(input), widened(values), pattern, bias, shape, stride, padding, dilation,
+                             groups, extra, relu)
+        .to(input.scalar_type());
+  }
+  check_convolution(kOp, input.sizes(), input.scalar_type(), values, shape, stride, padding, dilation,
+                    groups);
+  const Conv conv(shape, stride, padding, dilation, groups);
+  const Pattern where(kOp, pattern, conv.out_channels, conv.columns() * groups, values);
+  const at::Tensor x = input.contiguous(), v = values.contiguous();
+  const at::Tensor b = bias ? bias->to(x.scalar_type()).contiguous() : at::Tensor();
+  if (bias) {
+    TORCH_CHECK_VALUE(b.dim() == 1 && b.numel() == conv.out_channels, kOp, ": bias must have shape [",
+                      conv.out_channels, "], got ", b.sizes());
+  }
+  at::Tensor r;
+  if (residual) {
+    const auto size = output_size(conv, x.sizes());
+    TORCH_CHECK_VALUE(x.dim() == 5 && residual->sizes() == at::IntArrayRef(size), kOp,
+                      ": residual must be blocked, of shape ", size, ", got ", residual->sizes());
+    r = residual->to(x.scalar_type()).contiguous();
+  }
+  return AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), kOp, [&] {
+    Epilogue<scalar_t> epilogue;
+    if (bias) epilogue.bias = b.data_ptr<scalar_t>();
+    if (residual) epilogue.residual = r.data_ptr<scalar_t>();
+    if (relu) epilogue.floor = 0;
+    return convolve<scalar_t>(conv, x, where, v.data_ptr<scalar_t>(), epilogue);
+  });
+}
+
+using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+
+Gradients sparse_conv2d_backward_cpu(const at::Tensor& grad, const at::Tensor& input,
+                                     const at::Tensor& values,
+                                     at::TensorList pattern, at::IntArrayRef shape, at::IntArrayRef stride,
+                                     at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
+                                     std::array<bool, 3> needed) {
+  if (is_half(input) && values.scalar_type() == input.scalar_type()) {
+    return narrowed(sparse_conv2d_backward_cpu(widened(grad), widened(input), widened(values), pattern, shape,
+                                               stride, padding, dilation, groups, needed),
+                    input.scalar_type());
+  }
+  check_convolution(kOp, input.sizes(), input.scalar_type(), values, shape, stride, padding, dilation,
+                    groups);
+  const Conv conv(shape, stride, padding, dilation, groups);
+  const Pattern where(kOp, pattern, conv.out_channels, conv.columns() * groups, values);
+  const at::Tensor g = grad.contiguous(), x = input.contiguous(), v = values.contiguous();
+  const at::Tensor none = at::empty({0}, x.options());
+  Gradients gradients{needed[0] ? empty_recycled(x.sizes(), x.options()) : none,
+                      needed[1] ? at::zeros({where.count}, x.options()) : none.clone(), none.clone()};
+  if (x.numel() > 0 && g.numel() > 0 && (needed[0] || needed[1])) {
+    AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), kOp, [&] {
+      backward<scalar_t>(conv, g, x, where, v.data_ptr<scalar_t>(),
+                         needed[0] ? &std::get<0>(gradients) : nullptr,
+                         needed[1] ? &std::get<1>(gradients) : nullptr);
+    });
+  } else if (needed[0]) {
+    std::get<0>(gradients).zero_();
+  }
+  if (needed[2]) {
+    std::get<2>(gradients) = g.dim() == 5 ? g.sum({0, 2, 3, 4}) : g.sum({0, 2, 3});
+  }
+  return gradients;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(drive, CPU, m) {
+  m.impl("sparse_conv2d", &sparse_conv2d_cpu);
+  m.impl("sparse_conv2d_backward", &sparse_conv2d_backward_cpu);
+}
+
+}  // namespace drive

@@ -1,0 +1,82 @@
+// What the instruction-set variants of the sparse ops' inner loops share: types, and the table through
+// which the one that this processor can run is called.
+#pragma once
+
+#include <cstdint>
+
+namespace drive {
+
+// Images (or rows of a linear layer's input) that are computed together, one a lane: 64 bytes of float32,
+// a cache line and the widest register. All kernels see "positions" of kLanes entries.
+constexpr int kLanes = 16;
+
+// One non-zero, as the loops use it: multiply what lies `offset` entries further on in the input by value.
+template <class T>
+struct Tap {
+  int32_t offset;
+  T value;
+};
+
+// out[y][x] = max(floor, start[y][x] + bias + sum over taps of value * in[y][x + offset])
+template <class T>
+struct Product {
+  const T* in;
+  int64_t in_pitch;  // entries from one row of positions to the next
+  const Tap<T>* taps;
+  int64_t count;
+  int64_t rows, cols;
+  T* out;
+  int64_t out_pitch;
+  const T* start;  // null: zeros; laid out as `out`
+  T bias, floor;
+};
+
+// sums[k] += sum over positions and lanes of grad[y][x] * in[y][x + offset of tap k]
+template <class T>
+struct Sampled {
+  const T* in;
+  int64_t in_pitch;
+  const Tap<T>* taps;
+  int64_t count;
+  int64_t rows, cols;
+  const T* grad;
+  int64_t grad_pitch;
+  T* sums;
+};
+
+template <class T>
+struct SparseKernels {
+  void (*multiply)(const Product<T>&);
+  void (*sample)(const Sampled<T>&);
+  // Sum of values[i] * x[at[i]].
+  T (*dot)(const T* values, const int32_t* at, int64_t count, const T* x);
+  // Entry j of row i goes to lane i at offsets[j]; lanes without a row become 0.
+  void (*to_lanes)(const T* from, int64_t row_stride, int rows, int cols, T* to, const int32_t* offsets);
+  void (*from_lanes)(const T* from, const int32_t* offsets, T* to, int64_t row_stride, int rows, int cols);
+};
+
+// Loops over the planes of blocked images; what each computes stands beside it in blocked_kernels.h.
+template <class T>
+struct BlockedKernels {
+  void (*add)(const T* x, int64_t count, T center, T* sums);
+  void (*add_squares)(const T* x, int64_t count, T center, T* sums);
+  void (*affine)(const T* x, const T* residual, int64_t count, const T* scale, const T* shift, T floor,
+                 T* out);
+  void (*add_products)(const T* grad, const T* out, const T* x, int64_t count, T center, T* sums,
+                       T* products);
+  void (*combine)(const T* grad, const T* out, const T* x, int64_t count, const T* scale, const T* slope,
+                  const T* shift, T* to, T* masked);
+};
+
+// The variants for this processor, as PyTorch sees it (ATEN_CPU_CAPABILITY=default|avx2|avx512 lowers it).
+template <class T>
+const SparseKernels<T>& sparse_kernels();
+extern template const SparseKernels<float>& sparse_kernels<float>();
+extern template const SparseKernels<double>& sparse_kernels<double>();
+
+template <class T>
+const BlockedKernels<T>& blocked_kernels();
+extern template const BlockedKernels<float>& blocked_kernels<float>();
+extern template const BlockedKernels<double>& blocked_kernels<double>();
+
+}  // namespace drive

@@ -1,0 +1,133 @@
+// A batch of images in memory, what the sparse ops take for their 16 lanes, and how the images travel
+// between memory and a Window.
+//
+//   planes    [N, C, H, W], lanes are images: transposed on the way
+//   pixels    [N, C, H, W], lanes are neighbours in a row of one image: copied as they are
+//   blocked   [ceil(N / 16), C, H, W, 16], lanes are images
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "sparse_window.h"
+#include "sparse_work.h"
+
+namespace drive {
+
+enum class Layout { planes, pixels, blocked };
+
+template <class T>
+struct Images {
+  Layout layout;
+  T* data;
+  int64_t batch;  // of a blocked tensor, all lanes
+  int64_t channels, height, width;
+
+  explicit Images(const at::Tensor& t, bool pixels = false)
+      : layout(t.dim() == 5 ? Layout::blocked : pixels ? Layout::pixels : Layout::planes),
+        data(t.data_ptr<T>()),
+        batch(t.dim() == 5 ? t.size(0) * kLanes : t.size(0)),
+        channels(t.size(1)),
+        height(t.size(2)),
+        width(t.size(3)) {}
+
+  // Can the kernels use the memory as it is, without a window?
+  bool direct() const { return layout != Layout::planes; }
+  // What is computed together: images a block, pixels a position, and entries a pixel in a window.
+  int64_t block() const { return layout == Layout::pixels ? 1 : kLanes; }
+  int64_t blocks() const { return (batch + block() - 1) / block(); }
+  int64_t position() const { return kLanes / block(); }
+  int64_t entry() const { return block(); }
+  // Rows that are worth going through all output channels with, out of so many: 8 positions of pixels have
+  // an input so small that it nearly fits the L1 cache.
+  int64_t strip(int64_t rows) const {
+    return layout == Layout::pixels ? std::clamp<int64_t>(8 * kLanes / width, 1, rows) : rows;
+  }
+  int64_t plane() const { return height * width; }
+  // A block's plane, and its entries a pixel in memory.
+  T* at(int64_t b, int64_t channel) const {
+    return data + (layout == Layout::planes ? b * kLanes * channels + channel : b * channels + channel) *
+                      plane() * stored();
+  }
+  int64_t stored() const { return layout == Layout::blocked ? kLanes : 1; }
+  int lanes(int64_t b) const { return static_cast<int>(std::min<int64_t>(kLanes, batch - b * kLanes)); }
+
+  void load(int64_t b, int64_t channel, const Window& window, T* to) const {
+    const int32_t* offsets = window.offsets();
+    const T* from = at(b, channel) + window.first() * stored();
+    if (layout == Layout::planes) {
+      const auto& to_lanes = sparse_kernels<T>().to_lanes;
+      for (int64_t i = 0; i < window.count(); i += kLanes) {
+        const int cols = static_cast<int>(std::min<int64_t>(kLanes, window.count() - i));
+        to_lanes(from + i, channels * plane(), lanes(b), cols, to, offsets + i);
+      }
+    } else {
+      const int64_t run = window.whole_rows() ? width : 1;
+      for (int64_t i = 0; i < window.count(); i += run) {
+        if (run == 1 && offsets[i] == window.nowhere()) continue;  // its cache line is not needed
+        for (int64_t j = 0; j < run * entry(); j += kLanes) {
+          std::memcpy(to + offsets[i] + j, from + i * entry() + j, kLanes * sizeof(T));
+        }
+      }
+    }
+  }
+
+  void store(int64_t b, int64_t channel, const Window& window, const T* from) const {
+    const int32_t* offsets = window.offsets();
+    T* to = at(b, channel) + window.first() * stored();
+    if (layout == Layout::planes) {
+      const auto& from_lanes = sparse_kernels<T>().from_lanes;
+      for (int64_t i = 0; i < window.count(); i += kLanes) {
+        const int cols = static_cast<int>(std::min<int64_t>(kLanes, window.count() - i));
+        from_lanes(from, offsets + i, to + i, channels * plane(), lanes(b), cols);
+      }
+    } else {
+      for (int64_t i = 0; i < window.count(); ++i) {
+        std::memcpy(to + i * kLanes, from + offsets[i], kLanes * sizeof(T));
+      }
+    }
+  }
+};
+
+// A window on some channels, in the calling thread's scratch memory. Where it lies outside the planes is
+// cleared only when it has moved.
+template <class T>
+class Held {
+ public:
+  Held(const Images<T>& images, const Window& window, ScratchSlot slot, int64_t channels)
+      : images_(images),
+        window_(window),
+        channels_(channels),
+        data_(scratch<T>(slot, channels * window.channel_size())) {}
+
+  void move(int64_t row0) {
+    if (moved_ && row0 == row0_) return;
+    moved_ = true, row0_ = row0;
+    window_.move(row0);
+    for (int64_t i = 0; i < channels_; ++i) {
+      for (const int32_t hole : window_.holes()) std::fill_n(at(i) + hole, window_.entry(), T(0));
+    }
+  }
+  void load(int64_t block, int64_t channel, int64_t i) { images_.load(block, channel, window_, at(i)); }
+  // All channels that have taps: those from start[c * step] to start[(c + 1) * step].
+  void load_used(int64_t block, const int32_t* start, int64_t step) {
+    for (int64_t c = 0; c < channels_; ++c) {
+      if (start[c * step] < start[(c + 1) * step]) load(block, c, c);
+    }
+  }
+
+  const Window& window() const { return window_; }
+  T* at(int64_t i) const { return data_ + i * window_.channel_size(); }
+
+ private:
+  const Images<T>& images_;
+  Window window_;
+  int64_t channels_;
+  T* data_;
+  bool moved_ = false;
+  int64_t row0_ = 0;
+};
+
+}  // namespace drive

@@ -1,0 +1,60 @@
+// How the sparse ops divide their work: pieces whose input stays in the L2 cache, and memory for them.
+#pragma once
+
+#include <unistd.h>
+
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+namespace drive {
+
+// Of the L2 cache, so much for a piece's input: the rest is for taps and output that stream through.
+constexpr double kShareOfL2 = 0.7;
+
+inline int64_t l2_bytes() {
+  static const int64_t bytes = [] {
+    int64_t found = 0;
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+    found = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#endif
+    return found > 0 ? found : int64_t{1} << 20;
+  }();
+  return bytes;
+}
+
+// Memory of the calling thread that stays allocated between calls: fresh pages would cost a page fault
+// each, more than the work on them.
+enum ScratchSlot {
+  kInputScratch,
+  kOutputScratch,
+  kPlaneScratch,
+  kBetweenScratch,
+  kTapScratch,
+  kSecondTapScratch,
+  kScratchSlots
+};
+
+template <class T>
+T* scratch(ScratchSlot slot, int64_t entries) {
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  struct Room {
+    std::unique_ptr<void, Free> memory;
+    size_t bytes = 0;
+  };
+  thread_local Room rooms[kScratchSlots];
+  Room& room = rooms[slot];
+  const size_t bytes = (entries * sizeof(T) + 4095) / 4096 * 4096;
+  if (bytes > room.bytes) {
+    room.memory.reset();
+    room.memory.reset(std::aligned_alloc(4096, bytes));
+    room.bytes = room.memory ? bytes : 0;
+    if (!room.memory) throw std::bad_alloc();
+  }
+  return static_cast<T*>(room.memory.get());
+}
+
+}  // namespace drive

@@ -1,0 +1,196 @@
+"""drive.sparse.convert: each pruned layer, and the model as a whole, on whatever runs fastest."""
+
+from __future__ import annotations
+
+import copy
+import types
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from drive.masks import Masks
+from drive.targets import unwrap
+
+from .chains import link, trace
+from .gpu import candidates, reasons_against
+from .layers import SparseConv2d, SparseLinear, _share
+from .measure import BLOCKED, CHANNELS_LAST, Costs, model_times
+from .report import Choice, Report, attach
+
+# What is not faster by so much than the way before it - as it is, in another layout, sparse - is not taken:
+# two measurements of one thing differ by some percent.
+_MARGIN = 0.97
+
+
+def convert(
+    model: nn.Module,
+    masks: Masks | Mapping[str, Tensor],
+    example_inputs: Tensor | tuple[Any, ...],
+    deterministic: bool = False,
+) -> nn.Module:
+    """The same model, sharing its parameters and buffers, faster where its masks allow.
+
+    Every Conv2d and Linear with a mask is measured at the shapes that it sees for the example: dense
+    (contiguous and channels_last) and sparse, forward, and with backward if the model is in training mode.
+    Then the whole model is: as it is, in channels_last, and with the winning layers sparse.
+    Sparse is: on the CPU, any mask; on CUDA, Linear layers only, as `drive.sparse.gpu.candidates` has them.
+
+    Args:
+        model: on the CPU or on CUDA; its mode, training or evaluation, says what to measure.
+        masks: of its parameters by name; the tensors are shared, so that further pruning is followed.
+        example_inputs: the model's input, or a tuple of its positional arguments.
+        deterministic: choose by a cost model instead of measuring: the same choice on every run. There is
+            none for CUDA.
+
+    Returns:
+        A module with the model's parameters, buffers and state_dict keys; see `report`.
+
+    Raises:
+        ValueError: the masks are not of this model, or `deterministic` on CUDA.
+    """
+    model = unwrap(model)
+    if deterministic and any(p.is_cuda for p in model.parameters()):
+        raise ValueError("convert: deterministic must be False for a model on CUDA, got True")
+    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    Masks(masks)._pairs(model, "convert")
+    seen = _inputs_of_layers(model, inputs)
+    costs = Costs(deterministic, model.training)
+    sparse: dict[str, nn.Module] = {}
+    choices = []
+    for name, layer in model.named_modules():
+        mask = masks.get(f"{name}.weight" if name else "weight")
+        if mask is None or not isinstance(layer, (nn.Conv2d, nn.Linear)):
+            continue
+        choice, found = _choose(name, layer, mask, seen.get(name), costs)
+        choices.append(choice)
+        if found is not None:
+            sparse[name] = found
+    ways: dict[str, nn.Module] = {"dense": _copied(model), CHANNELS_LAST: _copied(model)}
+    if sparse:
+        chained = _chained(model, sparse)
+        if chained is not None:
+            ways["sparse chains"] = chained
+        ways["sparse layers"] = _replaced(model, sparse)
+    whole: dict[str, float] = {}
+    way: str
+    if deterministic:
+        way = next(w for w in ("sparse chains", "sparse layers", "dense") if w in ways)
+    else:
+        whole = model_times(ways, inputs, model.training)
+        way = "dense"
+        for other in sorted(whole, key=lambda w: whole[w], reverse=True):
+            if whole[other] < whole[way] * _MARGIN:
+                way = other
+    result = ways[way]
+    if way == CHANNELS_LAST:
+        result.to(memory_format=torch.channels_last)
+    attach(result, Report(choices, whole, way))
+    return result
+
+
+def _choose(
+    name: str,
+    layer: nn.Conv2d | nn.Linear,
+    mask: Tensor,
+    shape: torch.Size | None,
+    costs: Costs,
+) -> tuple[Choice, nn.Module | None]:
+    density = float(mask.sum()) / max(mask.numel(), 1)
+    found: dict[str, nn.Module] = {}
+    seconds: dict[str, float] = {}
+    if type(layer) not in (nn.Conv2d, nn.Linear):
+        why = f"{type(layer).__name__} may compute something else"
+    elif shape is None:
+        why = "not called with the example"
+    else:
+        found, why = _candidates(layer, mask, costs.training)
+        if found:
+            seconds = costs.of(layer, found, shape, density)
+    dense = {name: s for name, s in seconds.items() if name.startswith("dense")}
+    chosen = min(dense, key=dense.__getitem__, default="dense")
+    fastest = min(seconds, key=seconds.__getitem__, default="dense")
+    best = None
+    if fastest not in dense and found and seconds[fastest] <= dense[chosen] * _MARGIN:
+        chosen, best = fastest, found[fastest.removesuffix(BLOCKED)]
+    if costs.deterministic:
+        why, seconds = why or "by the cost model", {}
+    return Choice(name, tuple(layer.weight.shape), tuple(shape or ()), density, seconds, chosen, why), best
+
+
+def _candidates(
+    layer: nn.Conv2d | nn.Linear, mask: Tensor, training: bool
+) -> tuple[dict[str, nn.Module], str]:
+    """The sparse layers that can take a layer's place, or why there are none."""
+    if layer.weight.is_cuda:
+        if found := candidates(layer, mask, training):
+            return found, ""
+        reasons = reasons_against(layer, mask, training)
+        return {}, "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    kind: type[SparseConv2d] | type[SparseLinear]
+    kind = SparseConv2d if isinstance(layer, nn.Conv2d) else SparseLinear
+    why = kind.reason_against(layer)  # type: ignore[arg-type]
+    return ({}, why) if why else ({"sparse": kind.from_dense(layer, mask)}, "")  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def _inputs_of_layers(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, torch.Size]:
+    """Shape of the input of every Conv2d and Linear, in evaluation mode: nothing in the model changes."""
+    seen: dict[str, torch.Size] = {}
+
+    def watch(name: str) -> Any:
+        def hook(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+            if arguments and isinstance(arguments[0], Tensor):
+                seen.setdefault(name, arguments[0].shape)
+
+        return hook
+
+    handles = [
+        layer.register_forward_pre_hook(watch(name))
+        for name, layer in model.named_modules()
+        if isinstance(layer, (nn.Conv2d, nn.Linear))
+    ]
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        model(*inputs)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """A copy of the modules, with the very parameters and buffers."""
+    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)
+
+
+def _replaced(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:
+    if "" in layers:
+        return layers[""]
+    result = _copied(model)
+    for name, layer in layers.items():
+        result.set_submodule(name, _share(type(layer), layer))  # chains change the layer, the others do not
+    return result
+
+
+def _chained(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module | None:
+    """None: torch.fx cannot trace the model, or no convolution would be in a chain."""
+    convolutions = {
+        name for name, layer in layers.items() if isinstance(layer, SparseConv2d) and layer.works_in_blocks
+    }
+    if not convolutions or "" in layers:
+        return None
+    replaced = _replaced(model, layers)
+    try:
+        graph = trace(replaced)
+    except Exception:  # whatever the model's Python does with a tracer's proxies
+        return None
+    link(graph, convolutions)
+    # The modules stay in the model's own tree and order, which keys and optimizers go by.
+    replaced.forward = types.MethodType(type(graph).forward, replaced)
+    return replaced
