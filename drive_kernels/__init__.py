@@ -13,6 +13,7 @@ from . import block as block
 from . import blocked as blocked
 from . import masked as masked
 from . import packed as packed
+from . import pair as pair
 from . import prune as prune
 from . import registry
 from . import shards as shards
@@ -34,6 +35,7 @@ __all__ = [
     "implementations",
     "masked",
     "packed",
+    "pair",
     "prune",
     "shards",
     "sparse",
