@@ -20,9 +20,10 @@ struct PruneArguments {
     const auto fits = [&](at::TensorList list, bool optional) {
       return list.size() == weights.size() || (optional && list.empty());
     };
-    TORCH_CHECK_VALUE(fits(masks, reads_only) && fits(mask_grads, true) && fits(grads, mask_grads.empty()), op,
-                      ": weights, grads, mask_grads and masks must be of one length (or mask_grads empty, or both "
-                      "gradients), got ",
+    TORCH_CHECK_VALUE(fits(masks, reads_only) && fits(mask_grads, true) && fits(grads, mask_grads.empty()),
+                      op,
+                      ": weights, grads, mask_grads and masks must be of one length (or mask_grads empty, "
+                      "or both gradients), got ",
                       weights.size(), ", ", grads.size(), ", ", mask_grads.size(), ", ", masks.size());
     TORCH_CHECK_VALUE(prune >= 0 && min_keep >= 0, op, ": prune and min_keep must be >= 0, got ", prune,
                       ", ", min_keep);

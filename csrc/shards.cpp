@@ -37,8 +37,8 @@ std::vector<Item> items_of(const PruneArguments& arguments) {
 }
 
 // Operands that are only read.
-PruneArguments checked(const char* op, at::TensorList weights, at::TensorList grads, at::TensorList mask_grads,
-                       at::TensorList masks, bool wide) {
+PruneArguments checked(const char* op, at::TensorList weights, at::TensorList grads,
+                       at::TensorList mask_grads, at::TensorList masks, bool wide) {
   PruneArguments arguments{weights, grads, mask_grads, masks, masks.empty(), 0, 0, op, true};
   TORCH_CHECK_VALUE(!arguments.check() || wide, op, ": wide must be true for float64 scores, got false");
   return arguments;
@@ -62,7 +62,8 @@ auto bits_in(const at::Tensor& scores) {
 
 template <class Key>
 at::Tensor sample_of(const std::vector<Item>& items, int64_t entries, int64_t count) {
-  const std::vector<Key> keys = entries && count ? sample<Key>(items, all(items), entries, count) : std::vector<Key>{};
+  std::vector<Key> keys;
+  if (entries > 0 && count > 0) keys = sample<Key>(items, all(items), entries, count);
   at::Tensor scores = empty_scores<Key>(keys.size());
   auto* end = bits_in<Key>(scores);
   for (const Key key : keys) {
@@ -169,8 +170,8 @@ Survey survey_of(const std::vector<Item>& items, Key low, Key high, int64_t room
   return {counts, sums, scores.narrow(0, 0, total <= room_inside ? total : 0), blocks};
 }
 
-Survey shard_survey(at::TensorList weights, at::TensorList grads, at::TensorList mask_grads, at::TensorList masks,
-                    bool wide, int64_t low, int64_t high, int64_t room) {
+Survey shard_survey(at::TensorList weights, at::TensorList grads, at::TensorList mask_grads,
+                    at::TensorList masks, bool wide, int64_t low, int64_t high, int64_t room) {
   const PruneArguments arguments = checked("drive::shard_survey", weights, grads, mask_grads, masks, wide);
   const DefaultRounding rounding;
   const std::vector<Item> items = items_of(arguments);
@@ -218,7 +219,8 @@ at::Tensor shard_ties(at::TensorList weights, at::TensorList grads, at::TensorLi
                       at::TensorList masks, bool wide, int64_t threshold, const at::Tensor& ends,
                       const std::optional<at::Tensor>& blocks) {
   const PruneArguments arguments = checked("drive::shard_ties", weights, grads, mask_grads, masks, wide);
-  TORCH_CHECK_VALUE(weights.size() == 1 && ends.dim() == 1 && ends.numel() > 1 && ends.scalar_type() == at::kLong,
+  TORCH_CHECK_VALUE(weights.size() == 1 && ends.dim() == 1 && ends.numel() > 1 &&
+                        ends.scalar_type() == at::kLong,
                     "drive::shard_ties: ends must be two int64 positions or more in one tensor, got ",
                     ends.numel(), " in ", weights.size());
   const DefaultRounding rounding;
@@ -245,21 +247,23 @@ void apply_to(std::vector<Item> items, at::IntArrayRef thresholds, at::IntArrayR
     if (tie_end > 0 && tie_end < items[id].numel()) items[id].walk_logically();
     for (const Chunk& chunk : chunks_of(items, {id})) {
       const auto first = static_cast<int32_t>(std::clamp<int64_t>(tie_end - chunk.begin, 0, chunk.count));
-      if (first > 0) cuts.push_back({{id, first, chunk.begin}, threshold});
-      if (first < chunk.count) cuts.push_back({{id, chunk.count - first, chunk.begin + first}, threshold + 1});
+      const Chunk ties{id, first, chunk.begin}, rest{id, chunk.count - first, chunk.begin + first};
+      if (ties.count > 0) cuts.push_back({ties, threshold});
+      if (rest.count > 0) cuts.push_back({rest, threshold + 1});
     }
   }
   apply_cuts(items, cuts);
 }
 
-void shard_apply(at::TensorList weights, at::TensorList grads, at::TensorList mask_grads, at::TensorList masks,
-                 bool fresh, bool wide, at::IntArrayRef thresholds, at::IntArrayRef tie_ends) {
+void shard_apply(at::TensorList weights, at::TensorList grads, at::TensorList mask_grads,
+                 at::TensorList masks, bool fresh, bool wide, at::IntArrayRef thresholds,
+                 at::IntArrayRef tie_ends) {
   const char* op = "drive::shard_apply_";
   const PruneArguments arguments{weights, grads, mask_grads, masks, fresh, 0, 0, op};
   TORCH_CHECK_VALUE(!arguments.check() || wide, op, ": wide must be true for float64 scores, got false");
   TORCH_CHECK_VALUE(thresholds.size() == weights.size() && tie_ends.size() == weights.size(), op,
-                    ": thresholds and tie_ends must be ", weights.size(), ", got ", thresholds.size(), " and ",
-                    tie_ends.size());
+                    ": thresholds and tie_ends must be ", weights.size(), ", got ", thresholds.size(),
+                    " and ", tie_ends.size());
   arguments.expect_fresh_masks();
   const DefaultRounding rounding;
   if (wide) {
@@ -297,7 +301,9 @@ at::Tensor checksum(const at::Tensor& input) {
     case 2: sum = checksum_of(static_cast<const int16_t*>(data), n); break;
     case 4: sum = checksum_of(static_cast<const int32_t*>(data), n); break;
     case 8: sum = checksum_of(static_cast<const int32_t*>(data), 2 * n); break;
-    default: TORCH_CHECK_TYPE(false, "drive::checksum: input must have entries of 1 to 8 bytes, got ", dense.dtype());
+    default:
+      TORCH_CHECK_TYPE(false, "drive::checksum: input must have entries of 1 to 8 bytes, got ",
+                       dense.dtype());
   }
   return at::scalar_tensor(static_cast<int64_t>(sum), at::kLong);
 }

@@ -32,7 +32,7 @@ def case(seed: int) -> tuple[dict[str, list[Tensor]], dict[str, Any]]:
     dtypes = [torch.float32, torch.bfloat16, torch.float16, *([torch.float64] if wide else [])]
     tensors: dict[str, list[Tensor]] = {"weights": [], "grads": [], "mask_grads": [], "masks": []}
     for _ in range(draw.randint(1, 4)):
-        shape = draw.choice(([64, 48], [2, 300], [7, 5, 3, 3], [1], [1001], [0, 4], [130, 150]))
+        shape = draw.choice(([64, 48], [2, 300], [7, 5, 3, 3], [1], [1001], [0, 4], [130, 150], [9, 20_011]))
         dtype, values, layout = draw.choice(dtypes), draw.choice(VALUES), draw.choice(LAYOUTS)
         for name in ("weights", "grads", "mask_grads"):
             tensors[name].append(laid_out(valued(shape, dtype, values, generator), layout))

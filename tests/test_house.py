@@ -16,7 +16,7 @@ DRIVE = ROOT / "python" / "drive"
 # line and may import all of these; none of these may import it.
 LIBRARY = (
     "files", "figures", "placement", "team", "shards", "packed", "targets", "masks", "finite", "result",
-    "radix", "distributed", "fused", "reference", "schedules",
+    "copies", "radix", "distributed", "fused", "reference", "schedules",
     "gradients", "capture", "feed", "sgd", "scopes", "structures", "restore", "methods.base",
     "methods.second_order",
     "methods.drive", "methods.snip", "methods.grasp", "methods.synflow", "methods.crop", "methods.early_crop",

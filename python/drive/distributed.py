@@ -21,18 +21,17 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate, combinations
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from drive_kernels.shards import BLOCK, COUNTS, Operands, top_key
 
+from .copies import Copies
 from .placement import Part
 from .radix import Problem, solve
 from .shards import Shards
-
-Outputs = tuple[Tensor, Tensor, Tensor]
 
 # As in csrc/sampling.h and csrc/sample.h, with the reasons
 _SIGMAS = 5
@@ -62,49 +61,52 @@ class _Choice:
         return [above + ties for above, ties in zip(self.above, self.surviving_ties(), strict=True)]
 
 
-class ShardedStep:
-    """drive::prune_ for the parts of one rank: same arguments, and the outputs of all ranks together."""
+def sharded_step(
+    shards: Shards,
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    mask_grads: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    fresh: bool,
+    prune: int,
+    min_keep: int,
+) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+    """drive::prune_ for the parts of one rank: its arguments, and its outputs, those of all ranks together.
 
-    def __init__(self, shards: Shards):
-        self._shards = shards
-        self.bad_ranks = [0] * len(shards.parts)  # [T] first rank with a non-finite score, after a call
+    Returns:
+        kept, nonfinite, scores: as drive::prune_'s.
+        bad_ranks: [T] the first rank with a non-finite score; the team's size where there is none.
 
-    def __call__(
-        self,
-        weights: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        mask_grads: Sequence[Tensor],
-        masks: Sequence[Tensor],
-        fresh: bool,
-        prune: int,
-        min_keep: int,
-    ) -> Outputs:
-        wide = bool(mask_grads) or any(w.dtype == torch.float64 for w in weights)
-        operands = Operands(weights, grads, mask_grads, [] if fresh else masks, wide)
-        keep = sum(part.numel for part in self._shards.parts.values()) - prune
-        plan = _Plan(self._shards, operands, keep)
-        device = weights[0].device
-        if not plan.nonfinite.any():
-            chosen = plan.choose(keep, min_keep)
-            thresholds, tie_ends = plan.cuts(chosen)
-            torch.ops.drive.shard_apply_(weights, grads, mask_grads, masks, fresh, wide, thresholds, tie_ends)
-            kept, scores = plan.kept(chosen), plan.scores(chosen)
-        else:
-            self.bad_ranks = plan.bad_ranks()
-            if fresh:
-                for mask in masks:
-                    mask.fill_(True)
-            kept, scores = plan.alive, torch.full((2,), torch.nan, dtype=torch.float64)
-        return kept.to(device), plan.nonfinite.to(device), scores.to(device)
+    Raises:
+        ValueError: copies of a part differ.
+        RuntimeError: another rank did not come.
+    """
+    wide = bool(mask_grads) or any(w.dtype == torch.float64 for w in weights)
+    operands = Operands(weights, grads, mask_grads, [] if fresh else masks, wide)
+    keep = sum(part.numel for part in shards.parts.values()) - prune
+    plan = _Plan(shards, operands, keep)
+    bad_ranks = [shards.team.size] * len(weights)
+    if not plan.nonfinite.any():
+        chosen = plan.choose(keep, min_keep)
+        thresholds, tie_ends = plan.cuts(chosen)
+        torch.ops.drive.shard_apply_(weights, grads, mask_grads, masks, fresh, wide, thresholds, tie_ends)
+        kept, scores = plan.kept(chosen), plan.scores(chosen)
+    else:
+        bad_ranks = plan.bad_ranks()
+        if fresh:
+            for mask in masks:
+                mask.fill_(True)
+        kept, scores = plan.alive, torch.full((2,), torch.nan, dtype=torch.float64)
+    device = weights[0].device
+    return kept.to(device), plan.nonfinite.to(device), scores.to(device), bad_ranks
 
 
 class _Plan:
     """Steps 1 to 4: decides everything, writes nothing."""
 
     def __init__(self, shards: Shards, operands: Operands, keep: int):
-        self._team, self._names = shards.team, list(shards.parts)
-        self._parts = parts = list(shards.parts.values())
-        self._own = _owned(operands, parts)
+        self._team, self._parts = shards.team, list(shards.parts.values())
+        self._own = _owned(operands, self._parts)
         self._top = top_key(operands.wide)
         self._squared = bool(operands.grads) and not operands.mask_grads
 
@@ -119,15 +121,15 @@ class _Plan:
         overflow = int(listed.sum()) > self._room
         self._listed = [] if overflow else list(inside.split(listed.tolist()))
         self._bad_here = counts[:, _NONFINITE] > 0
-        digests = _digests(operands, parts)
+        copies = Copies(operands, shards)
         # in one piece, as float64: whole numbers below 2^53 add up exactly in any order
-        mine = torch.cat([counts, _divergence(digests, parts)], 1).double().flatten()
+        mine = torch.cat([counts, copies.evidence], 1).double().flatten()
         ends = torch.stack([torch.tensor(overflow).double(), sums.sum().cpu()])
         found = self._team.sum(torch.cat([mine, ends]), "count scores")
-        table = found[:-2].long().view(len(parts), -1)
+        table = found[:-2].long().view(len(self._parts), -1)
         self._counts = table[:, : len(COUNTS)]
         self._complete, self._sum = not found[-2], float(found[-1])
-        self._check_copies(table[:, len(COUNTS) :], digests)
+        copies.check(table[:, len(COUNTS) :])
 
     @property
     def nonfinite(self) -> Tensor:
@@ -135,7 +137,7 @@ class _Plan:
         return self._counts[:, _NONFINITE]
 
     def bad_ranks(self) -> list[int]:
-        """By tensor: the first rank with a NaN or infinite score."""
+        """By tensor: the first rank with a NaN or infinite score; the team's size where there is none."""
         last = self._team.size
         found = torch.where(self._bad_here, last - self._team.rank, 0)
         return (last - self._team.largest(found, "find non-finite scores")).tolist()
@@ -310,44 +312,6 @@ class _Plan:
 
     def _total(self, counts: Tensor) -> Tensor:
         return self._team.sum(counts, "count keys")
-
-    def _check_copies(self, divergence: Tensor, digests: Tensor) -> None:
-        if not divergence.any():
-            return
-        t, column = divergence.nonzero()[0].tolist()
-        what = ("{}", "{}.grad", "mask_grads[{}]", "masks[{}]")[column].format(self._names[t])
-        part = self._parts[t]
-        found = self._team.gather((part.runs, int(digests[t, column])))
-        first, other = next(
-            (a, b) for (a, (ours, one)), (b, (theirs, two)) in combinations(enumerate(found), 2)
-            if ours == theirs and one != two
-        )  # fmt: skip
-        raise ValueError(
-            f"{self._team.op}: {what} must be the same on all ranks that hold a copy, "
-            f"got different ones on ranks {first} and {other}"
-        )
-
-
-def _digests(operands: Operands, parts: list[Part]) -> Tensor:
-    """[T, 4] checksums of what other ranks hold copies of: weight, gradient, mask gradient and mask.
-
-    Of 40 bits: 2^13 of them add up below 2^53.
-    """
-    found = torch.zeros(len(parts), 4, dtype=torch.int64)
-    for t, part in enumerate(parts):
-        for column, tensors in enumerate(operands.lists):
-            if tensors and part.copies > 1:
-                found[t, column] = torch.ops.drive.checksum(tensors[t]).cpu() & ((1 << 40) - 1)
-    return found
-
-
-def _divergence(digests: Tensor, parts: list[Part]) -> Tensor:
-    """[T, 4] Zero, added up over the ranks, if all copies of each part are equal.
-
-    The owner of a part has its digest for every other copy, which takes its own off again.
-    """
-    factors = [[part.copies - 1 if part.owner else -1] for part in parts]
-    return digests * torch.tensor(factors)
 
 
 def _owned(operands: Operands, parts: list[Part]) -> Operands:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import drive_kernels  # noqa: F401  (defines torch.ops.drive)
 
-from .distributed import ShardedStep
+from .distributed import sharded_step
 from .masks import Masks, zero_pruned_
 from .placement import distributed_like, is_dtensor, local
 from .result import PruneResult
@@ -170,16 +170,19 @@ class Step:
         op, found, shards = self._op, self._found, self._shards
         _check_counts(op, self._min_keep, prune, list(sizes.values()))
         weights = list(found.weights.values())
-        sharded = None if shards is None else ShardedStep(shards)
-        take_step: PruneOp = prune_op if sharded is None else sharded
-        operands = (found.scores or weights, found.grads, found.mask_grads, self._masks)
-        here = [[local(tensor) for tensor in some] for some in operands]
-        outputs = take_step(*here, self._fresh, prune, self._min_keep)
+        lists = found.scores or weights, found.grads, found.mask_grads, self._masks
+        values, grads, mask_grads, ordered = ([local(tensor) for tensor in some] for some in lists)
+        arguments = (values, grads, mask_grads, ordered, self._fresh, prune, self._min_keep)
+        bad_ranks: list[int] | None = None
+        if shards is None:
+            kept, nonfinite, scores = prune_op(*arguments)
+        else:
+            kept, nonfinite, scores, bad_ranks = sharded_step(shards, *arguments)
         if found.scores is not None:  # the op has zeroed these
             for weight, mask in zip(weights, self._masks, strict=True):
                 zero_pruned_(weight, mask)
         masks = Masks(dict(zip(found.weights, self._masks, strict=True)))
-        result = PruneResult(masks, *outputs, sizes, None if sharded is None else sharded.bad_ranks)
+        result = PruneResult(masks, kept, nonfinite, scores, sizes, bad_ranks)
         if check_finite:
             result.check_finite(op).answer()
         return result

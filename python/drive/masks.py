@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import safetensors
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from typing_extensions import Self
@@ -134,13 +135,14 @@ class Masks(Mapping[str, Tensor]):
         for name, mask in self.items():
             local(mask).copy_(local(sharded_like(state[name], mask)))
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], process_group: dist.ProcessGroup | None = None) -> None:
         """Write a safetensors file with one bit an entry; a crash leaves the old file or the new one.
 
-        Of DTensors, rank 0 writes it, piece by piece, while the others send their bits.
+        Of DTensors, rank 0 writes it, piece by piece, while the others send their bits. `process_group` is as
+        in `fused_drive_prune`.
         """
         if any(map(is_dtensor, self.values())):
-            write_sharded(Path(path), self._masks)
+            write_sharded(Path(path), self._masks, process_group)
         else:
             write_packed(Path(path), self._masks)
 

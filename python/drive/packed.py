@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import safetensors.torch
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .files import write_atomic
@@ -31,12 +32,12 @@ def write_packed(path: Path, masks: Mapping[str, Tensor]) -> None:
     write_atomic(path, safetensors.torch.save(packed, _metadata(masks)))
 
 
-def write_sharded(path: Path, masks: Mapping[str, Tensor]) -> None:
+def write_sharded(path: Path, masks: Mapping[str, Tensor], process_group: dist.ProcessGroup | None) -> None:
     """Write masks of which some are DTensors, by rank 0; all ranks must call it.
 
     No rank ever holds more than its own shards and a piece of a tensor.
     """
-    team = team_of("Masks.save", masks)
+    team = team_of("Masks.save", masks, process_group)
     assert team is not None  # there are DTensors
     with together(team, "compare their masks") as said:
         shards = Shards(team, masks)

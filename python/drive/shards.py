@@ -43,7 +43,7 @@ class Shards:
 
         def facts(weight: Tensor) -> object:
             if is_dtensor(weight):
-                return tuple(weight.shape), weight.dtype, weight.placements
+                return tuple(weight.shape), weight.dtype, weight.placements, weight.device_mesh.shape
             return tuple(weight.shape[1:] if self.team.rows else weight.shape), weight.dtype
 
         named = ((name, facts(weight)) for name, weight in self._weights.items())
