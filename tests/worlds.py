@@ -19,9 +19,11 @@ from torch.utils._pytree import tree_leaves
 PATIENCE = timedelta(seconds=100)  # of the process groups, and
 TIMEOUT = 300  # seconds for all that a world does; it takes some 5
 
-# Forked from one server that has imported everything: a process more takes milliseconds
+# Forked from one server that has imported what takes long. Not `drive`: the server looks in the current
+# folder first, where drive_kernels may be of another build than the installed one.
+_SLOW = "torch.distributed.tensor", "torch.distributed.fsdp", "torch.optim", "hypothesis", "pytest"
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch.distributed.tensor", "torch.distributed.fsdp", "drive"])
+_context.set_forkserver_preload(list(_SLOW))
 
 
 def run(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
