@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 BUILD_TOOLS := "setuptools>=77" pybind11 ninja wheel
 
-.PHONY: demo test bench results gpu lint sanitize clean
+.PHONY: demo test bench results gpu gpu-table1 lint sanitize clean
 
 demo: $(VENV)/.built
 	$(BIN)/drive prune
@@ -24,6 +24,15 @@ results: $(VENV)/.built
 gpu:
 	@for python in $(PYTHON) $(wildcard $(BIN)/python); do $$python -c 'import torch' 2>/dev/null && break; done; \
 	$$python benchmarks/gpu.py $(if $(OUT_DIR),--out $(OUT_DIR)) $(if $(MINUTES),--minutes $(MINUTES))
+
+# Rows of the paper's Table 1 on a GPU (docs/paper.md), eight minutes a call; the next call goes on from there.
+# make gpu-table1 DATA=cifar10.tar.gz OUT_DIR=folder LAST=folder-of-the-last-call MINUTES=8 ROWS=cifar10-alexnet
+gpu-table1:
+	@for python in $(PYTHON) $(wildcard $(BIN)/python); do $$python -c 'import torch' 2>/dev/null && break; done; \
+	$$python benchmarks/gpu_table1.py $(if $(DATA),--data $(DATA)) $(if $(OUT_DIR),--out $(OUT_DIR)) \
+	    $(if $(LAST),--last $(LAST)) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(ROWS),--rows $(ROWS)) \
+	    $(if $(METHODS),--methods $(METHODS)) $(if $(SEEDS),--seeds $(SEEDS)) \
+	    $(if $(PRECISION),--precision $(PRECISION))
 
 lint: $(VENV)/.built
 	$(BIN)/ruff check .

@@ -78,9 +78,16 @@ def python(*arguments: str) -> "subprocess.CompletedProcess[str]":
         ("--lr nan", "--lr must be a finite number > 0, got 'nan'"),
         ("--device gpu", "--device must be cpu, cuda or cuda:N, got 'gpu'"),
         ("--device cuda:99", "--device must be a device of this machine, got 'cuda:99'"),
-        ("--data mnist", "--data must be one of digits, cifar10, imagefolder, got 'mnist'"),
-        ("--model vgg", "--model must be one of small_cnn, resnet18, vgg16, vgg16_bn, alexnet, got 'vgg'"),
-        ("--model alexnet", "--model must be one of small_cnn, resnet18 for images of side 8, got alexnet"),
+        (
+            "--data mnist",
+            "--data must be one of digits, cifar10, cifar100, tinyimagenet, imagenet32, imagefolder, "
+            "got 'mnist'",
+        ),
+        ("--model vgg", "--model must be one of small_cnn, mlp, cnn4, resnet8, resnet18, vgg16, vgg16_bn, "),
+        (
+            "--model alexnet",
+            "--model must be one of small_cnn, mlp, resnet8, resnet18 for images of side 8, got alexnet",
+        ),
         ("--methods drive,luck", "--methods must be distinct names out of drive, snip, grasp"),
         ("--data imagefolder", "--data-dir must be given with --data imagefolder, got nothing"),
         ("--data imagefolder --data-dir nowhere", "--data-dir must be a folder with train/<class>/*"),

@@ -12,10 +12,12 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import drive
+from drive.compute import Compute
 from drive.data import Batches, Dataset
 from drive.inputs import InputError
 from drive.models import Network, names
-from drive.train import Checkpoint, Recipe, evaluate, train
+from drive.recipe import Recipe
+from drive.train import Checkpoint, evaluate, train
 
 EPOCHS = 4
 RECIPE = Recipe(EPOCHS, lr=0.05)
@@ -73,7 +75,7 @@ def kill_after(steps: int) -> Callable[[], None]:
 def test_learns(batches: Batches) -> None:
     model = fresh()
     plain = Batches(replace(batches.data, augment=False), 16, seed=3)
-    losses = train(model, plain, Recipe(12, lr=0.05), epochs=range(12))
+    losses = [epoch.loss for epoch in train(model, plain, Recipe(12, lr=0.05), epochs=range(12))]
     assert len(losses) == 12 and losses[-1] < losses[0] / 2
     assert evaluate(model, plain) > 60  # of 64
 
@@ -111,8 +113,8 @@ def test_resumes_to_the_bit(batches: Batches, tmp_path: Path, step: int, sparse:
 def test_a_finished_training_is_not_trained_again(batches: Batches, tmp_path: Path) -> None:
     checkpoint = Checkpoint(tmp_path / "checkpoint.pt", {})
     first, second = fresh(), fresh()
-    losses = train(first, batches, RECIPE, epochs=range(EPOCHS), checkpoint=checkpoint)
-    assert train(second, batches, RECIPE, epochs=range(EPOCHS), checkpoint=checkpoint) == losses
+    history = train(first, batches, RECIPE, epochs=range(EPOCHS), checkpoint=checkpoint)
+    assert train(second, batches, RECIPE, epochs=range(EPOCHS), checkpoint=checkpoint) == history
     assert same(first, second)
 
 
@@ -148,11 +150,11 @@ def test_late_epochs_see_the_batches_and_rates_of_these_epochs(batches: Batches)
 
     with register_optimizer_step_pre_hook(note):
         train(model, batches, RECIPE, epochs=range(2, EPOCHS))
-    assert seen == pytest.approx([RECIPE.lr_at(progress / 16) for progress in range(8, 16)])
+    assert seen == pytest.approx([RECIPE.lr_at(step / 4) for step in range(8, 16)])
 
 
 def test_learning_rate_rises_then_falls() -> None:
-    rates = [RECIPE.lr_at(i / 100) for i in range(100)]
+    rates = [RECIPE.lr_at(EPOCHS * i / 100) for i in range(100)]
     assert max(rates) == RECIPE.lr == rates[20]
     assert rates[:21] == sorted(rates[:21]) and rates[20:] == sorted(rates[20:], reverse=True)
 
@@ -173,11 +175,11 @@ def test_corrupt_checkpoint(batches: Batches, tmp_path: Path, content: bytes) ->
 @pytest.mark.parametrize("side", [8, 32])
 @pytest.mark.parametrize("name", names())
 def test_every_network_prunes_and_answers(name: str, side: int) -> None:
-    if name not in ("small_cnn", "alexnet"):
+    if name not in ("small_cnn", "mlp", "cnn4", "alexnet"):
         pytest.importorskip("torchvision", reason=f"{name} is torchvision's")
-    if side == 8 and name not in ("small_cnn", "resnet18"):
+    if side == 8 and name not in ("small_cnn", "mlp", "resnet8", "resnet18"):
         with pytest.raises(
-            InputError, match="--model must be one of small_cnn, resnet18 for images of side 8"
+            InputError, match="--model must be one of small_cnn, mlp, resnet8, resnet18 for images of side 8"
         ):
             Network(name, 10, 3, side).build()
         return
@@ -210,9 +212,9 @@ def test_sparse_ops_follow_the_dense_losses() -> None:
     losses, weights = [], []
     for sparse_ops in (False, True):
         trained = copy.deepcopy(model)
-        losses.append(
-            train(trained, batches, Recipe(3, 0.05), epochs=range(3), masks=masks, sparse_ops=sparse_ops)
-        )
+        compute = Compute(sparse_ops=sparse_ops)
+        done = train(trained, batches, Recipe(3, 0.05), epochs=range(3), masks=masks, compute=compute)
+        losses.append([epoch.loss for epoch in done])
         weights.append(trained.state_dict())
     assert losses[1] == pytest.approx(losses[0], rel=1e-10, abs=0)
     for name, weight in weights[0].items():

@@ -40,6 +40,7 @@ from .options import (
     prune_defaults,
     train_defaults,
 )
+from .reproduce import PAGES, reproduce
 from .runs import keep_config, make_folder, write_json
 
 # the root of typer's usage errors, whichever click it stands on
@@ -107,17 +108,17 @@ def _comparison(
     defaults = {"prune": prune_defaults, "compare": compare_defaults}[command]
     with open_console(command, out, resume, options, defaults) as (folder, settings, console):
         from . import report
-        from .experiment import Config, Experiment
-        from .train import deterministic
+        from .comparison import Comparison, Config
+        from .compute import deterministic
 
         config = Config.read(settings)
         deterministic(config.threads)
-        experiment = Experiment(config, load(settings, console), folder)
+        comparison = Comparison(config, load(settings, console), folder)
         report.check_packages()
         keep_config(folder, command, settings)
         with bars(console) as progress:
-            results = experiment.run(progress)
-        summary = report.summarise(experiment, results)
+            results = comparison.run(progress)
+        summary = report.summarise(comparison, results)
         times = report.timings(config, results)
         write_json(folder / "timing.json", times)
         report.draw_accuracy(summary, folder / "accuracy.png")
@@ -131,6 +132,8 @@ def _comparison(
         console.print(f"results in {folder}", highlight=False)
 
 
+for page in PAGES.values():
+    app.command(page.name, help=page.help)(reproduce)
 app.command(
     "prune",
     help="""Prune a network by DRIVE, SNIP and magnitude, train the rest, compare with the dense one.
@@ -208,7 +211,7 @@ def train(
         limit_train=limit_train,
     )  # fmt: skip
     with open_console("train", out, resume, options, train_defaults) as (folder, settings, console):
-        from .train import deterministic
+        from .compute import deterministic
         from .training import Training
 
         deterministic(settings["threads"])

@@ -67,6 +67,16 @@ def load(options: Options, console: Console) -> data.Dataset:
     return found if limit is None else found.limited(limit)
 
 
+@contextmanager
+def task(progress: Progress, title: str, total: int) -> Iterator[Callable[[], None]]:
+    """A bar that disappears when its work is done; what it gives advances it by one."""
+    bar = progress.add_task(title, total=total)
+    try:
+        yield lambda: progress.advance(bar)
+    finally:
+        progress.remove_task(bar)
+
+
 def bars(console: Console) -> Progress:
     """Progress bars with counts and the time that has passed."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .cache import cache_folder, cached, unpacked
 from .inputs import InputError, require
-
-PADDING = 4  # pixels around an image before its random crop
 
 
 def seed_of(*parts: int | str) -> int:
@@ -55,8 +53,10 @@ class Dataset:
         moved = {name: getattr(self, name).to(device) for name in ("train_x", "train_y", "test_x", "test_y")}
         return replace(self, **moved)
 
-    def limited(self, count: int) -> Dataset:
-        """Only `count` training images (all, if there are fewer), drawn by a fixed seed."""
+    def limited(self, count: int | None) -> Dataset:
+        """Only `count` training images (None, or more than there are: all), drawn by a fixed seed."""
+        if count is None or count >= len(self.train_y):
+            return self
         rng = torch.Generator().manual_seed(seed_of("limit"))
         chosen = torch.randperm(len(self.train_y), generator=rng)[:count]
         return replace(self, train_x=self.train_x[chosen], train_y=self.train_y[chosen])
@@ -71,10 +71,19 @@ class Dataset:
 
 
 class Batches:
-    """Normalised float32 batches: mean 0 and standard deviation 1 per channel over the training set."""
+    """Normalised float32 batches: mean 0 and standard deviation 1 per channel over the training set.
 
-    def __init__(self, data: Dataset, size: int, seed: int):
+    All work is done on the data's device, and an epoch's random numbers go there at once, so that no batch
+    waits for the CPU.
+
+    Args:
+        padding: pixels around an image before its random crop, if the data are to be augmented.
+        flip: mirror every other image, likewise.
+    """
+
+    def __init__(self, data: Dataset, size: int, seed: int, padding: int = 4, flip: bool = True):
         self.data, self.size, self.seed = data, size, seed
+        self.padding, self.flip = padding, flip
         self._mean, self._std = (part.to(data.train_x.device) for part in data.statistics)
 
     def __len__(self) -> int:
@@ -87,14 +96,19 @@ class Batches:
         Yields:
             images [B, C, H, W] float32 and labels [B] int64.
         """
-        data = self.data
+        data, device = self.data, self.data.train_x.device
         rng = torch.Generator().manual_seed(seed_of(self.seed, stream, number))
-        order = torch.randperm(len(data.train_y), generator=rng).to(data.train_x.device)
-        for chosen in torch.split(order, self.size)[: len(self)]:
-            images = data.train_x[chosen]
+        count = len(data.train_y)
+        order = torch.randperm(count, generator=rng).to(device)
+        if data.augment:
+            shifts = torch.randint(0, 2 * self.padding + 1, (2, count), generator=rng).to(device)
+            mirrored = torch.randint(0, 1 + self.flip, (count,), generator=rng).bool().to(device)
+        for begin in range(0, len(self) * self.size, self.size):
+            part = slice(begin, begin + self.size)
+            images = data.train_x[order[part]]
             if data.augment:
-                images = crop_and_flip(images, rng)
-            yield self._normalised(images), data.train_y[chosen]
+                images = crop_and_flip(images, shifts[:, part], mirrored[part], self.padding)
+            yield self._normalised(images), data.train_y[order[part]]
 
     def endless(self, stream: str, on_batch: Callable[[], None]) -> Iterator[tuple[Tensor, Tensor]]:
         """Training batches, epoch after epoch; `on_batch` is told of each."""
@@ -115,16 +129,14 @@ class Batches:
         return (images.float() - self._mean) / self._std
 
 
-def crop_and_flip(images: Tensor, rng: torch.Generator) -> Tensor:
-    """Each image [B, C, H, W] shifted by up to PADDING pixels (black comes in), every other one mirrored."""
+def crop_and_flip(images: Tensor, shifts: Tensor, mirrored: Tensor, padding: int) -> Tensor:
+    """Each image [B, C, H, W] cut out of its padded self (black) at `shifts` [2, B]; some `mirrored` [B]."""
     count, _, height, width = images.shape
     device = images.device
-    shifts = torch.randint(0, 2 * PADDING + 1, (2, count, 1), generator=rng).to(device)
-    mirrored = torch.randint(0, 2, (count, 1), generator=rng).bool().to(device)
-    rows = shifts[0] + torch.arange(height, device=device)  # [B, H]
-    columns = shifts[1] + torch.arange(width, device=device)  # [B, W]
-    columns = torch.where(mirrored, columns.flip(1), columns)
-    padded = F.pad(images, (PADDING,) * 4)
+    rows = shifts[0, :, None] + torch.arange(height, device=device)  # [B, H]
+    columns = shifts[1, :, None] + torch.arange(width, device=device)  # [B, W]
+    columns = torch.where(mirrored[:, None], columns.flip(1), columns)
+    padded = F.pad(images, (padding,) * 4)
     image = torch.arange(count, device=device)[:, None, None]
     cropped = padded[image, :, rows[:, :, None], columns[:, None, :]]  # [B, H, W, C]
     return cropped.permute(0, 3, 1, 2).contiguous()
@@ -144,28 +156,50 @@ def _channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
 def load(name: str, folder: str | None = None) -> Dataset:
     """A data set by name, on the CPU.
 
+    Image folders are decoded once and kept as tensors in the cache folder.
+
     Args:
-        name: "digits" (scikit-learn's, 8x8, no download), "cifar10" (downloaded if absent), or
-            "imagefolder".
-        folder: where CIFAR-10 lies or goes (default: ~/.cache/drive-prune), or the image folder.
+        name: one of NAMES: "digits" are scikit-learn's, 8x8; CIFAR is downloaded if absent.
+        folder: of the images: train/CLASS/* and test/CLASS/* (or val), also as a .tar.gz; for CIFAR that,
+            or where torchvision's files lie or go (default: the cache folder).
 
     Raises:
         InputError: a missing package or folder, no network, a folder of another layout.
     """
-    if name == "imagefolder":
-        from .imagefolder import load_folder
+    if name == "digits":
+        if folder is not None:
+            raise InputError(f"--data-dir must be left out with --data {name}, got {folder}")
+        return _digits()
+    if name in ("cifar10", "cifar100"):
+        place = Path(folder) if folder else cache_folder()
+        if place.is_file() or (place / "train").is_dir():
+            return _images(place)
+        return _cifar(name, place)
+    if folder is None:
+        raise InputError(f"--data-dir must be given with --data {name}, got nothing")
+    return _images(Path(folder))
 
-        if folder is None:
-            raise InputError("--data-dir must be given with --data imagefolder, got nothing")
-        return load_folder(Path(folder))
-    if name == "cifar10":
-        return _cifar10(Path(folder or os.path.expanduser("~/.cache/drive-prune")))
-    if folder is not None:
-        raise InputError(f"--data-dir must be left out with --data {name}, got {folder}")
-    return _digits()
+
+NAMES = ("digits", "cifar10", "cifar100", "tinyimagenet", "imagenet32", "imagefolder")
 
 
-NAMES = ("digits", "cifar10", "imagefolder")
+def locate(name: str, folder: str | None) -> str | None:
+    """Where a data set lies in a folder of several: in `folder/name`, `folder/name.tar.gz`, or `folder`."""
+    if folder is None or name == "digits":
+        return None
+    inside = (Path(folder) / name, Path(folder) / f"{name}.tar.gz")
+    return next((str(path) for path in inside if path.exists()), folder)
+
+
+def _images(place: Path) -> Dataset:
+    """A folder of images, or an archive of one, by way of the cache."""
+    from .imagefolder import load_folder
+
+    def decode() -> Dataset:
+        with unpacked(place) as folder:
+            return load_folder(folder)
+
+    return cached(place, decode)
 
 
 def _digits() -> Dataset:
@@ -178,16 +212,17 @@ def _digits() -> Dataset:
     return Dataset(images[train], labels[train], images[test], labels[test], classes=10, augment=False)
 
 
-def _cifar10(folder: Path) -> Dataset:
-    cifar = require("torchvision.datasets").CIFAR10
+def _cifar(name: str, folder: Path) -> Dataset:
+    """torchvision's CIFAR-10 or CIFAR-100."""
+    cifar = getattr(require("torchvision.datasets"), name.upper())
     try:
         train, test = (cifar(folder, train=part, download=True) for part in (True, False))
     except (OSError, RuntimeError) as error:  # URLError is an OSError; a bad checksum a RuntimeError
         raise InputError(
-            f"--data-dir must hold CIFAR-10 or be a folder to download it to, got {folder} ({error})"
+            f"--data-dir must hold {name} or be a folder to download it to, got {folder} ({error})"
         ) from error
     (train_x, train_y), (test_x, test_y) = (
         (torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets))
         for part in (train, test)
     )
-    return Dataset(train_x, train_y, test_x, test_y, classes=10, augment=True)
+    return Dataset(train_x, train_y, test_x, test_y, classes=len(train.classes), augment=True)

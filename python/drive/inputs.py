@@ -85,6 +85,22 @@ def positive(text: str) -> float:
     return value
 
 
+def not_negative(text: str) -> float:
+    """A finite number, 0 or above."""
+    value = _number(text)
+    if not 0 <= value < math.inf:
+        raise InputError(f"must be a finite number >= 0, got {text!r}")
+    return value
+
+
+def fraction(text: str) -> float:
+    """A number above 0 and at most 1."""
+    value = _number(text)
+    if not 0 < value <= 1:
+        raise InputError(f"must be in (0, 1], got {text!r}")
+    return value
+
+
 def sparsities(text: str) -> list[float]:
     """Distinct fractions in [0, 1), separated by commas, in rising order."""
     values = [_number(part) for part in text.split(",")]

@@ -42,7 +42,7 @@ Data = Annotated[
 ]
 DataDir = Annotated[
     Path | None,
-    file("--data-dir", "images: train/CLASS/* and test/CLASS/* (or val); or CIFAR-10's folder", "DIR"),
+    file("--data-dir", "train/CLASS/* and test/CLASS/* (or val), also as .tar.gz; or CIFAR's folder", "DIR"),
 ]
 Model = Annotated[
     str | None,

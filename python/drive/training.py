@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from rich.progress import Progress
 
+from .compute import Compute
 from .data import Batches, Dataset, seed_of
 from .inputs import InputError
 from .masks import Masks
 from .models import Network
+from .recipe import Recipe
 from .runs import Options, load_tensors, write_json
-from .train import Checkpoint, Recipe, evaluate, train
+from .train import Checkpoint, Log, evaluate, train
 
 
 class Training:
@@ -52,15 +54,16 @@ class Training:
         batches = Batches(self.data, self.options["batch_size"], self.options["seed"])
         epochs = self.options["epochs"]
         bar = progress.add_task(f"training {self.network.name}", total=epochs * len(batches))
-        losses = train(
-            self.model, batches, Recipe(epochs, self.options["lr"]), epochs=range(epochs),
-            masks=self.masks, sparse_ops=self.options["sparse_ops"],
+        history = train(
+            self.model, batches, Recipe(epochs, self.options["lr"], self.options["batch_size"]),
+            epochs=range(epochs), masks=self.masks,
+            compute=Compute(self.device, sparse_ops=self.options["sparse_ops"]),
             checkpoint=Checkpoint(self.folder / "checkpoint.pt", self.network.as_dict()),
-            on_step=lambda: progress.advance(bar),
+            log=Log(self.folder / "log.csv"), on_step=lambda: progress.advance(bar),
         )  # fmt: skip
         report = {
             "config": self.options,
-            "losses": losses,
+            "losses": [epoch.loss for epoch in history],
             "accuracy": evaluate(self.model, batches) / len(self.data.test_y),
             "sparsity": self.masks.sparsity() if self.masks else 0.0,
         }
