@@ -15,9 +15,11 @@ test: $(VENV)/.built
 bench: $(VENV)/.built
 	$(BIN)/pytest benchmarks/ --benchmark-only
 
-# The table in docs/results/cpu.md: long, and meaningful on a quiet machine only.
+# The tables in docs/results: hours, and meaningful on a quiet machine only.
 results: $(VENV)/.built
 	$(BIN)/python benchmarks/bench_prune.py --out docs/results/cpu.md
+	$(BIN)/python benchmarks/bench_sparse.py --out docs/results/sparse-cpu.jsonl
+	$(BIN)/python benchmarks/sparse_report.py docs/results/sparse-cpu.jsonl docs/results/sparse-cpu.md
 
 # Builds, checks and measures on a GPU (docs/gpu.md) with the torch that is there: $(PYTHON)'s, else the
 # environment's. make gpu OUT_DIR=folder MINUTES=9
@@ -39,7 +41,7 @@ lint: $(VENV)/.built
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The op's tests on a build that watches every address and every undefined operation.
+# The ops' tests on a build that watches every address and every undefined operation.
 SANITIZE := build/sanitize
 sanitize: $(VENV)/.built
 	CFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer" \
@@ -47,7 +49,7 @@ sanitize: $(VENV)/.built
 	    $(BIN)/python setup.py -q build --build-lib $(SANITIZE) --build-temp $(SANITIZE).tmp
 	PYTHONPATH=$(SANITIZE) PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so) $$(g++ -print-file-name=libstdc++.so)" \
-	    $(BIN)/pytest tests/test_prune_op.py tests/test_fused.py
+	    $(BIN)/pytest tests/test_prune_op.py tests/test_fused.py tests/test_sparse_ops.py
 
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "needs Python 3.10 or later")'

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 import drive
 from drive.bench import machine
-from drive.sparse.measure import interleaved
+from drive.sparse.measure import MODEL_SECONDS, interleaved
 from drive_kernels import sparse
 
 ops, ops_mkldnn = torch.ops.drive, torch.ops.mkldnn
@@ -316,7 +316,8 @@ def networks(
                     more = dict(linear_rivals(model, x, expected))
             runs = {**rivals, **more, "ours": WAYS[mode](ours, x)}
             rows.add(
-                "network", name, batch, sparsity, mode, seconds=interleaved(runs),
+                "network", name, batch, sparsity, mode,
+                seconds=interleaved(runs, seconds=MODEL_SECONDS),
                 chosen=drive.sparse.report(ours).chosen,
             )  # fmt: skip
 

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -80,10 +81,10 @@ def stages(out: Path) -> list[Stage]:
         watch = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", sanitizer, f"--tool={tool}", "--error-exitcode=9"]
         return [*watch, python, str(scripts / "sanitize_cases.py")]
 
-    def benchmark(seconds: float) -> list[str]:
+    def benchmark(script: str, seconds: float) -> list[str]:
         # begins no case in its last seconds
         minutes = f"{max(0, seconds - 15) / 60:.2f}"
-        return [python, str(scripts / "bench_prune_gpu.py"), "--out", str(out), "--minutes", minutes]
+        return [python, str(scripts / script), "--out", str(out), "--minutes", minutes]
 
     return [
         Stage("build", 200, lambda _: build),
@@ -93,7 +94,8 @@ def stages(out: Path) -> list[Stage]:
         Stage("triton", 120, lambda _: [*pytest, "-k", "triton"]),  # apart: its compiler takes its time
         Stage("memcheck", 75, lambda _: sanitize("memcheck"), no_sanitizer),
         Stage("racecheck", 75, lambda _: sanitize("racecheck"), no_sanitizer),
-        Stage("benchmark", 600, benchmark),
+        Stage("benchmark", 600, partial(benchmark, "bench_prune_gpu.py")),
+        Stage("sparse", 60, partial(benchmark, "bench_sparse_gpu.py")),
         Stage(
             "loop", 90, lambda _: [python, str(loop), "--out", str(out)], "" if loop.exists() else "no script"
         ),
@@ -194,7 +196,7 @@ def main() -> int:
     slug = re.sub(r"[^a-z0-9]+", "-", found["name"].lower()).strip("-")
     out = (options.out or ROOT / "docs" / "results" / slug).resolve()
     out.mkdir(parents=True, exist_ok=True)
-    for old in ("stages.log", "stages.md", "prune.csv", "prune.md", "prune.png"):
+    for old in ("stages.log", "stages.md", "prune.csv", "prune.md", "prune.png", "sparse.md"):
         (out / old).unlink(missing_ok=True)
     shutil.rmtree(LIBRARY, ignore_errors=True)  # a failed build must not leave the last one's kernels
     LIBRARY.mkdir(parents=True)
@@ -203,7 +205,7 @@ def main() -> int:
     outcomes: list[Outcome] = []
     plan = stages(out)
     for stage in plan:
-        measuring = stage.name in ("benchmark", "loop")
+        measuring = stage.name in ("benchmark", "sparse", "loop")
         later = (
             sum(s.seconds for s in plan[plan.index(stage) + 1 :] if not s.missing) if measuring else MEASURING
         )

@@ -230,7 +230,7 @@ at::Tensor forward(const Conv& conv, const at::Tensor& input, const Pattern& pat
       const int64_t y0 = piece.tile * pieces.rows, end = std::min(y0 + pieces.rows, height);
       if (piece.moved) {
         source.move(y0);
-        source.load_all(piece.block);
+        source.load_used(piece.block, pattern.column_start, conv.area());
         target.move(y0);
       }
       for (int64_t y = y0, step = out.strip(end - y0); y < end; y += step) {
@@ -288,7 +288,7 @@ void backward(const Conv& conv, const at::Tensor& grad, const at::Tensor& input,
       const int64_t rows = std::min(pieces.rows, y_first + places - y0);
       if (piece.moved) {
         source.move(y0 - conv.reach(0));
-        source.load_all(piece.block);
+        source.load_used(piece.block, pattern.row_start, 1);
         plane_in.move(y0);
         plane_out.move(y0);
       }
@@ -297,7 +297,8 @@ void backward(const Conv& conv, const at::Tensor& grad, const at::Tensor& input,
         const int64_t here = window.first() * x.stored();
         T* const from = direct ? x.at(piece.block, c) + here : plane_in.at(0);
         T* const to = direct ? out.at(piece.block, c) + here : plane_out.at(0);
-        if (mine && !direct) plane_in.load(piece.block, c, 0);
+        const bool used = taps.start[c * phases] < taps.start[(c + 1) * phases];
+        if (mine && !direct && used) plane_in.load(piece.block, c, 0);
         for (int64_t p = 0, v = c * phases; p < phases; ++p, ++v) {
           const int64_t at = p * window.slot_size();
           if (to_input) {

@@ -66,6 +66,7 @@ struct Images {
     } else {
       const int64_t run = window.whole_rows() ? width : 1;
       for (int64_t i = 0; i < window.count(); i += run) {
+        if (run == 1 && offsets[i] == window.nowhere()) continue;  // its cache line is not needed
         for (int64_t j = 0; j < run * entry(); j += kLanes) {
           std::memcpy(to + offsets[i] + j, from + i * entry() + j, kLanes * sizeof(T));
         }
@@ -110,8 +111,11 @@ class Held {
     }
   }
   void load(int64_t block, int64_t channel, int64_t i) { images_.load(block, channel, window_, at(i)); }
-  void load_all(int64_t block) {
-    for (int64_t c = 0; c < channels_; ++c) load(block, c, c);
+  // All channels that have taps: those from start[c * step] to start[(c + 1) * step].
+  void load_used(int64_t block, const int32_t* start, int64_t step) {
+    for (int64_t c = 0; c < channels_; ++c) {
+      if (start[c * step] < start[(c + 1) * step]) load(block, c, c);
+    }
   }
 
   const Window& window() const { return window_; }

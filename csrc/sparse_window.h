@@ -42,14 +42,15 @@ class Window {
   int64_t slot_size() const { return rows_ * pitch(); }
   // Entries a channel, with one pixel more, for those that no tap needs.
   int64_t channel_size() const { return slot_count_ * slot_size() + entry_; }
+  // The offset of those.
+  int32_t nowhere() const { return static_cast<int32_t>(slot_count_ * slot_size()); }
 
   // Puts the window where its first row is the row `row0` of places.
   void move(int64_t row0) {
     begin_ = y_.first_pixel(row0);
     end_ = y_.first_pixel(row0 + rows_);
-    const int32_t nowhere = static_cast<int32_t>(slot_count_ * slot_size());
     std::vector<bool> filled(slot_count_ * rows_ * cols_);
-    offsets_.assign((end_ - begin_) * x_.size, nowhere);
+    offsets_.assign((end_ - begin_) * x_.size, nowhere());
     for (int64_t y = begin_; y < end_; ++y) {
       for (int64_t x = 0; x < x_.size; ++x) {
         const int64_t where = slot(y_.phase(y), x_.phase(x)), col = x_.place(x) - col0_;

@@ -9,8 +9,12 @@ is missing. Where it has no CUDA kernel, one in Triton serves, and where that is
 from importlib import import_module
 from types import ModuleType
 
+from . import block as block
 from . import blocked as blocked
+from . import masked as masked
+from . import packed as packed
 from . import prune as prune
+from . import registry
 from . import sparse as sparse
 
 _C: ModuleType | None
@@ -19,6 +23,7 @@ try:
     _C, build_error = import_module("._C", __name__), None
 except ImportError as error:
     _C, build_error = None, str(error)
-implementations = {"drive::prune_": prune.complete(build_error)}
+# op -> device -> implementation, best first -> what is wrong with it
+implementations = registry.complete(build_error)
 
-__all__ = ["blocked", "build_error", "implementations", "prune", "sparse"]
+__all__ = ["block", "blocked", "build_error", "implementations", "masked", "packed", "prune", "sparse"]

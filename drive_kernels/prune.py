@@ -12,9 +12,6 @@ Among equal keys the lower global index survives: order of the tensors, then row
 """
 
 from collections.abc import Callable, Sequence
-from importlib import import_module
-from importlib.util import find_spec
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -133,32 +130,3 @@ def _score_summary(keys: Tensor, keep: Tensor, squared: bool) -> Tensor:
 
 torch.library.register_fake("drive::prune_", _prune_fake, lib=_library)
 _library.impl("prune_", reference, "CompositeExplicitAutograd")
-
-
-def _triton(*arguments: Any) -> Outputs:
-    """Imported at the first call only: `import drive` takes no time for Triton, and does not need it."""
-    outputs: Outputs = import_module(".prune_triton", __package__).prune_(*arguments)
-    return outputs
-
-
-def complete(build_error: str | None) -> dict[str, dict[str, str | None]]:
-    """To be called when the compiled part is loaded, or has failed to: registers Triton where it is needed.
-
-    Returns for each device its implementations, best first, and what is wrong with each of them: the
-    first with nothing wrong, None, is what the dispatcher picks.
-    """
-
-    def compiled(device: str) -> str | None:
-        if build_error is not None:
-            return f"the compiled part is not loaded ({build_error})"
-        there = torch._C._dispatch_has_kernel_for_dispatch_key("drive::prune_", device)
-        return None if there else f"the compiled part was built without a {device} kernel"
-
-    cuda, cpu = compiled("CUDA"), compiled("CPU")
-    triton = None if find_spec("triton") else "Triton is not installed"
-    if cuda and not triton:
-        _library.impl("prune_", _triton, "CUDA")
-    return {
-        "cpu": {"compiled C++ kernel": cpu, "reference in PyTorch": None},
-        "cuda": {"compiled CUDA kernel": cuda, "Triton kernel": triton, "reference in PyTorch": None},
-    }

@@ -4,19 +4,17 @@ these tests in a process of their own, for TRITON_INTERPRET=1 must be set before
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 import triton
 import triton.language as tl
+from ahead_of_time import patch_once
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from triton.runtime import interpreter
 from ugly import Step, laid_out, sample_inputs, steps, valued
 
 from drive_kernels import prune_triton
@@ -38,19 +36,7 @@ TUNINGS = {
 PLACES = {0: "on high", 1: "on low", 2: "inside", 3: "anywhere"}
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _patch_once() -> Iterator[None]:
-    """The interpreter patches triton.language at every call of a function, which takes half of its time."""
-    patch, patched = interpreter._patch_lang, set()
-
-    def once(function):
-        if id(function.__globals__) not in patched:
-            patch(function)
-            patched.add(id(function.__globals__))
-        return SimpleNamespace(restore=lambda: None)
-
-    interpreter._patch_lang = once
-    yield
+patch_once()
 
 
 def memory(tensor: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
 import bench_prune_gpu as gpu_bench  # noqa: E402
+import bench_sparse_gpu  # noqa: E402
 import cub_topk  # noqa: E402
 import gpu  # noqa: E402
 import gpu_providers  # noqa: E402
@@ -149,6 +150,37 @@ def test_hard_scores_are_compared_with_normal_ones():
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 def test_cub_compiles(tmp_path: Path):
     assert cub_topk.build(tmp_path, "sm_90").exists()
+
+
+def test_table_of_sparse_layers():
+    case = bench_sparse_gpu.Case(16, 0.95, torch.bfloat16)
+    fast = bench_sparse_gpu.Row(
+        case, {"dense": 2e-5, "packed": 1e-5, "blocks": 4e-5}, {"masked": "no such op", "2:4": "50 % only"}
+    )
+    wrong = bench_sparse_gpu.Row(
+        case, {"dense": 2e-5, "masked": 3e-5}, {"packed": "WRONG by 1", "blocks": "x", "2:4": "50 % only"}
+    )
+    table = bench_sparse_gpu.report([fast, wrong])
+    assert "| rows, sparsity, dtype | dense, ms | packed | blocks | masked | 2:4 |" in table
+    assert "| 16, 95%, bfloat16 | 0.02 | 0.01 (2.00) | 0.04 (0.50) | - | - |" in table
+    assert "| 16, 95%, bfloat16 | 0.02 | WRONG | - | 0.03 (0.67) | - |" in table
+    assert table.count("- 2:4: 50 % only") == 1 and "- masked: no such op" in table
+
+
+def test_sparse_layers_are_measured(monkeypatch, tmp_path: Path, capsys):
+    monkeypatch.setattr("drive.sparse.gpu._reason_against_device", lambda weight: None)
+    monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", lambda weight: weight)
+    monkeypatch.setattr(bench_sparse_gpu, "ROWS", (3,))
+    arguments = ["x", "--device", "cpu", "--size", "64", "--rounds", "2", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    bench_sparse_gpu.main()
+    written = (tmp_path / "sparse.md").read_text()
+    assert written.count("\n| 3, ") == 10 and "date" in written and "WRONG" not in written
+    assert "| 3, 98%, float32 |" in capsys.readouterr().out
+
+    monkeypatch.setitem(bench_sparse_gpu.TOLERANCE, torch.float32, -1.0)
+    with pytest.raises(SystemExit, match="wrong outputs in 5 of 10 cases"):
+        bench_sparse_gpu.main()
 
 
 def outcome(tmp_path: Path, monkeypatch, script: str, seconds: float = 30) -> gpu.Outcome:

@@ -3,7 +3,6 @@ which implementation is registered for CUDA. tests/test_gpu.py runs it on a devi
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -21,67 +20,23 @@ import drive_kernels
 from drive import info
 from drive_kernels.prune import reference
 
-triton = pytest.importorskip("triton", reason="Triton is not installed")
+pytest.importorskip("triton", reason="Triton is not installed")
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
-from triton.runtime.jit import JITFunction  # noqa: E402
+from ahead_of_time import Launch, assert_passes, disassembled, interpreted, recorded
 
-from drive_kernels import prune_triton  # noqa: E402
-
-HERE = Path(__file__).parent
+from drive_kernels import prune_triton
 
 
 @pytest.fixture(scope="module", autouse=True)
 def interpreter() -> Iterator[subprocess.Popen[str]]:
-    """The tests in interpreted_triton.py, in a process of their own, while those of this file run."""
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(HERE / "interpreted_triton.py")]
-    with subprocess.Popen(
-        command,
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as process:
+    """The tests in interpreted_triton.py, while those of this file run."""
+    with interpreted("interpreted_triton.py") as process:
         yield process
-        process.kill()
-
-
-class Launch(NamedTuple):
-    """What decides the code of a kernel: the types of its arguments, the constants, the warps."""
-
-    kernel: Any
-    types: tuple[tuple[str, str], ...]
-    constants: tuple[tuple[str, object], ...]
-    options: tuple[tuple[str, object], ...]
-
-    def compile(self, capability: int) -> Any:
-        pointers = [self.kernel.arg_names.index(name) for name, _ in self.types]
-        source = ASTSource(
-            fn=self.kernel,
-            signature=dict(self.types) | {name: "constexpr" for name, _ in self.constants},
-            constexprs=dict(self.constants),
-            # PyTorch's allocators align everything to at least 16 bytes
-            attrs={(index,): [["tt.divisibility", 16]] for index in pointers},
-        )
-        return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(self.options))
-
-
-TYPES = {torch.int32: "*i32", torch.int64: "*i64", torch.float64: "*fp64"}
 
 
 @cache
 def launches() -> frozenset[Launch]:
     """All that the launcher makes of any arguments: it runs, on CPU tensors, the kernels do not."""
-    found = set()
-
-    def record(kernel: JITFunction, grid: tuple[int], warmup: bool, **arguments: object) -> None:
-        tensors = {name: x for name, x in arguments.items() if isinstance(x, torch.Tensor)}
-        constants = {p.name: arguments[p.name] for p in kernel.params if p.is_constexpr}
-        options = {name: x for name, x in arguments.items() if name not in {**tensors, **constants}}
-        types = {name: TYPES[tensor.dtype] for name, tensor in tensors.items()}
-        found.add(Launch(kernel, *(tuple(sorted(d.items())) for d in (types, constants, options))))
-
     more = []  # dense, in row-major order and not
     for dtype in (torch.float32, torch.float64):
         for layout in ("contiguous", "channels_last"):
@@ -89,8 +44,7 @@ def launches() -> frozenset[Launch]:
                 laid_out(torch.ones(40, 30, 3, 3, dtype=t), layout) for t in (dtype, dtype, torch.bool)
             )
             more.append(Step([w], [g], [], [m], True, 1, 0))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(JITFunction, "run", record)
+    with recorded() as found:
         for step in (*sample_inputs(), *more):
             for fresh in (False, True):
                 for min_keep in (0, 1):
@@ -119,12 +73,10 @@ def test_all_launches_compile(capability: int):
 
 
 def is_hot(launch: Launch, name: str, wide: bool, fresh: bool) -> bool:
-    constants = dict(launch.constants)
-    plain = constants.get("PLAIN_ONES", True)
     return (
         launch.kernel.fn.__name__ == name
-        and plain
-        and (constants["WIDE"], constants["FRESH"]) == (wide, fresh)
+        and launch.constant("PLAIN_ONES", True)
+        and (launch.constant("WIDE"), launch.constant("FRESH")) == (wide, fresh)
     )
 
 
@@ -134,11 +86,7 @@ def is_hot(launch: Launch, name: str, wide: bool, fresh: bool) -> bool:
 def test_plain_chunks_move_16_bytes_at_a_time(name: str, wide: bool, fresh: bool, tmp_path: Path):
     """What all entries of an ordinary network go through, on a Hopper GPU."""
     launch = next(x for x in launches() if is_hot(x, name, wide, fresh))
-    cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(launch.compile(90).asm["cubin"])
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    run = subprocess.run([tools / "nvdisasm", "-c", cubin], capture_output=True, text=True, check=True)
-    found = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)", run.stdout, re.M)
+    found = disassembled(launch.compile(90), tmp_path)
     assert len(found) > 500
     assert not [op for op in found if op.startswith(("LDL", "STL"))], "registers are spilled"
     # Vectors a thread: 16 entries of float32, bfloat16, float16 and float64, in a branch each; and of a third
@@ -156,9 +104,7 @@ def test_plain_chunks_move_16_bytes_at_a_time(name: str, wide: bool, fresh: bool
 
 def test_in_the_interpreter(interpreter: subprocess.Popen[str]):
     """Against the reference: tests/interpreted_triton.py."""
-    output, _ = interpreter.communicate(timeout=600)
-    assert interpreter.returncode == 0, output
-    assert re.search(r"^\d+ passed", output, re.M), output
+    assert_passes(interpreter)
 
 
 def served(setup: str) -> list[str]:
@@ -167,9 +113,9 @@ def served(setup: str) -> list[str]:
 import sys
 {setup}
 import torch
-from drive.info import OP, facts
-print(facts()[OP]["cuda"])
-print(torch._C._dispatch_has_kernel_for_dispatch_key(OP, "CUDA"), "triton" in sys.modules)
+from drive.info import facts
+print(facts()["drive::prune_"]["cuda"])
+print(torch._C._dispatch_has_kernel_for_dispatch_key("drive::prune_", "CUDA"), "triton" in sys.modules)
 """
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     return run.stdout.splitlines()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import drive
-from drive.sparse import SparseConv2d, SparseLinear, convert, report
+from drive.sparse import SparseConv2d, SparseLinear, convert, measure, report
 from drive.sparse.chains import link, trace
 from drive.sparse.convert import _chained, _choose, _replaced
 
@@ -215,9 +214,7 @@ def test_unbatched_image():
 @pytest.mark.parametrize("model", (Small, Untraceable))
 def test_convert(model: type[nn.Module], training: bool, monkeypatch: pytest.MonkeyPatch):
     """Layers this small may win either way: sparse ones are made to, the whole model is measured."""
-    monkeypatch.setattr(
-        sys.modules["drive.sparse.convert"], "layer_times", lambda *_: {"dense": 2.0, "sparse": 1.0}
-    )
+    monkeypatch.setattr(measure, "layer_times", lambda *_: {"dense": 2.0, "sparse": 1.0})
     dense, masks = pruned(model())
     dense.train(training)
     before = copy.deepcopy(dense.state_dict())
@@ -257,15 +254,27 @@ def test_convert_leaves_what_it_cannot_compute():
     assert (choice.chosen, choice.why) == ("dense", "padding_mode 'reflect'")
 
 
-def test_dense_layers_stay_dense():
-    """At full density on one image the sparse op cannot win."""
-    layer = nn.Conv2d(64, 64, 3, padding=1)
+@pytest.mark.parametrize(("sparse", "chosen"), ((0.96, "dense channels_last"), (0.94, "sparse blocked")))
+def test_nearly_even_stays_dense(sparse: float, chosen: str, monkeypatch: pytest.MonkeyPatch):
+    seconds = {"dense": 1.1, "dense channels_last": 1.0, "sparse": 1.2, "sparse blocked": sparse}
+    monkeypatch.setattr(measure, "layer_times", lambda *_: seconds)
+    layer, shape = nn.Conv2d(4, 4, 3), torch.Size((1, 4, 9, 9))
     mask = torch.ones_like(layer.weight, dtype=torch.bool)
-    choice, sparse = _choose(
-        "conv", layer, mask, torch.Size((1, 64, 16, 16)), deterministic=False, training=False
-    )
-    assert sparse is None
-    assert choice.chosen.startswith("dense")
+    choice, found = _choose("conv", layer, mask, shape, measure.Costs(False, training=False))
+    assert (choice.chosen, found is not None) == (chosen, sparse < 0.95)
+
+
+def test_layers_alike_are_measured_once(monkeypatch: pytest.MonkeyPatch):
+    measured = []
+    monkeypatch.setattr(measure, "layer_times", lambda *given: measured.append(given) or {"dense": 1.0})
+    costs, shape = measure.Costs(False, training=False), torch.Size((1, 4, 9, 9))
+    for layer, density in (
+        (nn.Conv2d(4, 4, 3), 0.1), (nn.Conv2d(4, 4, 3), 0.101), (nn.Conv2d(4, 4, 3), 0.2),
+        (nn.Conv2d(4, 4, 3, stride=2), 0.1), (nn.Conv2d(4, 4, 3, bias=False), 0.1),
+        (nn.Conv2d(4, 4, 3).double(), 0.1), (nn.Conv2d(4, 4, 3), 0.0),
+    ):  # fmt: skip
+        costs.of(layer, {}, shape, density)
+    assert len(measured) == 6
 
 
 def test_refuses():

@@ -14,11 +14,9 @@ import drive_kernels
 from . import __version__
 from .inputs import EXTRAS
 
-OP = "drive::prune_"
-
 
 def facts() -> dict[str, dict[str, str]]:
-    """Versions, build, CPU, CUDA, Triton, extras, and what serves the op: section -> name -> text."""
+    """Versions, build, CPU, CUDA, Triton, extras, and what serves each op: section -> name -> text."""
     return {
         "versions": {
             "drive": __version__,
@@ -38,7 +36,11 @@ def facts() -> dict[str, dict[str, str]]:
             for extra, packages in EXTRAS.items()
             for package in packages
         },
-        OP: {device: _served_by(device) for device in ("cpu", "cuda")},
+        **{
+            op: {device: _served_by(op, device) for device in devices}
+            for op, devices in drive_kernels.implementations.items()
+            if not op.endswith("_backward")  # what serves an op serves its backward
+        },
     }
 
 
@@ -73,8 +75,8 @@ def _version(package: str) -> str:
         return "installed"
 
 
-def _served_by(device: str) -> str:
-    """Which implementation the dispatcher picks for the op on a device, and why none of the better ones."""
-    names, wrong = zip(*drive_kernels.implementations[OP][device].items(), strict=True)
+def _served_by(op: str, device: str) -> str:
+    """Which implementation the dispatcher picks for an op on a device, and why none of the better ones."""
+    names, wrong = zip(*drive_kernels.implementations[op][device].items(), strict=True)
     first = wrong.index(None)
     return f"{names[first]}, because {' and '.join(wrong[:first])}" if first else str(names[first])

@@ -130,10 +130,14 @@ def train_defaults(options: Options) -> Options:
 
 
 def _completed(options: Options) -> Options:
-    """`options` and the defaults of those that both commands have."""
+    """`options` and the defaults of those that both commands have.
+
+    Raises:
+        InputError: sparse ops on a GPU, where nothing but measuring could say whether they pay.
+    """
     digits = options.get("data", "digits") == "digits"
     model = options.get("model", "small_cnn" if digits else "resnet18")
-    return {
+    complete = {
         "data": "digits",
         "data_dir": None,
         "limit_train": None,
@@ -148,3 +152,6 @@ def _completed(options: Options) -> Options:
         "threads": 1 if digits else torch.get_num_threads(),
         **options,
     }
+    if complete["sparse_ops"] and complete["device"] != "cpu":
+        raise InputError(f"--device must be cpu with --sparse-ops, got {complete['device']}")
+    return complete

@@ -14,12 +14,14 @@ from drive.masks import Masks
 from drive.targets import unwrap
 
 from .chains import link, trace
-from .layers import SparseConv2d, SparseLinear
-from .measure import CHANNELS_LAST, estimates, layer_times, model_times
+from .gpu import candidates, reasons_against
+from .layers import SparseConv2d, SparseLinear, _share
+from .measure import BLOCKED, CHANNELS_LAST, Costs, model_times
 from .report import Choice, Report, attach
 
-# A sparse layer must win by so much: what is nearly even stays dense, the simpler way.
-_MARGIN = 0.97
+# What is not faster by so much than the way before it - as it is, in another layout, sparse - is not taken:
+# two measurements of one thing differ by some percent.
+_MARGIN = 0.95
 
 
 def convert(
@@ -33,30 +35,35 @@ def convert(
     Every Conv2d and Linear with a mask is measured at the shapes that it sees for the example: dense
     (contiguous and channels_last) and sparse, forward, and with backward if the model is in training mode.
     Then the whole model is: as it is, in channels_last, and with the winning layers sparse.
+    Sparse is: on the CPU, any mask; on CUDA, Linear layers only, as `drive.sparse.gpu.candidates` has them.
 
     Args:
-        model: on the CPU; its mode, training or evaluation, says what to measure.
+        model: on the CPU or on CUDA; its mode, training or evaluation, says what to measure.
         masks: of its parameters by name; the tensors are shared, so that further pruning is followed.
         example_inputs: the model's input, or a tuple of its positional arguments.
-        deterministic: choose by a cost model instead of measuring: the same choice on every run.
+        deterministic: choose by a cost model instead of measuring: the same choice on every run. There is
+            none for CUDA.
 
     Returns:
         A module with the model's parameters, buffers and state_dict keys; see `report`.
 
     Raises:
-        ValueError: the masks are not of this model.
+        ValueError: the masks are not of this model, or `deterministic` on CUDA.
     """
     model = unwrap(model)
+    if deterministic and any(p.is_cuda for p in model.parameters()):
+        raise ValueError("convert: deterministic must be False for a model on CUDA, got True")
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     Masks(masks)._pairs(model, "convert")
     seen = _inputs_of_layers(model, inputs)
+    costs = Costs(deterministic, model.training)
     sparse: dict[str, nn.Module] = {}
     choices = []
     for name, layer in model.named_modules():
         mask = masks.get(f"{name}.weight" if name else "weight")
         if mask is None or not isinstance(layer, (nn.Conv2d, nn.Linear)):
             continue
-        choice, found = _choose(name, layer, mask, seen.get(name), deterministic, model.training)
+        choice, found = _choose(name, layer, mask, seen.get(name), costs)
         choices.append(choice)
         if found is not None:
             sparse[name] = found
@@ -72,10 +79,10 @@ def convert(
         way = next(w for w in ("sparse chains", "sparse layers", "dense") if w in ways)
     else:
         whole = model_times(ways, inputs, model.training)
-        fastest_dense = min(("dense", CHANNELS_LAST), key=lambda w: whole[w])
-        way = min(whole, key=lambda w: whole[w])
-        if whole[way] > whole[fastest_dense] * _MARGIN:
-            way = fastest_dense
+        way = "dense"
+        for other in sorted(whole, key=lambda w: whole[w], reverse=True):
+            if whole[other] < whole[way] * _MARGIN:
+                way = other
     result = ways[way]
     if way == CHANNELS_LAST:
         result.to(memory_format=torch.channels_last)
@@ -88,33 +95,43 @@ def _choose(
     layer: nn.Conv2d | nn.Linear,
     mask: Tensor,
     shape: torch.Size | None,
-    deterministic: bool,
-    training: bool,
+    costs: Costs,
 ) -> tuple[Choice, nn.Module | None]:
-    kind: type[SparseConv2d] | type[SparseLinear]
-    kind = SparseConv2d if isinstance(layer, nn.Conv2d) else SparseLinear
     density = float(mask.sum()) / max(mask.numel(), 1)
-    why, seconds, found = kind.reason_against(layer), {}, None  # type: ignore[arg-type]
+    found: dict[str, nn.Module] = {}
+    seconds: dict[str, float] = {}
     if type(layer) not in (nn.Conv2d, nn.Linear):
         why = f"{type(layer).__name__} may compute something else"
     elif shape is None:
         why = "not called with the example"
-    elif why is None:
-        found = kind.from_dense(layer, mask)  # type: ignore[arg-type]
-        if deterministic:
-            seconds = estimates(layer, shape, density, training)
-        else:
-            seconds = layer_times(layer, found, shape, training)
+    else:
+        found, why = _candidates(layer, mask, costs.training)
+        if found:
+            seconds = costs.of(layer, found, shape, density)
+    dense = {name: s for name, s in seconds.items() if name.startswith("dense")}
+    chosen = min(dense, key=dense.__getitem__, default="dense")
     fastest = min(seconds, key=seconds.__getitem__, default="dense")
-    best_dense = min((s for kind_, s in seconds.items() if kind_.startswith("dense")), default=0.0)
-    if found is not None and seconds[fastest] > best_dense * _MARGIN:
-        found, fastest = None, min((k for k in seconds if k.startswith("dense")), key=seconds.__getitem__)
-    if deterministic:
+    best = None
+    if fastest not in dense and found and seconds[fastest] <= dense[chosen] * _MARGIN:
+        chosen, best = fastest, found[fastest.removesuffix(BLOCKED)]
+    if costs.deterministic:
         why, seconds = why or "by the cost model", {}
-    chosen = fastest if why is None or found is not None or deterministic else "dense"
-    return Choice(
-        name, tuple(layer.weight.shape), tuple(shape or ()), density, seconds, chosen, why or ""
-    ), found
+    return Choice(name, tuple(layer.weight.shape), tuple(shape or ()), density, seconds, chosen, why), best
+
+
+def _candidates(
+    layer: nn.Conv2d | nn.Linear, mask: Tensor, training: bool
+) -> tuple[dict[str, nn.Module], str]:
+    """The sparse layers that can take a layer's place, or why there are none."""
+    if layer.weight.is_cuda:
+        if found := candidates(layer, mask, training):
+            return found, ""
+        reasons = reasons_against(layer, mask, training)
+        return {}, "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    kind: type[SparseConv2d] | type[SparseLinear]
+    kind = SparseConv2d if isinstance(layer, nn.Conv2d) else SparseLinear
+    why = kind.reason_against(layer)  # type: ignore[arg-type]
+    return ({}, why) if why else ({"sparse": kind.from_dense(layer, mask)}, "")  # type: ignore[arg-type]
 
 
 @torch.no_grad()
@@ -157,14 +174,8 @@ def _replaced(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:
         return layers[""]
     result = _copied(model)
     for name, layer in layers.items():
-        result.set_submodule(name, _again(layer))
+        result.set_submodule(name, _share(type(layer), layer))  # chains change the layer, the others do not
     return result
-
-
-def _again(layer: nn.Module) -> nn.Module:
-    """The same sparse layer once more, for another model."""
-    assert isinstance(layer, (SparseConv2d, SparseLinear))
-    return type(layer).from_dense(layer, layer.packing.mask)  # type: ignore[arg-type]
 
 
 def _chained(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module | None:

@@ -17,7 +17,8 @@ def _share(cls: type[_M], layer: nn.Module) -> _M:
     """A module of that class with the very parameters, buffers and hooks of another one."""
     shared = cls.__new__(cls)
     shared.__dict__.update({
-        key: value.copy() if isinstance(value, dict) else value for key, value in layer.__dict__.items()
+        key: value.copy() if isinstance(value, (dict, set)) else value
+        for key, value in layer.__dict__.items()
     })  # fmt: skip
     return shared
 
@@ -49,13 +50,7 @@ class SparseConv2d(nn.Conv2d):
     @staticmethod
     def reason_against(layer: nn.Conv2d) -> str | None:
         """Why the sparse op cannot compute this layer; None if it can."""
-        if layer.padding_mode != "zeros":
-            return f"padding_mode {layer.padding_mode!r}"
-        if layer.padding == "same" and any(
-            d * (k - 1) % 2 for d, k in zip(layer.dilation, layer.kernel_size, strict=True)
-        ):
-            return "padding 'same' with different sides"
-        return _reason_against_weight(layer.weight)
+        return _reason_against_padding(layer) or _reason_against_weight(layer.weight)
 
     @property
     def works_in_blocks(self) -> bool:
@@ -93,17 +88,10 @@ class SparseConv2d(nn.Conv2d):
         relu: bool = False,
     ) -> Tensor:
         output: Tensor = torch.ops.drive.sparse_conv2d(
-            input, values, pattern, bias, list(self.weight.shape), self.stride, self._padding(),
+            input, values, pattern, bias, list(self.weight.shape), self.stride, _padding(self),
             self.dilation, self.groups, residual, relu,
         )  # fmt: skip
         return output
-
-    def _padding(self) -> list[int]:
-        if self.padding == "valid":
-            return [0, 0]
-        if self.padding == "same":
-            return [d * (k - 1) // 2 for d, k in zip(self.dilation, self.kernel_size, strict=True)]
-        return [int(p) for p in self.padding]
 
 
 class SparseLinear(nn.Linear):
@@ -141,6 +129,24 @@ class SparseLinear(nn.Linear):
 def _check_mask(op: str, mask: Tensor, weight: Tensor) -> None:
     if mask.shape != weight.shape:
         raise ValueError(f"{op}: mask must have shape {tuple(weight.shape)}, got {tuple(mask.shape)}")
+
+
+def _reason_against_padding(layer: nn.Conv2d) -> str | None:
+    if layer.padding_mode != "zeros":
+        return f"padding_mode {layer.padding_mode!r}"
+    if layer.padding == "same" and any(
+        d * (k - 1) % 2 for d, k in zip(layer.dilation, layer.kernel_size, strict=True)
+    ):
+        return "padding 'same' with different sides"
+    return None
+
+
+def _padding(layer: nn.Conv2d) -> list[int]:
+    if layer.padding == "valid":
+        return [0, 0]
+    if layer.padding == "same":
+        return [d * (k - 1) // 2 for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+    return [int(p) for p in layer.padding]
 
 
 def _reason_against_weight(weight: Tensor) -> str | None:

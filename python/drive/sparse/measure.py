@@ -6,6 +6,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -15,42 +16,89 @@ from torch import Tensor, nn
 from .layers import SparseConv2d
 
 CHANNELS_LAST = "dense channels_last"
+BLOCKED = " blocked"  # after the name of a sparse layer: in the blocked layout
 
-# Rounds of a measurement: until so many, or until so many seconds have gone by (but always three).
-_ROUNDS, _SECONDS = 15, 0.5
+# Rounds of a measurement: until so many, or until so many seconds a candidate have gone by, but always
+# three. A whole model gets more of them: its choice is the last word.
+_ROUNDS, SECONDS, MODEL_SECONDS = 15, 0.5, 2.5
 
 Run = Callable[[], object]
 
 
-def interleaved(runs: Mapping[str, Run]) -> dict[str, float]:
+def interleaved(runs: Mapping[str, Run], cuda: bool = False, seconds: float = SECONDS) -> dict[str, float]:
     """Median seconds of each, called in turns, so that whatever else the machine does hits all alike."""
+    timed = _timed_on_cuda if cuda else _timed
     for run in runs.values():
         run()
     times: dict[str, list[float]] = {name: [] for name in runs}
     start = time.perf_counter()
     for done in range(_ROUNDS):
-        if done >= 3 and time.perf_counter() - start > _SECONDS * len(runs):
+        if done >= 3 and time.perf_counter() - start > seconds * len(runs):
             break
         for name, run in runs.items():
             run()  # untimed: finds its data where the others have left them, in no cache
-            before = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - before)
+            times[name].append(timed(run))
     return {name: median(found) for name, found in times.items()}
 
 
-def layer_times(dense: nn.Module, sparse: nn.Module, shape: torch.Size, training: bool) -> dict[str, float]:
+def _timed(run: Run) -> float:
+    before = time.perf_counter()
+    run()
+    return time.perf_counter() - before
+
+
+def _timed_on_cuda(run: Run) -> float:
+    """Between two events: the device is still busy with the untimed call when this one is launched."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3
+
+
+class Costs:
+    """What a layer's candidates take, in seconds or by the cost model. Layers alike are measured once."""
+
+    def __init__(self, deterministic: bool, training: bool):
+        self.deterministic, self.training = deterministic, training
+        self._known: dict[object, dict[str, float]] = {}
+
+    def of(
+        self,
+        layer: nn.Conv2d | nn.Linear,
+        sparse: Mapping[str, nn.Module],
+        shape: torch.Size,
+        density: float,
+    ) -> dict[str, float]:
+        """By the names of the candidates: dense ones, and those in `sparse`."""
+        if self.deterministic:
+            return estimates(layer, shape, density, self.training)
+        step = round(20 * math.log(density)) if density else None  # within 5 % it is the same density
+        alike = repr(layer), layer.weight.dtype, layer.weight.device, shape, tuple(sparse), step
+        if alike not in self._known:
+            self._known[alike] = layer_times(layer, sparse, shape, self.training)
+        return self._known[alike]
+
+
+def layer_times(
+    dense: nn.Conv2d | nn.Linear, sparse: Mapping[str, nn.Module], shape: torch.Size, training: bool
+) -> dict[str, float]:
     """Seconds a call of every candidate for one layer, on an input of this shape."""
-    input = torch.randn(shape, dtype=next(dense.parameters()).dtype)
-    dense, sparse = copy.deepcopy(dense), copy.deepcopy(sparse)
-    runs = {"dense": _run(dense, input, training), "sparse": _run(sparse, input, training)}
-    if isinstance(sparse, SparseConv2d) and input.dim() == 4:
-        last = copy.deepcopy(dense).to(memory_format=torch.channels_last)
-        runs[CHANNELS_LAST] = _run(last, input.contiguous(memory_format=torch.channels_last), training)
-        if sparse.works_in_blocks:
-            blocks, layer = torch.ops.drive.to_blocks(input), sparse
-            runs["sparse blocked"] = _run(lambda x: layer.blocked(x, shape[0]), blocks, training, layer)
-    return interleaved(runs)
+    weight = dense.weight
+    input = torch.randn(shape, dtype=weight.dtype, device=weight.device)
+    plain = copy.deepcopy(dense)
+    runs = {"dense": _run(plain, input, training)}
+    for name, candidate in sparse.items():
+        layer = copy.deepcopy(candidate)
+        runs[name] = _run(layer, input, training)
+        if isinstance(layer, SparseConv2d) and input.dim() == 4:
+            last = copy.deepcopy(plain).to(memory_format=torch.channels_last)
+            runs[CHANNELS_LAST] = _run(last, input.contiguous(memory_format=torch.channels_last), training)
+            if layer.works_in_blocks:
+                blocked = partial(layer.blocked, batch=shape[0])
+                runs[name + BLOCKED] = _run(blocked, torch.ops.drive.to_blocks(input), training, layer)
+    return interleaved(runs, weight.is_cuda)
 
 
 def model_times(ways: Mapping[str, nn.Module], inputs: tuple[Any, ...], training: bool) -> dict[str, float]:
@@ -59,13 +107,14 @@ def model_times(ways: Mapping[str, nn.Module], inputs: tuple[Any, ...], training
     All are called with the very inputs, as the model will be: a way that wants another layout pays for it.
     """
     runs = {}
-    with torch.random.fork_rng(devices=[]):
+    cuda = any(p.is_cuda for model in ways.values() for p in model.parameters())
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if cuda else []):
         for way, model in ways.items():
             model = copy.deepcopy(model)
             if way == CHANNELS_LAST:
                 model.to(memory_format=torch.channels_last)
             runs[way] = _model_run(model, inputs, training)
-        return interleaved(runs)
+        return interleaved(runs, cuda, MODEL_SECONDS)
 
 
 def estimates(

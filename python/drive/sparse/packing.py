@@ -2,10 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
 import torch
 from torch import Tensor, nn
 
 from drive_kernels import sparse as kernels
+
+_T = TypeVar("_T")
+
+
+class Kept(Generic[_T]):
+    """What was made of tensors, without gradients; made anew only when one of them has changed."""
+
+    _made: tuple[object, _T] | None = None
+
+    @torch.no_grad()
+    def __call__(self, make: Callable[..., _T], *tensors: Tensor | None) -> _T:
+        """make(*tensors), or what it was."""
+        key = [(id(t), t.data_ptr(), t._version) for t in tensors if t is not None]
+        if self._made is None or self._made[0] != key:
+            self._made = key, make(*tensors)
+        return self._made[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # a copy's tensors are others
 
 
 class Packing:
@@ -23,7 +45,7 @@ class Packing:
         self._version = self.mask._version
         self._pattern = kernels.pattern_of(self.mask, self.groups)
         self._index = kernels.index_of(self.mask)
-        self._kept: tuple[object, tuple[Tensor, Tensor | None]] | None = None
+        self._kept: Kept[tuple[Tensor, Tensor | None]] = Kept()
 
     @property
     def pattern(self) -> list[Tensor]:
@@ -60,16 +82,11 @@ class Packing:
             shift = shift + norm.bias
         return values * scale.repeat_interleave(self._pattern[0].long().diff()), shift
 
-    @torch.no_grad()
     def kept(
         self, weight: Tensor, bias: Tensor | None, norm: nn.BatchNorm2d | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """The same without gradients, remade only when a tensor has changed."""
-        tensors = (weight, bias, *_tensors(norm))
-        key = [(id(t), t.data_ptr(), t._version) for t in tensors if t is not None]
-        if self._kept is None or self._kept[0] != key:
-            self._kept = key, self.folded(weight, bias, norm)
-        return self._kept[1]
+        return self._kept(lambda *_: self.folded(weight, bias, norm), weight, bias, *_tensors(norm))
 
 
 def _tensors(norm: nn.BatchNorm2d | None) -> tuple[Tensor | None, ...]:

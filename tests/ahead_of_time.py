@@ -1,0 +1,139 @@
+"""Triton kernels compiled for GPUs that are not here, and tests of theirs run in the interpreter."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime import interpreter
+from triton.runtime.jit import JITFunction
+
+HERE = Path(__file__).parent
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TYPES = {
+    torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64", torch.bfloat16: "*bf16",
+    torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64",
+}  # fmt: skip
+ALIGNED = [["tt.divisibility", 16]]
+
+
+class Launch(NamedTuple):
+    """What decides the code of a kernel: the types of its arguments, the constants, the warps.
+
+    Places are those of arguments: (index,), or (index, index in the tuple).
+    """
+
+    kernel: Any
+    types: tuple[tuple[str, Any], ...]
+    constants: tuple[tuple[tuple[int, ...], object], ...]
+    aligned: tuple[tuple[int, ...], ...]  # addresses and numbers that 16 divides
+    options: tuple[tuple[str, object], ...]
+
+    def constant(self, name: str, default: object = None) -> Any:
+        names = self.kernel.arg_names
+        return dict(self.constants)[names.index(name),] if name in names else default
+
+    def compile(self, capability: int) -> Any:
+        source = ASTSource(
+            fn=self.kernel,
+            signature=dict(self.types),
+            constexprs=dict(self.constants),
+            attrs=dict.fromkeys(self.aligned, ALIGNED),
+        )
+        return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(self.options))
+
+    @classmethod
+    def of(cls, kernel: JITFunction, arguments: dict[str, object]) -> Launch:
+        """As Triton sees its arguments: 1 and None are constants, and what 16 divides is known to be so."""
+        constants, aligned = {}, []
+
+        def type_of(value: Any, place: tuple[int, ...]) -> Any:
+            if isinstance(value, tuple):
+                return tuple(type_of(v, (*place, i)) for i, v in enumerate(value))
+            if value is None or (isinstance(value, int) and value == 1):
+                constants[place] = value
+                return "constexpr"
+            if isinstance(value, torch.Tensor) or value % 16 == 0:
+                aligned.append(place)  # PyTorch's allocators align everything to at least 16 bytes
+            if isinstance(value, torch.Tensor):
+                return TYPES[value.dtype]
+            return "i64" if value >= 2**31 else "i32"
+
+        types = {}
+        for i, parameter in enumerate(kernel.params):
+            if parameter.is_constexpr:
+                types[parameter.name] = "constexpr"
+                constants[i,] = arguments[parameter.name]
+            else:
+                types[parameter.name] = type_of(arguments[parameter.name], (i,))
+        options = {name: x for name, x in arguments.items() if name not in types}
+        tables = (tuple(table.items()) for table in (types, constants))
+        return cls(kernel, *tables, tuple(aligned), tuple(sorted(options.items())))
+
+
+@contextmanager
+def recorded() -> Iterator[set[Launch]]:
+    """The launches that are made meanwhile, on CPU tensors; the kernels do not run."""
+    found = set()
+
+    def record(kernel: JITFunction, grid: tuple[int, ...], warmup: bool, **arguments: object) -> None:
+        found.add(Launch.of(kernel, arguments))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JITFunction, "run", record)
+        yield found
+
+
+@contextmanager
+def interpreted(file: str) -> Iterator[subprocess.Popen[str]]:
+    """The tests in a file, in a process of their own that has TRITON_INTERPRET=1 when it imports Triton."""
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(HERE / file)]
+    with subprocess.Popen(
+        command,
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        yield process
+        process.kill()
+
+
+def patch_once() -> None:
+    """The interpreter patches triton.language at every call of a function, which takes half of its time."""
+    patch, patched = interpreter._patch_lang, set()
+
+    def once(function):
+        if id(function.__globals__) not in patched:
+            patch(function)
+            patched.add(id(function.__globals__))
+        return SimpleNamespace(restore=lambda: None)
+
+    interpreter._patch_lang = once
+
+
+def assert_passes(interpreter: subprocess.Popen[str]) -> None:
+    output, _ = interpreter.communicate(timeout=600)
+    assert interpreter.returncode == 0, output
+    assert re.search(r"^\d+ passed", output, re.M), output
+
+
+def disassembled(compiled: Any, folder: Path) -> list[str]:
+    """The instructions of a kernel, in order."""
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    run = subprocess.run([TOOLS / "nvdisasm", "-c", cubin], capture_output=True, text=True, check=True)
+    found = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)", run.stdout, re.M)
+    return found
