@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 BUILD_TOOLS := "setuptools>=77" pybind11 ninja wheel
 
-.PHONY: demo test bench results gpu gpu-table1 lint sanitize clean
+.PHONY: demo test bench results paper gpu gpu-table1 lint sanitize clean
 
 demo: $(VENV)/.built
 	$(BIN)/drive prune
@@ -20,6 +20,18 @@ results: $(VENV)/.built
 	$(BIN)/python benchmarks/bench_prune.py --out docs/results/cpu.md
 	$(BIN)/python benchmarks/bench_sparse.py --out docs/results/sparse-cpu.jsonl
 	$(BIN)/python benchmarks/sparse_report.py docs/results/sparse-cpu.jsonl docs/results/sparse-cpu.md
+
+# The paper's experiments at a size for two cores (docs/paper.md), in docs/results: five hours, and what is
+# finished is not run again. make paper DATA=cifar10.tar.gz
+SMALL = --scale 0.2 --data-dir $(or $(DATA),cifar10.tar.gz)
+paper: $(VENV)/.built
+	$(BIN)/drive table1 --rows cifar10-cnn4 $(SMALL) --out runs/cnn4
+	$(BIN)/drive figure6 --rows cifar10-cnn4 $(SMALL) --out runs/cnn4
+	$(BIN)/drive figure5 --rows cifar10-cnn4 --seeds 1 $(SMALL) --out runs/cnn4
+	$(BIN)/drive ablation --rows cifar10-cnn4 --seeds 1 $(SMALL) --out runs/cnn4
+	$(BIN)/drive table1 --rows cifar10-resnet8 --seeds 1 $(SMALL) --out runs/resnet8
+	for row in cnn4 resnet8; do mkdir -p docs/results/$$row && \
+	    cp runs/$$row/*.* docs/results/$$row; done
 
 # Builds, checks and measures on a GPU (docs/gpu.md) with the torch that is there: $(PYTHON)'s, else the
 # environment's. make gpu OUT_DIR=folder MINUTES=9
