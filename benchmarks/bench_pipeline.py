@@ -11,8 +11,9 @@ from collections.abc import Callable
 
 import torch
 
+from drive.batches import Batches
 from drive.compute import Compute
-from drive.data import Batches, Dataset
+from drive.dataset import Dataset
 from drive.models import Network, names
 from drive.recipe import Recipe
 from drive.train import train

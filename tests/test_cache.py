@@ -10,7 +10,7 @@ import torch
 from test_data import image_folder
 
 from drive import cache, data, imagefolder
-from drive.data import Dataset
+from drive.dataset import Dataset
 from drive.inputs import InputError
 
 
@@ -30,7 +30,7 @@ def same(a: Dataset, b: Dataset) -> bool:
 def test_cached_is_decoded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded = imagefolder.load_folder(folder)
     first = data.load("imagefolder", str(folder))
-    monkeypatch.setattr(imagefolder, "load_folder", lambda folder: pytest.fail("decoded again"))
+    monkeypatch.setattr(data, "load_folder", lambda folder: pytest.fail("decoded again"))
     second = data.load("cifar10", str(folder))  # by whatever name
     assert same(decoded, first) and same(decoded, second)
     assert second.skipped == ("train/red/1.png",)

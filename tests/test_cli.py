@@ -16,9 +16,9 @@ from test_data import image_folder
 import drive
 import drive_kernels
 from drive.cli import main
+from drive.compute import Compute
 from drive.inputs import InputError
 from drive.models import Network
-from drive.options import train_defaults
 
 ROOTS = [str(Path(module.__file__).parents[1]) for module in (drive, drive_kernels)]
 TINY = ["--epochs", "2", "--limit-train", "128", "--batch-size", "32"]
@@ -164,9 +164,11 @@ def test_train_dense_then_sparse(capsys: pytest.CaptureFixture[str]) -> None:
     assert rejected(capsys, "train --init foreign.pt").startswith("--init must hold the weights of")
 
 
-def test_sparse_ops_are_for_the_cpu() -> None:
+def test_devices_that_cannot_do_it() -> None:
     with pytest.raises(InputError, match="--device must be cpu with --sparse-ops, got cuda"):
-        train_defaults({"sparse_ops": True, "device": "cuda"})
+        Compute("cuda", sparse_ops=True)
+    with pytest.raises(InputError, match=r"--devices must be at most -?\d+ from cuda:1 on, got 99"):
+        Compute("cuda:1", devices=99)
 
 
 @needs_digits

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from drive import data
-from drive.data import Batches, Dataset, crop_and_flip
+from drive.batches import Batches, crop_and_flip
+from drive.dataset import Dataset
 from drive.inputs import InputError
 
 ARCHIVE = Path(__file__).parents[1] / "../shared/data/cifar10.tar.gz"

@@ -18,7 +18,8 @@ import drive
 import drive_kernels
 from drive import cell_run, report
 from drive.comparison import Comparison, Config
-from drive.data import Dataset, load
+from drive.data import load
+from drive.dataset import Dataset
 from drive.inputs import InputError
 from drive.models import Network
 

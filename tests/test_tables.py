@@ -1,5 +1,6 @@
 """Tables of many cells: killed, paused, failing, scaled, shared - and the same numbers in the end."""
 
+import csv
 import json
 import math
 import os
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,12 +22,12 @@ from test_data import image_folder
 
 import drive
 import drive_kernels
-from drive import cell_run, data, reproduce, tables
+from drive import cell_run, data, reproduce, tables, train
 from drive.cell_run import CellRun
 from drive.cli import main
 from drive.compute import Compute
+from drive.dataset import seed_of
 from drive.experiment import Experiment, Outcome
-from drive.history import read_log
 from drive.locks import locked
 from drive.paper import METHODS, ROWS
 from drive.plans import POWERS, Key, Plan, ablated, ablation, compared
@@ -88,12 +90,12 @@ def test_every_cell_is_a_folder_of_its_own(whole: tuple[Plan, Outcome, Path]) ->
         inside = folder / "cells" / cell.name
         assert json.loads((inside / "result.json").read_text()) == result
         assert json.loads((inside / "config.json").read_text())["recipe"]["epochs"] == 4
-        epochs = read_log(inside / "log.csv")
-        assert [epoch.epoch for epoch in epochs] == [1, 2, 3, 4]
-        assert epochs[-1].accuracy == result["correct"] / result["tested"]
-        assert epochs[0].lr == pytest.approx(0.005) and epochs[-1].lr < 0.02
+        epochs = list(csv.DictReader((inside / "log.csv").open()))
+        assert [epoch["epoch"] for epoch in epochs] == ["1", "2", "3", "4"]
+        assert float(epochs[-1]["accuracy"]) == result["correct"] / result["tested"]
+        assert float(epochs[0]["lr"]) == pytest.approx(0.005) and float(epochs[-1]["lr"]) < 0.02
         total = result["warmup_seconds"] + result["train_seconds"]
-        assert sum(epoch.seconds for epoch in epochs) == pytest.approx(total)
+        assert sum(float(epoch["seconds"]) for epoch in epochs) == pytest.approx(total)
         assert not list(inside.glob("*.pt")) and result["scale"] == 0.07
 
 
@@ -167,17 +169,20 @@ def test_nothing_is_begun_after_the_budget(images: Path, tmp_path: Path) -> None
 
 
 def test_paused_at_the_end_of_every_epoch(
-    whole: tuple[Plan, Outcome, Path], images: Path, tmp_path: Path
+    whole: tuple[Plan, Outcome, Path], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Each call begins every cell, whose time is over then."""
     _, expected, _ = whole
-    planned = plan(seeds=1)
-    for _ in range(100):
-        made = experiment(tmp_path, planned, images)
-        made.data(planned.cells[0])  # not in the time of the cells
-        outcome = run(made, deadline=time.monotonic() + 1e-3, pause=True)
-        if not outcome.open:
-            break
-        assert len(list(tmp_path.glob("cells/*/training.pt"))) <= 2  # of the warm-up, and of one cell
+    planned, deadline = plan(seeds=1), time.monotonic() + 1e6
+    late = SimpleNamespace(monotonic=lambda: time.monotonic() + 2e6)
+    for module in (train, cell_run):
+        monkeypatch.setattr(module, "time", late)
+    calls, outcome = 0, Outcome(open=planned.cells)
+    while outcome.open:
+        calls += 1
+        outcome = run(experiment(tmp_path, planned, images), deadline=deadline, pause=True)
+        assert len(list(tmp_path.glob("cells/*/training.pt"))) <= 1 + len(outcome.open)
+    assert calls == 1 + 4  # a network is pruned, then trained for 4 epochs
     found = [result for result in untimed(expected) if result["seed"] == 0]
     assert untimed(outcome) == found
 
@@ -248,10 +253,10 @@ def test_full_cells_stand_beside_the_published_numbers() -> None:
             found.results[cell] = {
                 "correct": 8000 + 100 * cell.seed, "tested": 10_000, "train_images": 50_000,
                 "warmup_seconds": 5.0, "round_seconds": 215.0 if cell.variant.name == "imp" else 0.0,
-                "prune_seconds": 5.0, "train_seconds": 50.0,
+                "prune_seconds": 5.0, "train_seconds": 50.0, "made_with": {"torch": "2.0", "gpu": "one"},
             }  # fmt: skip
     page = tables.against_paper("Table 1", planned, METHODS, found)
-    assert "*" not in page and "Scaled" not in page
+    assert "*" not in page and "Scaled" not in page and "Made with torch 2.0, gpu one." in page
     assert "Not pruned: 80.50 ± 0.71 (84.20, -3.70)." in page
     assert "| drive | 80.50 ± 0.71 (86.97, -6.47) | 80.50 ± 0.71 (87.21, -6.71) |" in page
     assert "| snip | 80.00 [1 of 2 seeds] (83.09, -3.09) |" in page
@@ -322,13 +327,14 @@ def test_levels_of_imp_are_those_of_one_call(images: Path, tmp_path: Path) -> No
 
     recipe = replace(cell.recipe, epochs=2)
 
-    def train(model: torch.nn.Module, masks: drive.Masks | None, number: int) -> None:
-        cell_run.train(model, work.batches, recipe, epochs=range(2 * number, 2 * number + 2), masks=masks)
+    def train_round(model: torch.nn.Module, masks: drive.Masks | None, number: int) -> None:
+        train.train(model, work.batches, recipe, epochs=range(2 * number, 2 * number + 2), masks=masks)
 
-    torch.manual_seed(data.seed_of(0, "initialisation"))
+    torch.manual_seed(seed_of(0, "initialisation"))
     stream = work.batches.endless("prune", lambda: None)
     masks = drive.prune(
-        work.network.build(), stream, F.cross_entropy, method="imp", sparsity=0.9, iterations=3, train=train,
+        work.network.build(), stream, F.cross_entropy, method="imp", sparsity=0.9, iterations=3,
+        train=train_round,
         progress=False,
     )  # fmt: skip
     assert all(torch.equal(saved[name], mask) for name, mask in masks.items())
@@ -394,13 +400,15 @@ def test_bad_input(capsys: pytest.CaptureFixture[str], options: str, message: st
     assert line.startswith(f"drive table1: {message}")
 
 
-def test_flags_change_the_recipe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_flags_change_what_is_planned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     planned: list[Plan] = []
     monkeypatch.setattr(reproduce.Page, "write", lambda self, out, plan, *rest: planned.append(plan) or "")
     options = ["--momentum", "0.8", "--weight-decay", "0", "--padding", "2", "--no-flip", "--budget", "1e-9"]
+    options += ["--precision", "bfloat16", "--channels-last", "--compile", "--sparse-ops", "--devices", "2"]
     assert main(["table1", *options, "--out", str(tmp_path)]) == 0
     recipe = planned[0].cells[0].recipe
     assert (recipe.momentum, recipe.weight_decay, recipe.padding, recipe.flip) == (0.8, 0, 2, False)
+    assert planned[0].compute == Compute("cpu", "bfloat16", True, True, True, devices=2)
     assert len(planned[0].cells) == 7 * 3 * (1 + 4 * 4) and math.isclose(recipe.lr, 1e-4)
 
 

@@ -1,8 +1,10 @@
 """The training loop and the networks: exact resumption, exact zeros, what is rejected."""
 
 import copy
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,12 +14,16 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import drive
+from drive.batches import Batches
 from drive.compute import Compute
-from drive.data import Batches, Dataset
+from drive.dataset import Dataset
+from drive.history import Epoch, Log
 from drive.inputs import InputError
 from drive.models import Network, names
 from drive.recipe import Recipe
-from drive.train import Checkpoint, evaluate, train
+from drive.train import Checkpoint, Paused, evaluate, train
+
+pytest.importorskip("lightning", reason="networks are trained on lightning's Fabric")
 
 EPOCHS = 4
 RECIPE = Recipe(EPOCHS, lr=0.05)
@@ -191,6 +197,60 @@ def test_every_network_prunes_and_answers(name: str, side: int) -> None:
         model, [(images, labels)], F.cross_entropy, method="snip", sparsity=0.9, progress=False
     )
     assert masks.sparsity() == pytest.approx(0.9, abs=1e-4)
+
+
+def test_two_processes_train_as_one_does(batches: Batches, tmp_path: Path) -> None:
+    """Without BatchNorm, whose statistics are of a process; it is paused and resumed."""
+    found = []
+    for devices in (1, 2):
+        torch.manual_seed(0)
+        model = Network("mlp", classes=2, channels=1, side=8).build()
+        masks = drive.prune(model, [], None, method="magnitude", sparsity=0.5, progress=False)
+        checkpoint = Checkpoint(tmp_path / f"{devices}.pt", {})
+        options = {"compute": Compute(devices=devices), "masks": masks, "log": Log(tmp_path)}
+        if devices == 2:
+            late = replace(checkpoint, deadline=0.0)
+            with pytest.raises(Paused):
+                train(model, batches, RECIPE, epochs=range(EPOCHS), checkpoint=late, **options)
+        steps = []
+        history = train(
+            model, batches, RECIPE, epochs=range(EPOCHS), checkpoint=checkpoint,
+            on_step=partial(steps.append, 1), **options,
+        )  # fmt: skip
+        assert len(steps) == EPOCHS * len(batches) and not any(
+            model.get_parameter(name)[~mask].any() for name, mask in masks.items()
+        )
+        found.append(([epoch.loss for epoch in history], model.state_dict()))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
+    for name, weight in found[0][1].items():
+        torch.testing.assert_close(found[1][1][name], weight, rtol=1e-4, atol=1e-6)
+    with pytest.raises(InputError, match="--devices must share batches of 16 .* evenly, got 3"):
+        train(fresh(), batches, RECIPE, epochs=range(1), compute=Compute(devices=3))
+
+
+def test_without_tensorboard(batches: Batches, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(InputError, match=r"tensorboard must be installed \(pip install 'drive-prune"):
+        train(fresh(), batches, RECIPE, epochs=range(1), log=Log(tmp_path, tensorboard=True))
+
+
+def test_a_resumed_training_stands_in_tensorboard_once(batches: Batches, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    warmup = (Epoch(1, 9.0, 0.1, None, 1.0),)
+    options = {
+        "epochs": range(1, EPOCHS), "log": Log(tmp_path, warmup, test_every=2, tensorboard=True),
+        "checkpoint": Checkpoint(tmp_path / "checkpoint.pt", {}, every=1e6),
+    }  # fmt: skip
+    with pytest.raises(Killed):  # after two epochs, neither of them saved
+        train(fresh(), batches, RECIPE, on_step=kill_after(9), **options)
+    history = train(fresh(), batches, RECIPE, **options)
+    found = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in found.Scalars("loss")] == [
+        (e.epoch, pytest.approx(e.loss, rel=1e-6)) for e in (*warmup, *history)
+    ]
+    assert [e.step for e in found.Scalars("accuracy")] == [2, 4]
 
 
 class Double(nn.Module):

@@ -10,21 +10,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tarfile
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import safetensors
 import safetensors.torch
 
-from .inputs import InputError
-
-if TYPE_CHECKING:
-    from .data import Dataset
+from .dataset import Dataset
 
 DECODER = "2"  # changes with what `imagefolder` makes of the same files
 _TENSORS = ("train_x", "train_y", "test_x", "test_y")
@@ -64,8 +58,6 @@ def _files(source: Path) -> list[Path]:
 
 def _read(path: Path) -> Dataset | None:
     """None: there is no such file, or it is broken."""
-    from .data import Dataset
-
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             rest = json.loads(file.metadata()["dataset"])
@@ -88,21 +80,3 @@ def _write(path: Path, data: Dataset) -> None:
     except (OSError, safetensors.SafetensorError):  # no place, or not writable: decoded again next time
         with suppress(OSError):
             partial.unlink()
-
-
-@contextmanager
-def unpacked(source: Path) -> Iterator[Path]:
-    """A folder as it is, or what a tar archive holds, as long as the context lasts."""
-    if not source.is_file():
-        yield source
-        return
-    with tempfile.TemporaryDirectory(prefix="drive-") as folder:
-        try:
-            with tarfile.open(source) as archive:
-                archive.extractall(folder, filter="data")
-        except (tarfile.TarError, OSError, EOFError) as error:
-            raise InputError(
-                f"--data-dir must be a folder or a tar archive of one, got {source} ({error})"
-            ) from error
-        inside = list(Path(folder).iterdir())
-        yield inside[0] if len(inside) == 1 and inside[0].is_dir() else Path(folder)

@@ -25,16 +25,17 @@ from rich.progress import Progress
 from torch import nn
 
 from . import methods, schedules
+from .batches import Batches
 from .cells import Cell
 from .console import task
-from .data import Batches, Dataset, seed_of
-from .history import Epoch
+from .dataset import Dataset, seed_of
+from .history import Epoch, Log
 from .locks import locked
 from .masks import Masks
 from .paths import collapse
 from .prune import prune
 from .runs import load_tensors, made_with, save_tensors, write_json
-from .train import Checkpoint, Log, Paused, evaluate, train
+from .train import Checkpoint, Paused, evaluate, train
 from .variants import dense
 
 SAVE_EVERY = 60.0  # seconds between two savings of a training, or of the levels of IMP, in progress
@@ -60,14 +61,15 @@ class CellRun:
         data: on the cell's device, all of them.
         deadline: of time.monotonic(); after it the work pauses as soon as it can be gone on with.
         keep_network: leave it in `checkpoint.pt`, and its masks in `masks.safetensors`.
+        tensorboard: write TensorBoard's files beside `log.csv`.
     """
 
     def __init__(
         self, cell: Cell, root: Path, data: Dataset, progress: Progress, *,
-        deadline: float = math.inf, keep_network: bool = False,
+        deadline: float = math.inf, keep_network: bool = False, tensorboard: bool = False,
     ):  # fmt: skip
         self.cell, self.root, self.progress = cell, root, progress
-        self.deadline, self.keep_network = deadline, keep_network
+        self.deadline, self.keep_network, self.tensorboard = deadline, keep_network, tensorboard
         self.folder = root / cell.name
         self.images = cell.images(data)
         self.batches: Batches = cell.batches(self.images)
@@ -101,13 +103,18 @@ class CellRun:
         with task(self.progress, f"{cell.title}: training", len(epochs) * len(self.batches)) as advance:
             history = train(
                 model, self.batches, cell.recipe, epochs=epochs, compute=cell.compute, masks=masks,
-                checkpoint=partial, log=Log(folder / "log.csv", tuple(warmup)), on_step=advance,
+                checkpoint=partial, on_step=advance,
+                log=Log(folder, tuple(warmup), tensorboard=self.tensorboard),
             )  # fmt: skip
         if self.keep_network:
             if masks is not None:
                 masks.save(folder / "masks.safetensors")
             state = {"network": self.network.as_dict(), "model": model.state_dict()}
             save_tensors(folder / "checkpoint.pt", state)
+        tested = len(self.images.test_y)
+        # a training tests its last epoch
+        accuracy = history[-1].accuracy if history else evaluate(model, self.batches, cell.compute) / tested
+        assert accuracy is not None
         result = {
             "data": cell.data,
             "model": cell.model,
@@ -117,8 +124,8 @@ class CellRun:
             "scale": cell.scale,
             "epochs": cell.recipe.epochs,
             "train_images": len(self.images.train_y),
-            "correct": evaluate(model, self.batches, cell.compute),
-            "tested": len(self.images.test_y),
+            "correct": round(accuracy * tested),
+            "tested": tested,
             "final_loss": history[-1].loss if history else None,
             "kept": {name: int(mask.sum()) for name, mask in (masks or {}).items()},
             "empty": cut_off.empty if cut_off else [],
@@ -151,8 +158,8 @@ class CellRun:
             with task(self.progress, title, epochs * len(self.batches)) as advance:
                 return train(
                     model, self.batches, cell.recipe, epochs=range(epochs), compute=cell.compute,
-                    checkpoint=self._checkpoint(folder / "training.pt"), log=Log(folder / "log.csv"),
-                    on_step=advance,
+                    checkpoint=self._checkpoint(folder / "training.pt"), on_step=advance,
+                    log=Log(folder, tensorboard=self.tensorboard),
                 )  # fmt: skip
 
     def _pruned(self, model: nn.Module) -> Pruned:
@@ -180,31 +187,25 @@ class CellRun:
 
     def _levels(self, model: nn.Module, found: Pruned) -> Iterator[Pruned]:
         """Prune step by step, from what is found; only IMP, which trains for long, has several."""
-        cell, method = self.cell, self.cell.variant.make()
+        cell, variant, method = self.cell, self.cell.variant, self.cell.variant.make()
+        iterations = variant.iterations or method.iterations_to(cell.sparsity)
+        recipe, length, targets = cell.recipe, 1, [cell.sparsity]
         if isinstance(method, methods.Imp):
             # level by level the same as in one call: each ends in the initialisation with its masks
-            count = cell.variant.iterations or method.iterations_to(cell.sparsity)
-            targets, iterations = schedules.plan("exponential", cell.sparsity, count), 1
-            recipe, span = replace(cell.recipe, epochs=cell.variant.rounds), cell.variant.rounds
-        else:
-            targets = [cell.sparsity]
-            iterations = cell.variant.iterations or method.iterations_to(cell.sparsity)
-            recipe, span = cell.recipe, 1
+            recipe, length = replace(cell.recipe, epochs=variant.rounds), variant.rounds
+            targets, iterations = schedules.plan("exponential", cell.sparsity, iterations), 1
+        trained: list[Epoch] = []
+
+        def train_round(model: nn.Module, masks: Masks | None, number: int) -> None:
+            span = range(number * length, (number + 1) * length)
+            trained.extend(train(model, self.batches, recipe, epochs=span, compute=cell.compute, masks=masks))
+
         bars = len(targets) * iterations * method.accumulate
         with task(self.progress, f"{cell.title}: pruning", bars) as advance:
             for _ in range(found.levels):
                 advance()
             for target in targets[found.levels :]:
-                seconds = 0.0
-
-                def train_round(model: nn.Module, masks: Masks | None, number: int) -> None:
-                    nonlocal seconds
-                    epochs = range(number * span, (number + 1) * span)
-                    done = train(
-                        model, self.batches, recipe, epochs=epochs, compute=cell.compute, masks=masks
-                    )
-                    seconds += _seconds(done)
-
+                trained.clear()
                 began = time.monotonic()
                 masks = prune(
                     model, self.batches.endless("prune", on_batch=advance), F.cross_entropy, method=method,
@@ -213,11 +214,12 @@ class CellRun:
                 )  # fmt: skip
                 if torch.device(cell.compute.device).type == "cuda":
                     torch.cuda.synchronize(cell.compute.device)
+                seconds, rounds = time.monotonic() - began, _seconds(trained)
                 found = Pruned(
                     masks,
                     found.levels + 1,
-                    found.prune_seconds + time.monotonic() - began - seconds,
-                    found.round_seconds + seconds,
+                    found.prune_seconds + seconds - rounds,
+                    found.round_seconds + rounds,
                 )
                 if isinstance(method, methods.Imp):
                     advance()

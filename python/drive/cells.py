@@ -7,8 +7,9 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from .batches import Batches
 from .compute import Compute
-from .data import Batches, Dataset
+from .dataset import Dataset
 from .models import Network
 from .recipe import Recipe
 from .variants import Variant

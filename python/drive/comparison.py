@@ -12,7 +12,7 @@ from . import methods
 from .cell_run import Result
 from .cells import Cell
 from .compute import Compute
-from .data import Dataset
+from .dataset import Dataset
 from .experiment import Experiment
 from .files import write_atomic
 from .inputs import InputError

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from .inputs import InputError, require
 from .masks import Masks
 from .sparse import convert
 
-PRECISIONS = ("float32", "bfloat16")
+PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-mixed"}  # as Fabric calls them
 
 
 @dataclass(frozen=True)
 class Compute:
-    """One device and how it computes.
+    """One or several devices and how they compute.
 
     Attributes:
         device: cpu, cuda or cuda:N.
@@ -28,6 +30,12 @@ class Compute:
         compile: train with torch.compile. Testing and pruning stay eager.
         sparse_ops: train pruned layers with their surviving weights only, where a cost model says that it
             pays; by a cost model, not by measuring, so that two runs do the same arithmetic.
+        devices: how many GPUs, from `device` on, share the batches of a training by DistributedDataParallel
+            (BatchNorm sees the part of its own GPU); or how many processes on the CPU. Testing and pruning
+            take one.
+
+    Raises:
+        InputError: devices that are not here; sparse ops on a GPU, for which there is no cost model.
     """
 
     device: str = "cpu"
@@ -35,6 +43,36 @@ class Compute:
     channels_last: bool = False
     compile: bool = False
     sparse_ops: bool = False
+    devices: int = 1
+
+    def __post_init__(self) -> None:
+        if self.sparse_ops and self._kind != "cpu":
+            raise InputError(f"--device must be cpu with --sparse-ops, got {self.device}")
+        if self._kind == "cuda" and self.devices > 1:
+            most = torch.cuda.device_count() - self._first
+            if self.devices > most:
+                raise InputError(
+                    f"--devices must be at most {most} from {self.device} on, got {self.devices}"
+                )
+
+    @property
+    def _kind(self) -> str:
+        return torch.device(self.device).type
+
+    @property
+    def _first(self) -> int:
+        return torch.device(self.device).index or 0
+
+    def fabric(self) -> Any:
+        """A Fabric of lightning's for these devices, in this precision."""
+        fabric = require("lightning.fabric")
+        logging.getLogger("lightning.fabric").setLevel(logging.WARNING)  # or each says what it was asked for
+        return fabric.Fabric(
+            accelerator=self._kind,
+            devices=[self._first + i for i in range(self.devices)] if self._kind == "cuda" else self.devices,
+            strategy="ddp_spawn" if self.devices > 1 else "auto",
+            precision=PRECISIONS[self.precision],
+        )
 
     def place(self, model: nn.Module) -> nn.Module:
         """Move a model to the device, in the memory format, in place."""
@@ -42,10 +80,8 @@ class Compute:
         return model.to(memory_format=torch.channels_last) if self.channels_last else model
 
     def autocast(self) -> AbstractContextManager[object]:
-        """What a forward pass and its loss run in."""
-        if self.precision == "float32":
-            return nullcontext()
-        return torch.autocast(torch.device(self.device).type, torch.bfloat16)
+        """What a forward pass runs in that is none of Fabric's."""
+        return torch.autocast(self._kind, dtype) if (dtype := self.autocast_dtype) else nullcontext()
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:
@@ -66,7 +102,7 @@ class Compute:
 
     def as_dict(self) -> dict[str, object]:
         """As plain values, and of the device only its type: results do not depend on its number."""
-        return {**vars(self), "device": torch.device(self.device).type}
+        return {**vars(self), "device": self._kind}
 
 
 def deterministic(threads: int) -> None:

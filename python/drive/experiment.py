@@ -16,7 +16,8 @@ from rich.progress import Progress
 
 from .cell_run import CellRun, Result
 from .cells import Cell
-from .data import Dataset
+from .dataset import Dataset
+from .files import write_atomic
 from .inputs import InputError
 from .locks import locked
 from .runs import read_json, write_json
@@ -28,7 +29,7 @@ class Outcome:
     """What is known of an experiment's cells."""
 
     results: dict[Cell, Result] = field(default_factory=dict)
-    failures: dict[Cell, Exception] = field(default_factory=dict)
+    failures: dict[Cell, str] = field(default_factory=dict)  # the first line of what was raised
     open: list[Cell] = field(default_factory=list)  # not begun, paused, or in the hands of another process
 
 
@@ -39,10 +40,14 @@ class Experiment:
         folder: of the run.
         cells: all of them, in the order in which they are to be trained; those of one data set together.
         load: a data set by its name.
+        tensorboard: write TensorBoard's files beside each cell's `log.csv`.
     """
 
-    def __init__(self, folder: Path, cells: Sequence[Cell], load: Callable[[str], Dataset]):
-        self.cells_folder = folder / "cells"
+    def __init__(
+        self, folder: Path, cells: Sequence[Cell], load: Callable[[str], Dataset], *,
+        tensorboard: bool = False,
+    ):  # fmt: skip
+        self.cells_folder, self._tensorboard = folder / "cells", tensorboard
         self.cells, self._load = list(dict.fromkeys(cells)), load
         self._loaded: tuple[str, Dataset | Exception] | None = None  # the last one: they may be large
 
@@ -75,17 +80,10 @@ class Experiment:
             except Exception as error:
                 if not keep_going:
                     raise
-                found.failures[cell] = error
+                # not the error itself: its frames would keep the network, and a GPU's memory
+                found.failures[cell] = str(error).strip().partition("\n")[0] or type(error).__name__
             progress.advance(overall)
         return found
-
-    def read(self) -> Outcome:
-        """What is finished, without training anything."""
-        results = {cell: self.result(cell) for cell in self.cells}
-        return Outcome(
-            {cell: result for cell, result in results.items() if result is not None},
-            open=[cell for cell, result in results.items() if result is None],
-        )
 
     def result(self, cell: Cell) -> Result | None:
         """Of a finished cell."""
@@ -121,14 +119,14 @@ class Experiment:
             if (result := self.result(cell)) is not None:  # by another process, a moment ago
                 return result
             try:
-                run = CellRun(
-                    cell, self.cells_folder, data, progress, deadline=deadline, keep_network=keep_network
-                )
-                return run.run()
+                return CellRun(
+                    cell, self.cells_folder, data, progress, deadline=deadline, keep_network=keep_network,
+                    tensorboard=self._tensorboard,
+                ).run()  # fmt: skip
             except Paused:
                 return None
             except Exception:
-                (folder / "failure.txt").write_text(traceback.format_exc())
+                write_atomic(folder / "failure.txt", traceback.format_exc().encode())
                 raise
 
     def _check(self, name: str, data: Dataset) -> None:

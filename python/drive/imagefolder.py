@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import tarfile
+import tempfile
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,25 +15,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .data import Dataset
+from .dataset import Dataset
 from .inputs import InputError, require
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
 
 
-def load_folder(folder: Path) -> Dataset:
-    """Images of `folder/train/<class>/*` and `folder/test/<class>/*` (or `val`), as square RGB.
+def load_folder(place: Path) -> Dataset:
+    """Images of `train/<class>/*` and `test/<class>/*` (or `val`), as square RGB, of a folder or tar archive.
 
-    Tiny ImageNet as it is published is one too: images may lie in a folder `images` of their class, and
-    those of `val` all in `val/images`, their classes in `val/val_annotations.txt`.
+    Also as Tiny ImageNet is published: images may lie in a folder `images` of their class, and those of
+    `val` all in `val/images`, their classes in `val/val_annotations.txt`.
 
     The side is 32 pixels if the first readable training image's shorter side is at most 48, else
     64: the sizes that the models are made for. Larger images are scaled so that the shorter side
     fits, then cropped at the centre. Images that cannot be read are left out and named.
 
     Raises:
-        InputError: a missing folder, no classes, test classes that training lacks, no readable image.
+        InputError: a missing folder, no classes, test classes that training lacks, no readable image, a file
+            that is no archive.
     """
+    with _unpacked(place) as folder:
+        return _load(folder)
+
+
+def _load(folder: Path) -> Dataset:
     train = folder / "train"
     test = folder / ("test" if _classes(folder / "test") else "val")
     for needed in (folder, train, test):
@@ -57,6 +67,24 @@ def load_folder(folder: Path) -> Dataset:
     return Dataset(
         train_x, train_y, test_x, test_y, classes=len(classes), augment=True, skipped=tuple(skipped)
     )
+
+
+@contextmanager
+def _unpacked(source: Path) -> Iterator[Path]:
+    """A folder as it is, or what a tar archive holds, as long as the context lasts."""
+    if not source.is_file():
+        yield source
+        return
+    with tempfile.TemporaryDirectory(prefix="drive-") as folder:
+        try:
+            with tarfile.open(source) as archive:
+                archive.extractall(folder, filter="data")
+        except (tarfile.TarError, OSError, EOFError) as error:
+            raise InputError(
+                f"--data-dir must be a folder or a tar archive of one, got {source} ({error})"
+            ) from error
+        inside = list(Path(folder).iterdir())
+        yield inside[0] if len(inside) == 1 and inside[0].is_dir() else Path(folder)
 
 
 def _decode_all(

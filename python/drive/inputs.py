@@ -13,7 +13,7 @@ import torch
 # extra of the package -> what it brings in, by import name
 EXTRAS = {
     "vision": ("torchvision", "PIL"),
-    "experiments": ("sklearn", "matplotlib", "lightning"),
+    "experiments": ("sklearn", "matplotlib", "lightning", "tensorboard"),
 }
 
 

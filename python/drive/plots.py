@@ -66,7 +66,7 @@ def draw_time(plan: Plan, methods: Sequence[str], outcome: Outcome, path: Path) 
             for name in names:
                 sparsities = (0.0,) if name == "dense" else plan.sparsities_of(row)
                 keys = [Key(row.name, name, s) for s in sparsities]
-                heights.append(numbers.seconds(keys, lambda result, part=part: result[part]) or 0.0)  # type: ignore[misc]
+                heights.append(numbers.seconds(keys, [part]) or 0.0)
             axes.bar(names, heights, 0.7, bottom=bottom, color=color, label=label)
             bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
         axes.set_ylabel("seconds")

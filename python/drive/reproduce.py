@@ -14,11 +14,25 @@ import typer
 from rich.console import Console
 
 from . import data, inputs, methods, plots, tables
-from .compute import PRECISIONS, Compute, deterministic
-from .console import bars
+from .compute import Compute, deterministic
+from .console import bars, name_skipped
+from .dataset import Dataset
 from .experiment import Experiment, Outcome
 from .files import write_atomic
-from .options import Device, Fractions, Names, file, option
+from .inputs import InputError
+from .options import (
+    ChannelsLast,
+    Compile,
+    Device,
+    Devices,
+    Fractions,
+    Names,
+    Precision,
+    SparseOps,
+    TensorBoard,
+    file,
+    option,
+)
 from .paper import METHODS, ROWS, TABLE1, TABLE2, Row
 from .plans import FIGURE5, Plan, ablated, compared
 from .runs import make_folder, write_json
@@ -117,11 +131,11 @@ def reproduce(
              "[default: CIFAR is downloaded]", "DIR"),
     ] = None,
     device: Device = None,
-    precision: Annotated[
-        str, option("--precision", "float32 or bfloat16", inputs.one_of(PRECISIONS), "NAME")
-    ] = "float32",
-    channels_last: Annotated[bool, typer.Option("--channels-last", help="memory format of images")] = False,
-    compile: Annotated[bool, typer.Option("--compile", help="train with torch.compile")] = False,
+    devices: Devices = None,
+    precision: Precision = None,
+    channels_last: ChannelsLast = False,
+    compile: Compile = False,
+    sparse_ops: SparseOps = False,
     momentum: Annotated[
         float | None, option("--momentum", "of SGD [default: 0.9]", inputs.not_negative, "X")
     ] = None,
@@ -132,6 +146,7 @@ def reproduce(
         int | None, option("--padding", "of the random crops [default: 4]", inputs.whole_number(0))
     ] = None,
     no_flip: Annotated[bool, typer.Option("--no-flip", help="do not mirror images")] = False,
+    tensorboard: TensorBoard = False,
     out: Annotated[
         Path, file("--out", "folder of cells and pages [default: runs/paper]", "DIR")
     ] = Path("runs/paper"),
@@ -143,7 +158,9 @@ def reproduce(
         "flip": False if no_flip else None,
     }  # fmt: skip
     chosen = [_changed(ROWS[name], changes) for name in rows or page.rows]
-    compute = Compute(device or "cpu", precision, channels_last, compile)
+    compute = Compute(
+        device or "cpu", precision or "float32", channels_last, compile, sparse_ops, devices or 1
+    )
     names = list(pruned_by or METHODS)
     plan = page.plan(
         Plan(chosen, seeds, scale, tuple(sparsities) if sparsities else page.sparsities, compute), names
@@ -154,11 +171,11 @@ def reproduce(
     make_folder(out)
     deterministic(torch.get_num_threads())
     console = Console()
-    experiment = Experiment(out, plan.cells, _loader(data_dir, console))
+    experiment = Experiment(out, plan.cells, _loader(data_dir, console), tensorboard=tensorboard)
     with bars(console) as progress:
         outcome = experiment.run(progress, deadline=deadline, pause=pause)
-    if outcome.failures and not outcome.results and len(set(map(str, outcome.failures.values()))) == 1:
-        raise next(iter(outcome.failures.values()))  # the same for all: the data are missing, say
+    if not outcome.results and len(reasons := set(outcome.failures.values())) == 1:
+        raise InputError(reasons.pop())  # the same for all: the data are missing, say
     text = page.write(out, plan, names, outcome)
     console.print(text, highlight=False, soft_wrap=True, markup=False)
     done, failed, left = len(outcome.results), len(outcome.failures), len(outcome.open)
@@ -175,12 +192,11 @@ def _changed(row: Row, changes: Mapping[str, object]) -> Row:
     return replace(row, recipe=replace(row.recipe, **given))  # type: ignore[arg-type]
 
 
-def _loader(data_dir: Path | None, console: Console) -> Callable[[str], data.Dataset]:
-    def load(name: str) -> data.Dataset:
+def _loader(data_dir: Path | None, console: Console) -> Callable[[str], Dataset]:
+    def load(name: str) -> Dataset:
         with console.status(f"loading {name}"):
             found = data.load(name, data.locate(name, str(data_dir) if data_dir else None))
-        if found.skipped:
-            console.print(f"{name}: left out {len(found.skipped)} unreadable images", highlight=False)
+        name_skipped(found, console)
         return found
 
     return load

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from statistics import mean, stdev
 
@@ -11,6 +11,9 @@ from .experiment import Outcome
 from .paper import Row
 from .plans import ITERATIONS, POWERS, WARMUPS, Key, Plan, grid_name
 from .recipe import Recipe, Steps
+
+# pruning as the paper counts its seconds: all that comes before the sparse network is trained
+BEFORE_TRAINING = ("warmup_seconds", "round_seconds", "prune_seconds")
 
 
 class Numbers:
@@ -31,9 +34,9 @@ class Numbers:
         """In %, of the seeds that are finished."""
         return [100 * r["correct"] / r["tested"] for r in self.results(key)]
 
-    def seconds(self, keys: Sequence[Key], part: Callable[[Result], float]) -> float | None:
-        """The mean over cells; None: none is finished."""
-        values = [part(r) for key in keys for r in self.results(key)]
+    def seconds(self, keys: Sequence[Key], parts: Sequence[str]) -> float | None:
+        """Of some parts of a cell's work, the mean over cells; None: none is finished."""
+        values = [sum(r[part] for part in parts) for key in keys for r in self.results(key)]
         return mean(values) if values else None
 
     def shown(self, key: Key, published: float | None = None) -> str:
@@ -51,11 +54,6 @@ class Numbers:
         return text
 
 
-def before_training(result: Result) -> float:
-    """Seconds of pruning as the paper counts them: all that comes before the sparse network is trained."""
-    return float(result["warmup_seconds"] + result["round_seconds"] + result["prune_seconds"])
-
-
 def against_paper(title: str, plan: Plan, methods: Sequence[str], outcome: Outcome) -> str:
     """Methods against each other and against what is published, row by row of the paper."""
     numbers, lines = Numbers(plan, outcome), [f"# {title}", "", *_warning(plan)]
@@ -63,6 +61,7 @@ def against_paper(title: str, plan: Plan, methods: Sequence[str], outcome: Outco
         f"Top-1 test accuracy in %, {_over(plan)}; in brackets the "
         "published mean of three runs, and ours minus that. Seconds: all that comes before the sparse "
         "network is trained (dense warm-up, levels of IMP, scoring), mean over the sparsities.", "",
+        *_made_with(outcome),
     ]  # fmt: skip
     for row in plan.rows:
         sparsities = plan.sparsities_of(row)
@@ -75,7 +74,7 @@ def against_paper(title: str, plan: Plan, methods: Sequence[str], outcome: Outco
             published = row.published.get(method)
             keys = [Key(row.name, method, s) for s in sparsities]
             shown = [numbers.shown(k, published and published.accuracy.get(k.sparsity)) for k in keys]
-            seconds[method] = numbers.seconds(keys, before_training)
+            seconds[method] = numbers.seconds(keys, BEFORE_TRAINING)
             lines.append(_line([method, *shown, _seconds(seconds[method], published and published.seconds)]))
         lines += ["", *_ratio(row, seconds)]
     return "\n".join([*lines, *_failures(outcome)])
@@ -84,7 +83,7 @@ def against_paper(title: str, plan: Plan, methods: Sequence[str], outcome: Outco
 def ablation_page(plan: Plan, outcome: Outcome) -> str:
     """DRIVE taken apart: its steps, warm-up and iterations, terms of the score."""
     numbers, lines = Numbers(plan, outcome), ["# Ablation", "", *_warning(plan)]
-    lines += [f"Top-1 test accuracy in %, {_over(plan)}.", ""]
+    lines += [f"Top-1 test accuracy in %, {_over(plan)}.", "", *_made_with(outcome)]
     for row in plan.rows:
         sparsities, warmup = plan.sparsities_of(row), plan.warmup_of(row)
         whole = grid_name(warmup, 100)
@@ -117,6 +116,15 @@ def _over(plan: Plan) -> str:
     return "one seed" if plan.seeds == 1 else f"mean ± standard deviation of {plan.seeds} seeds"
 
 
+def _made_with(outcome: Outcome) -> list[str]:
+    """What the numbers, and the seconds more so, depend on beside the configuration."""
+    found = {
+        ", ".join(f"{what} {value}" for what, value in result["made_with"].items())
+        for result in outcome.results.values()
+    }
+    return [f"Made with {'; '.join(sorted(found))}.", ""] if found else []
+
+
 def _warning(plan: Plan) -> list[str]:
     if plan.scale == 1:
         return []
@@ -146,8 +154,9 @@ def describe(recipe: Recipe) -> str:
     elif rest := asdict(schedule):
         how += " (" + ", ".join(f"{name} {value:g}" for name, value in rest.items()) + ")"
     momentum = f" with momentum {recipe.momentum:g}" if recipe.optimizer == "sgd" else ""
+    epochs = "1 epoch" if recipe.epochs == 1 else f"{recipe.epochs} epochs"
     return (
-        f"{recipe.epochs} epoch{'s' if recipe.epochs > 1 else ''} in batches of {recipe.batch_size}, {recipe.optimizer}{momentum}, "
+        f"{epochs} in batches of {recipe.batch_size}, {recipe.optimizer}{momentum}, "
         f"learning rate {recipe.lr:g} {how}, weight decay {recipe.weight_decay:g}, "
         f"crops padded by {recipe.padding}{', flips' if recipe.flip else ''}"
     )
@@ -173,12 +182,8 @@ def _ratio(row: Row, seconds: dict[str, float | None]) -> list[str]:
 def _failures(outcome: Outcome) -> list[str]:
     if not outcome.failures:
         return []
-    lines = [f"- {cell.title}: {_one_line(error)}" for cell, error in outcome.failures.items()]
+    lines = [f"- {cell.title}: {why}" for cell, why in outcome.failures.items()]
     return ["Failed:", "", *lines, ""]
-
-
-def _one_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).partition("\n")[0]
 
 
 def _percent(fraction: float) -> str:

@@ -1,22 +1,25 @@
-"""One plain training loop, by a recipe, with exact resumption after every epoch."""
+"""One training loop on lightning's Fabric, by a recipe, with exact resumption after every epoch."""
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
+from .batches import Batches
 from .compute import Compute
-from .data import Batches, seed_of
-from .history import Epoch, write_log
+from .dataset import seed_of
+from .history import Epoch, Log, LogFiles
 from .inputs import InputError
 from .masks import Masks
 from .recipe import Recipe
@@ -38,12 +41,16 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
-class Log:
-    """A CSV file of a training, up to date after every epoch."""
+class _Work:
+    """What a process needs in order to train a model: the arguments of `train`."""
 
-    path: Path
-    before: tuple[Epoch, ...] = ()  # epochs that the network was trained before: its warm-up
-    test_every: int = 5  # epochs; the last one is always tested. Five cost little: a test is forward only
+    batches: Batches
+    recipe: Recipe
+    epochs: range
+    compute: Compute
+    masks: Masks | None
+    checkpoint: Checkpoint | None
+    log: Log | None
 
 
 def train(
@@ -60,9 +67,9 @@ def train(
 ) -> list[Epoch]:
     """Train in place on the batches of `epochs`, and return what each of them did.
 
-    The learning rate and the batches depend on the number of the epoch, so that networks that join
-    later, `range(5, 20)` say, see what the others see in these epochs. Torch's RNG is seeded from
-    the batches' seed first: nothing that ran before matters.
+    The learning rate, the batches and what dropout draws depend on the number of the epoch, so that networks
+    that join later, `range(5, 20)` say, see what the others see in these epochs, and nothing that ran before
+    matters.
 
     Args:
         model: on the device of the batches.
@@ -74,52 +81,113 @@ def train(
         checkpoint: if its file exists, go on from there (to the bit, on the same machine); keep it
             up to date, whole at any moment.
         log: where to write the epochs down; without one the network is not tested.
-        on_step: called after every batch, also once for each that the checkpoint saves.
+        on_step: called after every batch, also once for each that the checkpoint saves; with several devices
+            for all of them at the end.
 
     Raises:
-        InputError: the loss is not finite; a checkpoint that cannot be read.
+        InputError: the loss is not finite; a checkpoint that cannot be read; a batch that the devices cannot
+            share.
         Paused: the checkpoint's deadline is over before the last epoch.
     """
-    torch.manual_seed(seed_of(batches.seed, "train", epochs.start))
     compute = compute or Compute()
-    optimizer = recipe.make_optimizer(model.parameters())
+    work = _Work(batches, recipe, epochs, compute, masks, checkpoint, log)
+    fabric = compute.fabric()
+    if compute.devices == 1:
+        return _train(fabric, model, work, on_step)
+    if batches.size % compute.devices or len(batches.data.train_y) < batches.size:
+        raise InputError(
+            f"--devices must share batches of {batches.size} out of {len(batches.data.train_y)} images "
+            f"evenly, got {compute.devices}"
+        )
+    # shared by the processes; not the model's own, which are not to change if the training fails
+    state = model.state_dict().items()
+    trained = {name: tensor.to("cpu", copy=True).share_memory_() for name, tensor in state}
+    part = partial(_train_a_part, model=copy.deepcopy(model).cpu(), work=work, trained=trained)
+    history: list[Epoch] | Exception = fabric.launch(part)
+    if isinstance(history, Exception):
+        raise history
+    model.load_state_dict(trained)
+    for _ in range(len(history) * len(batches)):
+        on_step()
+    return history
+
+
+def _train_a_part(
+    fabric: Any, model: nn.Module, work: _Work, trained: dict[str, Tensor]
+) -> list[Epoch] | Exception:
+    """What each of several processes does; `trained` gets the weights.
+
+    Returns:
+        What `train` is to return, or to raise.
+    """
+    device = str(fabric.device)
+    work = replace(
+        work,
+        batches=work.batches.part(fabric.global_rank, fabric.world_size, device),
+        compute=replace(work.compute, device=device, devices=1),
+        masks=work.masks.to(device) if work.masks else None,
+    )
+    model = work.compute.place(copy.deepcopy(model))  # the original's memory is shared
+    try:
+        history = _train(fabric, model, work)
+    except (InputError, Paused) as error:
+        return error
+    if fabric.is_global_zero:
+        for name, tensor in model.state_dict().items():
+            trained[name].copy_(tensor)
+    return history
+
+
+def _train(
+    fabric: Any, model: nn.Module, work: _Work, on_step: Callable[[], None] = lambda: None
+) -> list[Epoch]:
+    batches, checkpoint, log = work.batches, work.checkpoint, work.log
+    optimizer = work.recipe.make_optimizer(model.parameters())
     history: list[Epoch] = []
     if checkpoint and checkpoint.path.exists():
         history = _restore(checkpoint.path, model, optimizer)
         for _ in range(len(history) * len(batches)):
             on_step()
-    saved = time.monotonic()
+    left = work.epochs[len(history) :]
+    if not left:
+        return history
     images = batches.data.train_x
-    running = compute.for_training(
-        model, masks, torch.zeros(batches.size, *images.shape[1:], device=images.device)
-    )
-    with masks.attach(model, optimizer) if masks else nullcontext():
-        for epoch in epochs[len(history) :]:
+    example = torch.zeros(batches.size, *images.shape[1:], device=images.device)
+    running, stepping = fabric.setup(work.compute.for_training(model, work.masks, example), optimizer)
+    saved = time.monotonic()
+    with ExitStack() as stack:
+        if work.masks:
+            stack.enter_context(work.masks.attach(model, optimizer))
+        files = None
+        if log and fabric.is_global_zero:
+            files = stack.enter_context(closing(LogFiles(log, history)))
+        for epoch in left:
+            torch.manual_seed(seed_of(batches.seed, "train", epoch, fabric.global_rank))
             began = time.monotonic()
-            loss = _one_epoch(running, batches, recipe, optimizer, compute, epoch, on_step)
-            seconds, accuracy, last = time.monotonic() - began, None, epoch == epochs[-1]
-            if log and (last or (epoch + 1) % log.test_every == 0):
-                accuracy = evaluate(model, batches, compute) / len(batches.data.test_y)
-            lr = float(optimizer.param_groups[0]["lr"])
-            history.append(Epoch(epoch + 1, loss, lr, accuracy, seconds))
-            if log:
-                write_log(log.path, [*log.before, *history])
+            loss = _one_epoch(fabric, running, stepping, batches, work.recipe, epoch, on_step)
+            seconds, accuracy, last = time.monotonic() - began, None, epoch == left[-1]
+            if log and files and (last or (epoch + 1) % log.test_every == 0):
+                accuracy = evaluate(model, batches, work.compute) / len(batches.data.test_y)
+            history.append(Epoch(epoch + 1, loss, float(optimizer.param_groups[0]["lr"]), accuracy, seconds))
+            if files:
+                files.write(history)
             if checkpoint:
                 now = time.monotonic()
-                if last or now - saved >= checkpoint.every or now >= checkpoint.deadline:
+                over = fabric.broadcast(now >= checkpoint.deadline)  # all processes stop, or none
+                if fabric.is_global_zero and (last or over or now - saved >= checkpoint.every):
                     _save(checkpoint, model, optimizer, history)
                     saved = now
-                if now >= checkpoint.deadline and not last:
+                if over and not last:
                     raise Paused
     return history
 
 
 def _one_epoch(
+    fabric: Any,
     model: nn.Module,
+    optimizer: torch.optim.Optimizer,
     batches: Batches,
     recipe: Recipe,
-    optimizer: torch.optim.Optimizer,
-    compute: Compute,
     epoch: int,
     on_step: Callable[[], None],
 ) -> float:
@@ -129,14 +197,13 @@ def _one_epoch(
     for step, (images, labels) in enumerate(batches.epoch(epoch)):
         for group in optimizer.param_groups:
             group["lr"] = recipe.lr_at(epoch + step / len(batches))
-        with compute.autocast():
-            loss = F.cross_entropy(model(images), labels)
+        loss = F.cross_entropy(model(images), labels)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call, unused-ignore]
+        fabric.backward(loss)
         optimizer.step()
         total += loss.detach()
         on_step()
-    mean = float(total) / len(batches)
+    mean = float(fabric.all_reduce(total, reduce_op="mean")) / len(batches)
     if not math.isfinite(mean):
         raise InputError(
             f"--lr must be small enough to train, got {recipe.lr} (loss {mean} in epoch {epoch + 1})"
@@ -165,11 +232,7 @@ def _save(
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "history": [tuple(epoch) for epoch in history],
-        "rng": torch.get_rng_state(),  # dropout draws from it; batches have generators of their own
     }
-    device = next(model.parameters()).device
-    if device.type == "cuda":
-        state["cuda_rng"] = torch.cuda.get_rng_state(device)
     save_tensors(checkpoint.path, state)
 
 
@@ -179,10 +242,6 @@ def _restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> 
     try:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"])
-        device = next(model.parameters()).device
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda_rng"], device)
         return [Epoch(*epoch) for epoch in state["history"]]
     except (KeyError, RuntimeError, ValueError, TypeError) as error:
         raise InputError(f"checkpoint must be one of this training, got {path}") from error
