@@ -7,7 +7,7 @@ linear      4096 x 4096, against oneDNN's packed weight and MKL's CSR too
 networks    whole networks, converted: inference, and a training step with its optimizer
 
 Everything is validated before it is timed. Providers run in turns in one process, each twice, the second
-call timed; medians. Two threads. Rows that the file has are not measured again.
+call timed (drive.sparse.measure.interleaved). Two threads. Rows that the file has are not measured again.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Layer = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Row:
-    """What was timed, and the median seconds a call of each provider; "dense..." are those to beat."""
+    """What was timed, and the seconds a call of each provider; "dense..." are those to beat."""
 
     what: str
     name: str
@@ -244,9 +244,9 @@ WAYS = {"inference": inference, "training step": training_step}
 
 
 def dense_rivals(build: Callable[[], nn.Module], x: Tensor, mode: str, compiled: bool) -> dict[str, Run]:
-    """The sparsity makes no difference to them."""
+    """The sparsity makes no difference to them. "again": how much two measurements of one thing differ."""
     way, images = WAYS[mode], x.dim() == 4
-    rivals = {"dense": way(build(), x)}
+    rivals = {"dense": way(build(), x), "again": way(build(), x)}
     if images:
         rivals["dense channels_last"] = way(build().to(memory_format=LAST), x.contiguous(memory_format=LAST))
     if compiled:

@@ -19,6 +19,7 @@
 #include <tuple>
 
 #include "recycle.h"
+#include "sparse_conv.h"
 #include "sparse_layout.h"
 #include "sparse_pattern.h"
 #include "sparse_work.h"
@@ -27,40 +28,6 @@ namespace drive {
 namespace {
 
 constexpr const char* kOp = "drive::sparse_conv2d";
-
-struct Conv {
-  int64_t out_channels, group_channels, groups;
-  std::array<int64_t, 2> kernel, stride, padding, dilation;
-
-  Conv(at::IntArrayRef shape, at::IntArrayRef s, at::IntArrayRef p, at::IntArrayRef d, int64_t g)
-      : out_channels(shape[0]),
-        group_channels(shape[1]),
-        groups(g),
-        kernel{shape[2], shape[3]},
-        stride{s[0], s[1]},
-        padding{p[0], p[1]},
-        dilation{d[0], d[1]} {}
-
-  int64_t in_channels() const { return group_channels * groups; }
-  int64_t area() const { return kernel[0] * kernel[1]; }
-  int64_t columns() const { return group_channels * area(); }
-  int64_t out_size(int d, int64_t in) const {
-    return (in + 2 * padding[d] - dilation[d] * (kernel[d] - 1) - 1) / stride[d] + 1;
-  }
-  // Places and phase (see Window) that entry k of the kernel is away from the output's place.
-  int64_t shift(int d, int64_t k) const { return k * dilation[d] / stride[d]; }
-  int64_t phase(int d, int64_t k) const { return k * dilation[d] % stride[d]; }
-  int64_t reach(int d) const { return shift(d, kernel[d] - 1); }
-  Axis in_axis(int d, int64_t size) const { return {size, stride[d], padding[d]}; }
-
-  std::vector<bool> used_phases() const {
-    std::vector<bool> used(stride[0] * stride[1]);
-    for (int64_t ky = 0; ky < kernel[0]; ++ky) {
-      for (int64_t kx = 0; kx < kernel[1]; ++kx) used[phase(0, ky) * stride[1] + phase(1, kx)] = true;
-    }
-    return used;
-  }
-};
 
 // Pieces of `blocks` x `places` rows of output: rows so that the input fits the cache, channels split
 // where there would be fewer pieces than threads.
@@ -100,40 +67,6 @@ struct Pieces {
     });
   }
 };
-
-// (Step 2) Offsets of the columns of one group's weight in a window on the input.
-std::vector<int32_t> column_offsets(const Conv& conv, const Window& window) {
-  std::vector<int32_t> offsets(conv.columns());
-  for (int64_t c = 0, i = 0; c < conv.group_channels; ++c) {
-    for (int64_t ky = 0; ky < conv.kernel[0]; ++ky) {
-      for (int64_t kx = 0; kx < conv.kernel[1]; ++kx, ++i) {
-        const int64_t slot = window.slot(conv.phase(0, ky), conv.phase(1, kx));
-        offsets[i] = static_cast<int32_t>(c * window.channel_size() + slot * window.slot_size() +
-                                          conv.shift(0, ky) * window.pitch() +
-                                          conv.shift(1, kx) * window.entry());
-      }
-    }
-  }
-  return offsets;
-}
-
-template <class T>
-Taps<T> forward_taps(const Conv& conv, const Pattern& pattern, const T* values, const Window& window) {
-  const std::vector<int32_t> offsets = column_offsets(conv, window);
-  Taps<T> taps(pattern.count);
-  taps.start.assign(pattern.row_start, pattern.row_start + conv.out_channels + 1);
-  const int64_t group_size = conv.group_channels * window.channel_size();
-  const int64_t grain = channel_grain(conv.out_channels, pattern.count);
-  at::parallel_for(0, conv.out_channels, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t o = begin; o < end; ++o) {
-      const int32_t base = static_cast<int32_t>(o / (conv.out_channels / conv.groups) * group_size);
-      for (int32_t i = pattern.row_start[o]; i < pattern.row_start[o + 1]; ++i) {
-        taps.taps[i] = {base + offsets[pattern.column[i]], values[i]};
-      }
-    }
-  });
-  return taps;
-}
 
 // Taps of each input channel's phases, in a window on the gradient to the output; `packed`: which of the
 // packed values each is.
@@ -176,24 +109,6 @@ Taps<T> backward_taps(const Conv& conv, const Pattern& pattern, const T* values,
   return taps;
 }
 
-void check_reach(const Window& window, int64_t channels) {
-  TORCH_CHECK_VALUE(window.channel_size() * channels < std::numeric_limits<int32_t>::max(), kOp,
-                    ": input must have rows of fewer than 2^31 entries in all its channels together");
-}
-
-std::vector<int64_t> output_size(const at::Tensor& input, int64_t channels, int64_t height, int64_t width) {
-  std::vector<int64_t> size = input.sizes().vec();
-  size[1] = channels, size[2] = height, size[3] = width;
-  return size;
-}
-
-template <class T>
-struct Epilogue {
-  const T* bias = nullptr;
-  const T* residual = nullptr;  // laid out as the output, which is blocked
-  T floor = -std::numeric_limits<T>::infinity();
-};
-
 // Should lanes be pixels? They need no transposing, but load across cache lines, and narrow planes would
 // leave some idle, as small batches do otherwise. Measured, in 0.1 ns a position: `cost` of a tap, which
 // where lanes are images is 4, and 30 for a channel's transposing.
@@ -203,11 +118,13 @@ bool by_pixels(const Conv& conv, const at::Tensor& x, int64_t width, int64_t nnz
   return cost * nnz * x.size(0) <= (4. * nnz + 30. * (conv.out_channels + conv.in_channels())) * filled;
 }
 
+}  // namespace
+
 template <class T>
-at::Tensor forward(const Conv& conv, const at::Tensor& input, const Pattern& pattern, const T* values,
-                   const Epilogue<T>& epilogue) {
+at::Tensor convolve(const Conv& conv, const at::Tensor& input, const Pattern& pattern, const T* values,
+                    const Epilogue<T>& epilogue) {
   const int64_t height = conv.out_size(0, input.size(2)), width = conv.out_size(1, input.size(3));
-  at::Tensor output = empty_recycled(output_size(input, conv.out_channels, height, width), input.options());
+  at::Tensor output = empty_recycled(output_size(conv, input.sizes()), input.options());
   if (output.numel() == 0) return output;
   const bool pixels = by_pixels(conv, input, width, pattern.count, 5.5);
   const Images<T> in(input, pixels), out(output, pixels);
@@ -219,7 +136,7 @@ at::Tensor forward(const Conv& conv, const at::Tensor& input, const Pattern& pat
   const Pieces pieces(in.blocks(), height, conv.out_channels, row.channel_size() * in.channels * sizeof(T),
                       conv.reach(0));
   const Window in_window = window_of(pieces.rows);
-  check_reach(in_window, in.channels);
+  check_reach(kOp, in_window, in.channels);
   const Taps<T> taps = forward_taps(conv, pattern, values, in_window);
   const auto multiply = sparse_kernels<T>().multiply;
 
@@ -248,6 +165,40 @@ at::Tensor forward(const Conv& conv, const at::Tensor& input, const Pattern& pat
   });
   return output;
 }
+template at::Tensor convolve(const Conv&, const at::Tensor&, const Pattern&, const float*,
+                             const Epilogue<float>&);
+template at::Tensor convolve(const Conv&, const at::Tensor&, const Pattern&, const double*,
+                             const Epilogue<double>&);
+
+void check_convolution(const char* op, at::IntArrayRef input, at::ScalarType type, const at::Tensor& values,
+                       at::IntArrayRef shape, at::IntArrayRef stride, at::IntArrayRef padding,
+                       at::IntArrayRef dilation, int64_t groups) {
+  TORCH_CHECK_VALUE(shape.size() == 4, op, ": shape must be that of a weight [O, C / groups, kh, kw], got ",
+                    shape);
+  TORCH_CHECK_VALUE(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2, op,
+                    ": stride, padding and dilation must be two numbers each, got ", stride, ", ", padding,
+                    ", ", dilation);
+  for (int d = 0; d < 2; ++d) {
+    TORCH_CHECK_VALUE(stride[d] > 0 && dilation[d] > 0 && padding[d] >= 0 && shape[2 + d] > 0, op,
+                      ": stride, dilation and the kernel's size must be > 0 and padding >= 0, got ", stride,
+                      ", ", dilation, ", ", shape, ", ", padding);
+  }
+  TORCH_CHECK_VALUE(groups > 0 && shape[0] % groups == 0, op, ": groups must divide ", shape[0],
+                    " output channels, got ", groups);
+  TORCH_CHECK_TYPE(at::isFloatingType(type), op, ": input must be floating-point, got ", type);
+  TORCH_CHECK_TYPE(values.scalar_type() == type, op, ": values must be ", type, ", as input is, got ",
+                   values.scalar_type());
+  TORCH_CHECK_VALUE(input.size() == 4 || (input.size() == 5 && input[4] == kLanes), op,
+                    ": input must be [N, C, H, W] or blocked [N / 16, C, H, W, 16], got ", input);
+  TORCH_CHECK_VALUE(input[1] == shape[1] * groups, op, ": input must have ", shape[1] * groups,
+                    " channels, got ", input[1]);
+  for (int d = 0; d < 2; ++d) {
+    TORCH_CHECK_VALUE(input[2 + d] + 2 * padding[d] > dilation[d] * (shape[2 + d] - 1), op,
+                      ": input must, padded, be no smaller than the kernel, got ", input);
+  }
+}
+
+namespace {
 
 // The gradients to the input and to the packed values. With the taps sorted by input channel, both come
 // from the same window on the gradient to the output: a tap adds what it sees there, times its value, to
@@ -269,7 +220,7 @@ void backward(const Conv& conv, const at::Tensor& grad, const at::Tensor& input,
   const Pieces pieces(x.blocks(), places, x.channels, row.channel_size() * in.channels * sizeof(T),
                       conv.reach(0));
   const Window in_window = window_of(pieces.rows);
-  check_reach(in_window, in.channels);
+  check_reach(kOp, in_window, in.channels);
   std::vector<int32_t> packed;
   const Taps<T> taps = backward_taps(conv, pattern, values, in_window, packed);
   const auto& kernels = sparse_kernels<T>();
@@ -324,35 +275,6 @@ void backward(const Conv& conv, const at::Tensor& grad, const at::Tensor& input,
   }
 }
 
-void check_arguments(const char* op, const at::Tensor& input, const at::Tensor& values, at::IntArrayRef shape,
-                     at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
-                     int64_t groups) {
-  TORCH_CHECK_VALUE(shape.size() == 4, op, ": shape must be that of a weight [O, C / groups, kh, kw], got ",
-                    shape);
-  TORCH_CHECK_VALUE(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2, op,
-                    ": stride, padding and dilation must be two numbers each, got ", stride, ", ", padding,
-                    ", ", dilation);
-  for (int d = 0; d < 2; ++d) {
-    TORCH_CHECK_VALUE(stride[d] > 0 && dilation[d] > 0 && padding[d] >= 0 && shape[2 + d] > 0, op,
-                      ": stride, dilation and the kernel's size must be > 0 and padding >= 0, got ", stride,
-                      ", ", dilation, ", ", shape, ", ", padding);
-  }
-  TORCH_CHECK_VALUE(groups > 0 && shape[0] % groups == 0, op, ": groups must divide ", shape[0],
-                    " output channels, got ", groups);
-  TORCH_CHECK_TYPE(at::isFloatingType(input.scalar_type()), op,
-                   ": input must be floating-point, got ", input.scalar_type());
-  TORCH_CHECK_TYPE(values.scalar_type() == input.scalar_type(), op, ": values must be ", input.scalar_type(),
-                   ", as input is, got ", values.scalar_type());
-  TORCH_CHECK_VALUE(input.dim() == 4 || (input.dim() == 5 && input.size(4) == kLanes), op,
-                    ": input must be [N, C, H, W] or blocked [N / 16, C, H, W, 16], got ", input.sizes());
-  TORCH_CHECK_VALUE(input.size(1) == shape[1] * groups, op, ": input must have ", shape[1] * groups,
-                    " channels, got ", input.size(1));
-  for (int d = 0; d < 2; ++d) {
-    TORCH_CHECK_VALUE(input.size(2 + d) + 2 * padding[d] > dilation[d] * (shape[2 + d] - 1), op,
-                      ": input must, padded, be no smaller than the kernel, got ", input.sizes());
-  }
-}
-
 at::Tensor sparse_conv2d_cpu(const at::Tensor& input, const at::Tensor& values, at::TensorList pattern,
                              const std::optional<at::Tensor>& bias, at::IntArrayRef shape,
                              at::IntArrayRef stride,
@@ -364,7 +286,8 @@ at::Tensor sparse_conv2d_cpu(const at::Tensor& input, const at::Tensor& values, 
                              groups, extra, relu)
         .to(input.scalar_type());
   }
-  check_arguments(kOp, input, values, shape, stride, padding, dilation, groups);
+  check_convolution(kOp, input.sizes(), input.scalar_type(), values, shape, stride, padding, dilation,
+                    groups);
   const Conv conv(shape, stride, padding, dilation, groups);
   const Pattern where(kOp, pattern, conv.out_channels, conv.columns() * groups, values);
   const at::Tensor x = input.contiguous(), v = values.contiguous();
@@ -375,8 +298,7 @@ at::Tensor sparse_conv2d_cpu(const at::Tensor& input, const at::Tensor& values, 
   }
   at::Tensor r;
   if (residual) {
-    const auto size = output_size(x, conv.out_channels, conv.out_size(0, x.size(2)),
-                                  conv.out_size(1, x.size(3)));
+    const auto size = output_size(conv, x.sizes());
     TORCH_CHECK_VALUE(x.dim() == 5 && residual->sizes() == at::IntArrayRef(size), kOp,
                       ": residual must be blocked, of shape ", size, ", got ", residual->sizes());
     r = residual->to(x.scalar_type()).contiguous();
@@ -386,7 +308,7 @@ at::Tensor sparse_conv2d_cpu(const at::Tensor& input, const at::Tensor& values, 
     if (bias) epilogue.bias = b.data_ptr<scalar_t>();
     if (residual) epilogue.residual = r.data_ptr<scalar_t>();
     if (relu) epilogue.floor = 0;
-    return forward<scalar_t>(conv, x, where, v.data_ptr<scalar_t>(), epilogue);
+    return convolve<scalar_t>(conv, x, where, v.data_ptr<scalar_t>(), epilogue);
   });
 }
 
@@ -402,7 +324,8 @@ Gradients sparse_conv2d_backward_cpu(const at::Tensor& grad, const at::Tensor& i
                                                stride, padding, dilation, groups, needed),
                     input.scalar_type());
   }
-  check_arguments(kOp, input, values, shape, stride, padding, dilation, groups);
+  check_convolution(kOp, input.sizes(), input.scalar_type(), values, shape, stride, padding, dilation,
+                    groups);
   const Conv conv(shape, stride, padding, dilation, groups);
   const Pattern where(kOp, pattern, conv.out_channels, conv.columns() * groups, values);
   const at::Tensor g = grad.contiguous(), x = input.contiguous(), v = values.contiguous();

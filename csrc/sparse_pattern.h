@@ -41,11 +41,10 @@ struct Pattern {
   }
 };
 
-// The taps of every output channel, one after the other, in the calling thread's scratch memory: only one
-// list of them is in use at a time.
+// The taps of every output channel, one after the other, in the calling thread's scratch memory.
 template <class T>
 struct Taps {
-  explicit Taps(int64_t n) : taps(scratch<Tap<T>>(kTapScratch, n)) {}
+  explicit Taps(int64_t n, ScratchSlot slot = kTapScratch) : taps(scratch<Tap<T>>(slot, n)) {}
 
   Tap<T>* taps;
   std::vector<int32_t> start;

@@ -26,7 +26,15 @@ inline int64_t l2_bytes() {
 
 // Memory of the calling thread that stays allocated between calls: fresh pages would cost a page fault
 // each, more than the work on them.
-enum ScratchSlot { kInputScratch, kOutputScratch, kPlaneScratch, kTapScratch, kScratchSlots };
+enum ScratchSlot {
+  kInputScratch,
+  kOutputScratch,
+  kPlaneScratch,
+  kBetweenScratch,
+  kTapScratch,
+  kSecondTapScratch,
+  kScratchSlots
+};
 
 template <class T>
 T* scratch(ScratchSlot slot, int64_t entries) {

@@ -13,6 +13,7 @@ from . import block as block
 from . import blocked as blocked
 from . import masked as masked
 from . import packed as packed
+from . import pair as pair
 from . import prune as prune
 from . import registry
 from . import sparse as sparse
@@ -26,4 +27,14 @@ except ImportError as error:
 # op -> device -> implementation, best first -> what is wrong with it
 implementations = registry.complete(build_error)
 
-__all__ = ["block", "blocked", "build_error", "implementations", "masked", "packed", "prune", "sparse"]
+__all__ = [
+    "block",
+    "blocked",
+    "build_error",
+    "implementations",
+    "masked",
+    "packed",
+    "pair",
+    "prune",
+    "sparse",
+]

@@ -21,6 +21,7 @@ OPS: dict[str, tuple[tuple[str, ...], str | None]] = {
     "prune_": (("cpu", "cuda"), "prune_triton"),
     "sparse_conv2d": (("cpu",), None),
     "sparse_conv2d_backward": (("cpu",), None),
+    "sparse_conv2d_pair": (("cpu",), None),
     "sparse_linear": (("cpu",), None),
     "sparse_linear_backward": (("cpu",), None),
     "masked_linear": ((), "masked_triton"),

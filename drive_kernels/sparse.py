@@ -280,7 +280,8 @@ def _conv2d_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     found = torch.ops.drive.sparse_conv2d_backward(grad, input, values, pattern, *ctx.options, needed)
     to_input, to_values, to_bias = (g if n else None for g, n in zip(found, needed, strict=True))
     to_residual = grad if ctx.residual else None
-    return to_input, to_values, [None] * 5, to_bias, None, None, None, None, None, to_residual, None
+    found = to_input, to_values, [None] * 5, to_bias, *[None] * 5, to_residual, None
+    return found[: len(ctx.needs_input_grad)]  # before torch 2.15, arguments left to their defaults have none
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

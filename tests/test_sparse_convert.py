@@ -144,7 +144,8 @@ def test_chains_know_these_layers():
         model.set_submodule(name, layer)
     link(graph := trace(model), {name for name, layer in sparse.items() if isinstance(layer, SparseConv2d)})
     targets = [getattr(node.target, "__name__", str(node.target)) for node in graph.graph.nodes]
-    assert targets.count("_convolved") == 7
+    assert targets.count("_convolved_twice") == 2  # the residual blocks
+    assert targets.count("_convolved") == 3
     assert targets.count("_to_blocks") == 2  # the input, and behind the sigmoid
     assert not [target for target in targets if "bn" in target or "relu" in target]
 
@@ -254,14 +255,14 @@ def test_convert_leaves_what_it_cannot_compute():
     assert (choice.chosen, choice.why) == ("dense", "padding_mode 'reflect'")
 
 
-@pytest.mark.parametrize(("sparse", "chosen"), ((0.96, "dense channels_last"), (0.94, "sparse blocked")))
+@pytest.mark.parametrize(("sparse", "chosen"), ((0.98, "dense channels_last"), (0.96, "sparse blocked")))
 def test_nearly_even_stays_dense(sparse: float, chosen: str, monkeypatch: pytest.MonkeyPatch):
     seconds = {"dense": 1.1, "dense channels_last": 1.0, "sparse": 1.2, "sparse blocked": sparse}
     monkeypatch.setattr(measure, "layer_times", lambda *_: seconds)
     layer, shape = nn.Conv2d(4, 4, 3), torch.Size((1, 4, 9, 9))
     mask = torch.ones_like(layer.weight, dtype=torch.bool)
     choice, found = _choose("conv", layer, mask, shape, measure.Costs(False, training=False))
-    assert (choice.chosen, found is not None) == (chosen, sparse < 0.95)
+    assert (choice.chosen, found is not None) == (chosen, sparse < 0.97)
 
 
 def test_layers_alike_are_measured_once(monkeypatch: pytest.MonkeyPatch):

@@ -153,15 +153,20 @@ def check_variant() -> None:
         assert_norm_right(17, dtype, residual=True, relu=True)
 
 
-@pytest.mark.parametrize("capability", ("default", "avx2", "avx512"))
-def test_variants(capability: str, tmp_path: Path):
+def run_variant(capability: str, module: str, folder: Path) -> None:
+    """`check_variant` of a module of tests, with another instruction set."""
     paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     subprocess.run(
-        [sys.executable, "-c", "import test_sparse_ops; test_sparse_ops.check_variant()"],
+        [sys.executable, "-c", f"import {module}; {module}.check_variant()"],
         env={**os.environ, "ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": paths},
-        cwd=tmp_path,
+        cwd=folder,
         check=True,
     )
+
+
+@pytest.mark.parametrize("capability", ("default", "avx2", "avx512"))
+def test_variants(capability: str, tmp_path: Path):
+    run_variant(capability, "test_sparse_ops", tmp_path)
 
 
 def strided(t: Tensor, layout: str) -> Tensor:
