@@ -66,7 +66,8 @@ class Compute:
     def fabric(self) -> Any:
         """A Fabric of lightning's for these devices, in this precision."""
         fabric = require("lightning.fabric")
-        logging.getLogger("lightning.fabric").setLevel(logging.WARNING)  # or each says what it was asked for
+        for part in ("fabric", "pytorch"):  # or each Fabric says what it was asked for, by one or the other
+            logging.getLogger(f"lightning.{part}").setLevel(logging.WARNING)
         return fabric.Fabric(
             accelerator=self._kind,
             devices=[self._first + i for i in range(self.devices)] if self._kind == "cuda" else self.devices,
