@@ -30,10 +30,12 @@ def same(a: Dataset, b: Dataset) -> bool:
 def test_cached_is_decoded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded = imagefolder.load_folder(folder)
     first = data.load("imagefolder", str(folder))
-    monkeypatch.setattr(data, "load_folder", lambda folder: pytest.fail("decoded again"))
-    second = data.load("cifar10", str(folder))  # by whatever name
+    larger = data.load("tinyimagenet", str(folder))
+    monkeypatch.setattr(data, "load_folder", lambda *_: pytest.fail("decoded again"))
+    second = data.load("imagefolder", str(folder))
     assert same(decoded, first) and same(decoded, second)
     assert second.skipped == ("train/red/1.png",)
+    assert (second.side, larger.side) == (32, 64)
 
 
 def test_changed_files_are_decoded_again(folder: Path) -> None:
@@ -76,7 +78,7 @@ def test_no_archive(tmp_path: Path) -> None:
 
 
 def test_tiny_imagenet_as_it_is_published(folder: Path, tmp_path: Path) -> None:
-    plain = imagefolder.load_folder(folder)
+    plain = imagefolder.load_folder(folder, 64)
     for name in ("blue", "red"):
         inside = folder / "train" / name / "images"
         inside.mkdir()

@@ -40,6 +40,12 @@ def image_folder(folder: Path, count: int = 4, size: tuple[int, int] = (40, 36))
     return folder
 
 
+@pytest.mark.parametrize(("name", "side"), [("imagefolder", 64), ("tinyimagenet", 64), ("imagenet32", 32)])
+def test_sides_of_large_images(tmp_path: Path, name: str, side: int) -> None:
+    found = data.load(name, str(image_folder(tmp_path, size=(120, 90))))
+    assert found.train_x.shape == (8, 3, side, side) and found.test_x.shape == (8, 3, side, side)
+
+
 def test_digits_split_is_fixed(digits: Dataset) -> None:
     assert digits.train_x.shape == (1437, 1, 8, 8) and digits.test_x.shape == (360, 1, 8, 8)
     assert digits.train_x.dtype == torch.uint8 and int(digits.train_x.max()) == 16

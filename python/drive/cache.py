@@ -20,7 +20,7 @@ import safetensors.torch
 
 from .dataset import Dataset
 
-DECODER = "2"  # changes with what `imagefolder` makes of the same files
+DECODER = "3"  # changes with what `imagefolder` makes of the same files
 _TENSORS = ("train_x", "train_y", "test_x", "test_y")
 
 
@@ -29,21 +29,21 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "drive-prune"
 
 
-def cached(source: Path, decode: Callable[[], Dataset]) -> Dataset:
+def cached(source: Path, side: int | None, decode: Callable[[Path, int | None], Dataset]) -> Dataset:
     """What `decode` makes of a folder or file, from the cache if it is there; a cache may fail unnoticed."""
     if not source.exists():
-        return decode()
-    path = cache_folder() / f"{source.name.partition('.')[0]}-{fingerprint(source)}.safetensors"
+        return decode(source, side)
+    path = cache_folder() / f"{source.name.partition('.')[0]}-{_fingerprint(source, side)}.safetensors"
     found = _read(path)
     if found is None:
-        found = decode()
+        found = decode(source, side)
         _write(path, found)
     return found
 
 
-def fingerprint(source: Path) -> str:
+def _fingerprint(source: Path, side: int | None) -> str:
     """A digest of the names, sizes and modification times of a file, or of all files of a folder."""
-    digest = hashlib.blake2b(DECODER.encode(), digest_size=12)
+    digest = hashlib.blake2b(f"{DECODER} {side}\0".encode(), digest_size=12)
     for path in _files(source):
         found = path.stat()
         digest.update(f"{path.relative_to(source)}\0{found.st_size}\0{found.st_mtime_ns}\n".encode())

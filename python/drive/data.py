@@ -31,14 +31,17 @@ def load(name: str, folder: str | None = None) -> Dataset:
         return _digits()
     if name in ("cifar10", "cifar100"):
         place = Path(folder) if folder else cache_folder()
-        if place.is_file() or (place / "train").is_dir():
-            return _images(place)
-        return _cifar(name, place)
-    if folder is None:
+        if not place.is_file() and not (place / "train").is_dir():
+            return _cifar(name, place)
+    elif folder is None:
         raise InputError(f"--data-dir must be given with --data {name}, got nothing")
-    return _images(Path(folder))
+    else:
+        place = Path(folder)
+    return cached(place, _SIDES.get(name), load_folder)
 
 
+# in pixels, of images that come in folders; ImageNet's come in all sizes
+_SIDES = {"cifar10": 32, "cifar100": 32, "tinyimagenet": 64, "imagenet32": 32}
 NAMES = ("digits", "cifar10", "cifar100", "tinyimagenet", "imagenet32", "imagefolder")
 
 
@@ -48,10 +51,6 @@ def locate(name: str, folder: str | None) -> str | None:
         return None
     inside = (Path(folder) / name, Path(folder) / f"{name}.tar.gz")
     return next((str(path) for path in inside if path.exists()), folder)
-
-
-def _images(place: Path) -> Dataset:
-    return cached(place, lambda: load_folder(place))
 
 
 def _digits() -> Dataset:

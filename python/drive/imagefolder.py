@@ -21,25 +21,28 @@ from .inputs import InputError, require
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
 
 
-def load_folder(place: Path) -> Dataset:
+def load_folder(place: Path, side: int | None = None) -> Dataset:
     """Images of `train/<class>/*` and `test/<class>/*` (or `val`), as square RGB, of a folder or tar archive.
 
     Also as Tiny ImageNet is published: images may lie in a folder `images` of their class, and those of
     `val` all in `val/images`, their classes in `val/val_annotations.txt`.
 
-    The side is 32 pixels if the first readable training image's shorter side is at most 48, else
-    64: the sizes that the models are made for. Larger images are scaled so that the shorter side
-    fits, then cropped at the centre. Images that cannot be read are left out and named.
+    Images of another size are scaled so that the shorter side fits, then cropped at the centre. Those that
+    cannot be read are left out and named.
+
+    Args:
+        side: of the images, in pixels. None: 32 if the first readable training image's shorter side is at
+            most 48, else 64, the sizes that the models are made for.
 
     Raises:
         InputError: a missing folder, no classes, test classes that training lacks, no readable image, a file
             that is no archive.
     """
     with _unpacked(place) as folder:
-        return _load(folder)
+        return _load(folder, side)
 
 
-def _load(folder: Path) -> Dataset:
+def _load(folder: Path, side: int | None) -> Dataset:
     train = folder / "train"
     test = folder / ("test" if _classes(folder / "test") else "val")
     for needed in (folder, train, test):
@@ -61,7 +64,7 @@ def _load(folder: Path) -> Dataset:
     ]
     if annotations.is_file():
         files[1] = _annotated(annotations, classes)
-    side = _common_side([path for path, _ in files[0]])
+    side = side or _common_side([path for path, _ in files[0]])
     skipped: list[str] = []
     (train_x, train_y), (test_x, test_y) = (_decode_all(part, side, folder, skipped) for part in files)
     return Dataset(
