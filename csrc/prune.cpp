@@ -96,22 +96,7 @@ class PruneStep {
   }
 
   // (Step 5)
-  void apply() const {
-    parallel(cuts_.size(), kGrain, [&](int64_t begin, int64_t end) {
-      Staging room;
-      for (int64_t i = begin; i < end; ++i) {
-        const Chunk& chunk = cuts_[i].chunk;
-        const Item& item = items_[chunk.item];
-        const int64_t n = padded<Key>(chunk.count);
-        const Entries entries = stage(item, chunk, n, room);
-        char* weight = target(item, chunk, n, kWeight, room.operand[kWeight]);
-        char* mask = target(item, chunk, n, kMask, room.new_mask);
-        kernels_for<Key>(item).apply(entries, n, cuts_[i].cut, weight, reinterpret_cast<uint8_t*>(mask));
-        unstage(item, chunk, kWeight, weight);
-        unstage(item, chunk, kMask, mask);
-      }
-    });
-  }
+  void apply() const { apply_cuts(items_, cuts_); }
 
   const std::vector<int64_t>& kept() const { return kept_; }
   const std::vector<int64_t>& alive() const { return alive_; }
@@ -128,18 +113,6 @@ class PruneStep {
   }
 
  private:
-  struct Cut {
-    Chunk chunk;
-    Key cut;
-  };
-
-  // The chunk's keys, in `keys` (room for kChunk of them).
-  void keys_of(const Chunk& chunk, Staging& room, Key* keys) const {
-    const Item& item = items_[chunk.item];
-    const int64_t n = padded<Key>(chunk.count);
-    kernels_for<Key>(item).compute_keys(stage(item, chunk, n, room), n, keys);
-  }
-
   // (Step 2) Fills counts_. False: the keys inside did not fit.
   bool survey(const std::vector<Chunk>& chunks, Key lo, Key hi) {
     counts_.resize(chunks.size());
@@ -180,7 +153,7 @@ class PruneStep {
         count_parallel(s.chunks.size(), counts, [&](int64_t i, auto& into) {
           Staging room;
           alignas(64) Key keys[kChunk];
-          keys_of(s.chunks[i], room, keys);
+          keys_of(items_, s.chunks[i], room, keys);
           add_keys(keys, s.chunks[i].count, prefix, digit, into);
         });
       });
@@ -217,7 +190,7 @@ class PruneStep {
   Split split(const Chunk& chunk, Key threshold) const {
     Staging room;
     alignas(64) Key keys[kChunk];
-    keys_of(chunk, room, keys);
+    keys_of(items_, chunk, room, keys);
     return split_of(keys, chunk.count, threshold);
   }
 
@@ -295,7 +268,7 @@ class PruneStep {
   int32_t entries_up_to_tie(const Chunk& chunk, Key threshold, int64_t ties) const {
     Staging room;
     alignas(64) Key keys[kChunk];
-    keys_of(chunk, room, keys);
+    keys_of(items_, chunk, room, keys);
     int32_t i = 0;
     for (; ties > 0; ++i) ties -= keys[i] == threshold;
     return i;
@@ -306,7 +279,7 @@ class PruneStep {
   Key* inside_;
   int64_t capacity_;
   std::vector<Counts> counts_;  // of the latest survey
-  std::vector<Cut> cuts_;
+  std::vector<Cut<Key>> cuts_;
   std::vector<int64_t> kept_, alive_, nonfinite_;
   double sum_ = 0;
   Key weakest_ = kTop<Key>;
@@ -341,11 +314,7 @@ Outputs prune_cpu(at::TensorList weights, at::TensorList grads, at::TensorList m
                   at::TensorList masks, bool fresh, int64_t prune, int64_t min_keep) {
   const PruneArguments arguments{weights, grads, mask_grads, masks, fresh, prune, min_keep};
   const bool wide = arguments.check();
-  for (size_t i = 0; fresh && i < masks.size(); ++i) {
-    if (i == 0 || !masks[i].is_alias_of(masks[i - 1])) {
-      expect_writes(masks[i].storage().mutable_data(), masks[i].storage().nbytes());
-    }
-  }
+  arguments.expect_fresh_masks();
   const DefaultRounding rounding;
   Outputs outputs = wide ? run<int64_t>(arguments) : run<int32_t>(arguments);
   arguments.bump_versions();

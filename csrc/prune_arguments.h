@@ -1,4 +1,4 @@
-// What drive::prune_ asks of its arguments, on every device.
+// What drive::prune_, on every device, and the ops of shards.cpp ask of their arguments.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -11,17 +11,19 @@ struct PruneArguments {
   at::TensorList weights, grads, mask_grads, masks;  // mask_grads may be empty; grads too, if they are
   bool fresh;
   int64_t prune, min_keep;
+  const char* op = "drive::prune_";
+  bool reads_only = false;  // masks may be empty, if they are fresh
 
   // Throws unless they fit together. Returns whether the scores are float64.
   bool check() const {
-    const char* op = "drive::prune_";
     TORCH_CHECK_VALUE(!weights.empty(), op, ": weights must not be empty");
     const auto fits = [&](at::TensorList list, bool optional) {
       return list.size() == weights.size() || (optional && list.empty());
     };
-    TORCH_CHECK_VALUE(fits(masks, false) && fits(mask_grads, true) && fits(grads, mask_grads.empty()), op,
-                      ": weights, grads, mask_grads and masks must be of one length (or mask_grads empty, or both "
-                      "gradients), got ",
+    TORCH_CHECK_VALUE(fits(masks, reads_only) && fits(mask_grads, true) && fits(grads, mask_grads.empty()),
+                      op,
+                      ": weights, grads, mask_grads and masks must be of one length (or mask_grads empty, "
+                      "or both gradients), got ",
                       weights.size(), ", ", grads.size(), ", ", mask_grads.size(), ", ", masks.size());
     TORCH_CHECK_VALUE(prune >= 0 && min_keep >= 0, op, ": prune and min_keep must be >= 0, got ", prune,
                       ", ", min_keep);
@@ -34,7 +36,7 @@ struct PruneArguments {
       TORCH_CHECK_VALUE(weights[i].device() == weights[0].device(), op, ": weights[", i, "] must be on ",
                         weights[0].device(), ", as weights[0] is, got ", weights[i].device());
       if (!grads.empty()) check_like(op, "grads", i, grads[i], weights[i], dtype);
-      check_like(op, "masks", i, masks[i], weights[i], at::kBool);
+      if (!masks.empty()) check_like(op, "masks", i, masks[i], weights[i], at::kBool);
       if (!mask_grads.empty()) check_like(op, "mask_grads", i, mask_grads[i], weights[i], dtype);
       wide |= dtype == at::kDouble;
     }
@@ -45,9 +47,10 @@ struct PruneArguments {
   bool squared() const { return !grads.empty() && mask_grads.empty(); }
 
   // Operands of one tensor: weight, gradient, mask and, where there is one, mask gradient. Where there are no
-  // gradients, the weight stands in their place, and nobody reads it there.
+  // gradients or masks, the weight stands in their place, and nobody reads it there.
   std::vector<at::Tensor> operands(size_t i) const {
-    std::vector<at::Tensor> tensors{weights[i], grads.empty() ? weights[i] : grads[i], masks[i]};
+    std::vector<at::Tensor> tensors{weights[i], grads.empty() ? weights[i] : grads[i],
+                                    masks.empty() ? weights[i] : masks[i]};
     if (!mask_grads.empty()) tensors.push_back(mask_grads[i]);
     return tensors;
   }
@@ -56,6 +59,15 @@ struct PruneArguments {
     int64_t n = 0;
     for (const at::Tensor& weight : weights) n += weight.numel();
     return n;
+  }
+
+  // Fresh masks are about to be written, whole, on a CPU.
+  void expect_fresh_masks() const {
+    for (size_t i = 0; fresh && i < masks.size(); ++i) {
+      if (i == 0 || !masks[i].is_alias_of(masks[i - 1])) {
+        expect_writes(masks[i].storage().mutable_data(), masks[i].storage().nbytes());
+      }
+    }
   }
 
   // Tells autograd that weights and masks have changed.

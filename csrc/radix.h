@@ -31,12 +31,12 @@ Key kth_largest(int64_t k, Key lo, Key hi, const Count& count) {
 // counts += the histograms that fill(i, histogram) makes for every i in [0, n), over all threads.
 template <class Fill>
 void count_parallel(int64_t n, std::vector<int64_t>& counts, const Fill& fill) {
-  std::vector<std::vector<int64_t>> partial(at::get_num_threads(), std::vector<int64_t>(kBuckets));
+  std::vector<std::vector<int64_t>> partial(at::get_num_threads(), std::vector<int64_t>(counts.size()));
   parallel(n, kGrain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) fill(i, partial[at::get_thread_num()]);
   });
   for (const auto& part : partial) {
-    for (int b = 0; b < kBuckets; ++b) counts[b] += part[b];
+    for (size_t b = 0; b < counts.size(); ++b) counts[b] += part[b];
   }
 }
 

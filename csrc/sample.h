@@ -18,7 +18,7 @@ namespace drive {
 // that, which pays from some 64 M entries on.
 constexpr int64_t kMaxSample = 1 << 16;
 constexpr int64_t kEntriesPerSample = 1 << 12;
-constexpr int64_t kSampleRun = 512;  // samples gathered together; divides both
+constexpr int64_t kSampleRun = 512;  // samples gathered together
 
 // Keys of `m` entries of one item.
 template <class Key>
@@ -48,17 +48,18 @@ std::vector<Key> sample(const std::vector<Item>& items, const std::vector<int32_
   std::vector<int64_t> ends;
   for (const int32_t id : ids) ends.push_back((ends.empty() ? 0 : ends.back()) + items[id].numel());
   std::vector<Key> keys(count);
-  parallel(count / kSampleRun, 1, [&](int64_t first, int64_t last) {
+  parallel((count + kSampleRun - 1) / kSampleRun, 1, [&](int64_t first, int64_t last) {
     Staging room;
     std::array<int64_t, kSampleRun> position;
     for (int64_t run = first; run < last; ++run) {
-      for (int64_t j = 0; j < kSampleRun; ++j) {
+      const int64_t length = std::min(kSampleRun, count - run * kSampleRun);
+      for (int64_t j = 0; j < length; ++j) {
         const int64_t part = run * kSampleRun + j;
         position[j] = sampled_entry(part, count, n);
       }
-      for (int64_t j = 0; j < kSampleRun;) {  // the part of the run that lies in one item
+      for (int64_t j = 0; j < length;) {  // the part of the run that lies in one item
         const int64_t which = std::upper_bound(ends.begin(), ends.end(), position[j]) - ends.begin();
-        const auto stop = std::lower_bound(position.begin() + j, position.end(), ends[which]);
+        const auto stop = std::lower_bound(position.begin() + j, position.begin() + length, ends[which]);
         const int64_t m = stop - position.begin() - j;
         for (int64_t i = j; i < j + m; ++i) position[i] -= ends[which] - items[ids[which]].numel();
         sample_item<Key>(items[ids[which]], &position[j], m, room, &keys[run * kSampleRun + j]);

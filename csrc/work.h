@@ -167,4 +167,38 @@ inline void unstage(const Item& item, const Chunk& chunk, int o, const char* fro
   });
 }
 
+// The chunk's keys, in `keys` (room for kChunk of them).
+template <class Key>
+void keys_of(const std::vector<Item>& items, const Chunk& chunk, Staging& room, Key* keys) {
+  const Item& item = items[chunk.item];
+  const int64_t n = padded<Key>(chunk.count);
+  kernels_for<Key>(item).compute_keys(stage(item, chunk, n, room), n, keys);
+}
+
+// Of the chunk's entries those survive whose key is at least the cut.
+template <class Key>
+struct Cut {
+  Chunk chunk;
+  Key cut;
+};
+
+// Writes masks and weights.
+template <class Key>
+void apply_cuts(const std::vector<Item>& items, const std::vector<Cut<Key>>& cuts) {
+  parallel(cuts.size(), kGrain, [&](int64_t begin, int64_t end) {
+    Staging room;
+    for (int64_t i = begin; i < end; ++i) {
+      const Chunk& chunk = cuts[i].chunk;
+      const Item& item = items[chunk.item];
+      const int64_t n = padded<Key>(chunk.count);
+      const Entries entries = stage(item, chunk, n, room);
+      char* weight = target(item, chunk, n, kWeight, room.operand[kWeight]);
+      char* mask = target(item, chunk, n, kMask, room.new_mask);
+      kernels_for<Key>(item).apply(entries, n, cuts[i].cut, weight, reinterpret_cast<uint8_t*>(mask));
+      unstage(item, chunk, kWeight, weight);
+      unstage(item, chunk, kMask, mask);
+    }
+  });
+}
+
 }  // namespace drive

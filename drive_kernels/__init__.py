@@ -16,6 +16,7 @@ from . import packed as packed
 from . import pair as pair
 from . import prune as prune
 from . import registry
+from . import shards as shards
 from . import sparse as sparse
 
 _C: ModuleType | None
@@ -36,5 +37,6 @@ __all__ = [
     "packed",
     "pair",
     "prune",
+    "shards",
     "sparse",
 ]

@@ -15,7 +15,8 @@ DRIVE = ROOT / "python" / "drive"
 # The library, lowest first: a module may import those before it. What is not listed serves the command
 # line and may import all of these; none of these may import it.
 LIBRARY = (
-    "files", "figures", "targets", "masks", "finite", "result", "fused", "reference", "schedules",
+    "files", "figures", "placement", "team", "shards", "packed", "targets", "masks", "finite", "result",
+    "copies", "radix", "distributed", "fused", "reference", "schedules",
     "gradients", "capture", "feed", "sgd", "scopes", "structures", "restore", "methods.base",
     "methods.second_order",
     "methods.drive", "methods.snip", "methods.grasp", "methods.synflow", "methods.crop", "methods.early_crop",

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor
-
-from .masks import Masks
 
 
 class FiniteCheck:
     """A question put to a step; the answer is there when the step is done, whatever is queued behind it."""
 
-    def __init__(self, op: str, masks: Masks, nonfinite: Tensor):
+    def __init__(
+        self, op: str, sizes: Mapping[str, int], nonfinite: Tensor, ranks: Sequence[int] | None = None
+    ):
         """Send for the answer.
 
         Args:
             op: whose step it is, for the error message.
-            masks: of the tensors of the step.
+            sizes: entries of the tensors of the step, by name.
             nonfinite: [T] int64, NaN or infinite scores per tensor.
+            ranks: [T] first rank that has any, if the tensors are spread over several.
         """
-        self._op, self._sizes = op, {name: mask.numel() for name, mask in masks.items()}
+        self._op, self._sizes, self._ranks = op, sizes, ranks
         self._nonfinite = nonfinite.to("cpu", non_blocking=nonfinite.is_cuda)
         self._sent: torch.cuda.Event | None = None
         if nonfinite.is_cuda:
@@ -33,9 +36,11 @@ class FiniteCheck:
         """
         if self._sent is not None:
             self._sent.synchronize()
-        for (name, size), count in zip(self._sizes.items(), self._nonfinite.tolist(), strict=True):
+        counts = zip(self._sizes.items(), self._nonfinite.tolist(), strict=True)
+        for index, ((name, size), count) in enumerate(counts):
             if count:
-                raise ValueError(f"{self._op}: non-finite score in {name} ({count} of {size} entries)")
+                where = "" if self._ranks is None else f", the first on rank {self._ranks[index]}"
+                raise ValueError(f"{self._op}: non-finite score in {name} ({count} of {size} entries{where})")
 
 
 class LateChecks:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from numbers import Real
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import drive_kernels  # noqa: F401  (defines torch.ops.drive)
 
+from .distributed import sharded_step
 from .masks import Masks, zero_pruned_
+from .placement import distributed_like, is_dtensor, local
 from .result import PruneResult
+from .shards import Shards
 from .targets import Include, Operands, Target, Tensors, operands
+from .team import Said, Team, team_of, together
 
 PruneOp = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
@@ -26,6 +31,7 @@ def fused_drive_prune(
     masks: Masks | None = None,
     min_keep: int = 0,
     include: Include | None = None,
+    process_group: dist.ProcessGroup | None = None,
     check_finite: bool = True,
 ) -> PruneResult:
     """Prune to `sparsity` by the DRIVE score, globally and exactly; weights and masks in place.
@@ -36,6 +42,13 @@ def fused_drive_prune(
     (order of the tensors, then row-major index) survives; pruned entries never come back. The masks
     are the same bit for bit on every backend and with any number of threads. If anything raises,
     weights, masks and gradients are as they were.
+
+    Tensors that are spread over ranks are pruned as one tensor each, to the same masks as in one process,
+    while some kilobytes travel (docs/scaling.md). All ranks must call this together, for
+        DTensors (FSDP2, tensor parallelism): Shard and Replicate on any mesh; their masks are DTensors too;
+        a model wrapped in DistributedDataParallel, or plain tensors beside DTensors: equal on all ranks,
+            which is checked;
+        plain tensors with a `process_group`: each rank's rows of larger ones, in the order of the ranks.
 
     Args:
         target: a module, a mapping of names to tensors, or a sequence of tensors; float32,
@@ -51,8 +64,9 @@ def fused_drive_prune(
         min_keep: survivors that every tensor keeps at least (all it has, if those are fewer).
         include: predicate (name, module, tensor) -> bool choosing the tensors; default: weights of
             Linear, Conv and ConvTranspose layers of a module, everything of a mapping or sequence.
-        check_finite: raise if a score is not finite. False: no host synchronisation; a non-finite
-            score then makes the step a no-op and `result.ok` False.
+        process_group: the ranks that hold the other shards; DTensors on all ranks need none.
+        check_finite: raise if a score is not finite. False: no host synchronisation (but for tensors that
+            are spread over ranks); a non-finite score then makes the step a no-op and `result.ok` False.
 
     Returns:
         PruneResult, with the masks and the counts.
@@ -61,10 +75,13 @@ def fused_drive_prune(
         ValueError: sparsity or min_keep out of range; a missing or misshapen gradient or mask; an
             empty selection; a non-finite score.
         TypeError: an argument or tensor of the wrong type or dtype.
+        RuntimeError: another rank raised an error, or did not come.
     """
+    op = "fused_drive_prune"
+    team = team_of(op, target, process_group)
     return prune_step(
-        torch.ops.drive.prune_, "fused_drive_prune", target, grads, mask_grads,
-        sparsity=sparsity, masks=masks, min_keep=min_keep, include=include, check_finite=check_finite,
+        torch.ops.drive.prune_, op, target, grads, mask_grads, sparsity=sparsity, masks=masks,
+        min_keep=min_keep, include=include, check_finite=check_finite, team=team,
     )  # fmt: skip
 
 
@@ -80,59 +97,104 @@ def prune_step(
     min_keep: int,
     include: Include | None,
     check_finite: bool,
+    team: Team | None = None,
 ) -> PruneResult:
-    """Check the arguments, call `prune_op` (any implementation of drive::prune_), wrap its result."""
-    check_sparsity(op, sparsity)
-    found = operands(target, grads, mask_grads, include, op)
-    total = sum(w.numel() for w in found.weights.values())
-    return prune_operands(
-        prune_op,
-        op,
-        found,
-        round(sparsity * total),
-        masks=masks,
-        min_keep=min_keep,
-        check_finite=check_finite,
-    )
+    """Check the arguments, call `prune_op` (any implementation of drive::prune_), wrap its result.
+
+    On a team, `prune_op` is not called: drive::shard_* take the step.
+    """
+    with together(team, "check their arguments") as said:
+        check_sparsity(op, sparsity)
+        step = Step(op, operands(target, grads, mask_grads, include, op), masks, min_keep, team)
+        said += [("sparsity", float(sparsity)), *step.said]
+    sizes = step.meet()
+    return step.take(prune_op, sizes, round(sparsity * sum(sizes.values())), check_finite)
 
 
-def prune_operands(
-    prune_op: PruneOp,
-    op: str,
-    found: Operands,
-    prune: int,
-    *,
-    masks: Masks | None,
-    min_keep: int,
-    check_finite: bool,
-) -> PruneResult:
-    """Prune so many entries of checked operands in all. Arguments as those of `fused_drive_prune`."""
-    if not isinstance(min_keep, int) or isinstance(min_keep, bool) or min_keep < 0:
-        raise ValueError(f"{op}: min_keep must be an integer >= 0, got {min_keep!r}")
-    weights = list(found.weights.values())
-    total = sum(w.numel() for w in weights)
-    guarded = sum(min(min_keep, w.numel()) for w in weights)
+class Step:
+    """A step whose tensors and masks fit together on this rank."""
+
+    def __init__(
+        self, op: str, found: Operands, masks: Masks | None, min_keep: int, team: Team | None
+    ) -> None:
+        """
+        Args:
+            op: for the error messages.
+            found: what to prune, by what.
+            masks, min_keep: of `fused_drive_prune`.
+            team: the ranks that take it together; None: this process alone.
+
+        Raises:
+            ValueError, TypeError: a mask that does not fit, a bad `min_keep`, DTensors without a team.
+        """
+        if not isinstance(min_keep, int) or isinstance(min_keep, bool) or min_keep < 0:
+            raise ValueError(f"{op}: min_keep must be an integer >= 0, got {min_keep!r}")
+        if team is None and any(map(is_dtensor, found.weights.values())):
+            raise TypeError(f"{op}: tensors must be plain ones, got a DTensor")
+        self._op, self._found, self._min_keep, self._fresh = op, found, min_keep, masks is None
+        masks = new_masks(found.weights) if masks is None else masks
+        masks.check_match(op, found.weights)
+        self._masks = [masks[name] for name in found.weights]
+        self._shards = None if team is None else Shards(team, found.weights)
+
+    @property
+    def said(self) -> Said:
+        """What must be the same on all ranks before they `meet`."""
+
+        def given(whether: bool) -> str:
+            return "given" if whether else "none"
+
+        return [
+            *([] if self._shards is None else self._shards.said),
+            ("min_keep", self._min_keep),
+            ("masks", given(not self._fresh)),
+            ("gradients", given(bool(self._found.grads))),
+            ("mask gradients", given(bool(self._found.mask_grads))),
+        ]
+
+    def meet(self) -> dict[str, int]:
+        """Entries of each tensor, on all ranks, which must all ask."""
+        weights, shards = self._found.weights, self._shards
+        shapes = {name: weight.shape for name, weight in weights.items()} if shards is None else shards.meet()
+        return {name: shape.numel() for name, shape in shapes.items()}
+
+    @torch.no_grad()
+    def take(
+        self, prune_op: PruneOp, sizes: Mapping[str, int], prune: int, check_finite: bool
+    ) -> PruneResult:
+        """Prune so many entries in all, after the ranks have met.
+
+        Raises:
+            ValueError: `min_keep` asks for more survivors than there are; a non-finite score.
+        """
+        op, found, shards = self._op, self._found, self._shards
+        _check_counts(op, self._min_keep, prune, list(sizes.values()))
+        weights = list(found.weights.values())
+        lists = found.scores or weights, found.grads, found.mask_grads, self._masks
+        values, grads, mask_grads, ordered = ([local(tensor) for tensor in some] for some in lists)
+        arguments = (values, grads, mask_grads, ordered, self._fresh, prune, self._min_keep)
+        bad_ranks: list[int] | None = None
+        if shards is None:
+            kept, nonfinite, scores = prune_op(*arguments)
+        else:
+            kept, nonfinite, scores, bad_ranks = sharded_step(shards, *arguments)
+        if found.scores is not None:  # the op has zeroed these
+            for weight, mask in zip(weights, self._masks, strict=True):
+                zero_pruned_(weight, mask)
+        masks = Masks(dict(zip(found.weights, self._masks, strict=True)))
+        result = PruneResult(masks, kept, nonfinite, scores, sizes, bad_ranks)
+        if check_finite:
+            result.check_finite(op).answer()
+        return result
+
+
+def _check_counts(op: str, min_keep: int, prune: int, sizes: list[int]) -> None:
+    total, guarded = sum(sizes), sum(min(min_keep, size) for size in sizes)
     if guarded > total - prune:
         raise ValueError(
             f"{op}: min_keep={min_keep} asks for {guarded} survivors, "
             f"{prune} pruned leave {total - prune} of {total}"
         )
-
-    fresh = masks is None
-    if masks is None:
-        masks = new_masks(found.weights)
-    masks.check_match(op, found.weights)
-    ordered = [masks[name] for name in found.weights]
-    values = found.scores or weights
-    with torch.no_grad():
-        outputs = prune_op(values, found.grads, found.mask_grads, ordered, fresh, prune, min_keep)
-        if found.scores is not None:  # the op has zeroed these
-            for weight, mask in zip(weights, ordered, strict=True):
-                zero_pruned_(weight, mask)
-    result = PruneResult(Masks(dict(zip(found.weights, ordered, strict=True))), *outputs)
-    if check_finite:
-        result.check_finite(op).answer()
-    return result
 
 
 def new_masks(weights: dict[str, Tensor]) -> Masks:
@@ -145,12 +207,13 @@ def new_masks(weights: dict[str, Tensor]) -> Masks:
     offsets, end = [], 0
     for weight in weights.values():
         offsets.append(end)
-        end += (weight.numel() + 15) // 16 * 16
+        end += (local(weight).numel() + 15) // 16 * 16
     room = torch.empty(end, dtype=torch.bool, device=device)
     masks = {}
     for (name, weight), offset in zip(weights.items(), offsets, strict=True):
-        stride = torch.empty_like(weight, device="meta").stride()  # a slice's mask is dense
-        masks[name] = room.as_strided(weight.shape, stride, offset)
+        here = local(weight)
+        stride = torch.empty_like(here, device="meta").stride()  # a slice's mask is dense
+        masks[name] = distributed_like(room.as_strided(here.shape, stride, offset), weight)
     return Masks(masks)
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .placement import fsdp_modules, placed_as
+from .team import replicated
 
 LossFn = Callable[[Any, Any], Tensor]
 Batch = tuple[Any, Any]  # inputs and targets: tensors, or tuples, lists and dicts of tensors
@@ -45,13 +48,16 @@ class LossGradients:
         with torch.enable_grad():
             with self._autocasting():
                 loss = self.loss_fn(self.model(inputs), targets)
-            grads = torch.autograd.grad(loss, list(self.weights.values()), allow_unused=True)
+            grads = self._differentiated(loss)
         found: dict[str, Tensor] = {}
-        for name, grad in zip(self.weights, grads, strict=True):
+        for (name, weight), grad in zip(self.weights.items(), grads, strict=True):
             if grad is None:
                 raise ValueError(f"{name} has no gradient: the loss does not depend on it; exclude it")
-            found[name] = grad
+            found[name] = placed_as(grad, weight)
         return found
+
+    def _differentiated(self, loss: Tensor) -> Sequence[Tensor | None]:
+        return torch.autograd.grad(loss, list(self.weights.values()), allow_unused=True)
 
     def _autocasting(self) -> torch.autocast:
         """As asked for, else as around the call.
@@ -62,3 +68,32 @@ class LossGradients:
         kind = self.device.type
         enabled = self.autocast is not None or torch.is_autocast_enabled(kind)
         return torch.autocast(kind, dtype=self.autocast, enabled=enabled, cache_enabled=False)
+
+
+class ReducedGradients(LossGradients):
+    """The same of a model whose ranks average their gradients: in backward passes only, and into `.grad`."""
+
+    def _differentiated(self, loss: Tensor) -> Sequence[Tensor | None]:
+        parameters = list(self.model.parameters())
+        # gradients may be views into buckets, which the next backward pass overwrites
+        wrapper = replicated(self.model)
+        views = wrapper is not None and wrapper.gradient_as_bucket_view
+        before = [p.grad.clone() if views and p.grad is not None else p.grad for p in parameters]
+        try:
+            for p in parameters:
+                p.grad = None
+            loss.backward()
+            found = [weight.grad for weight in self.weights.values()]
+            return [grad.clone() if views and grad is not None else grad for grad in found]
+        finally:
+            for p, grad in zip(parameters, before, strict=True):
+                p.grad = grad
+
+
+def loss_gradients(
+    model: nn.Module, weights: Mapping[str, Tensor], loss_fn: LossFn, autocast: torch.dtype | None = None
+) -> LossGradients:
+    """`LossGradients` of whatever kind the model needs."""
+    reduced = replicated(model) is not None or bool(fsdp_modules(model))
+    kind = ReducedGradients if reduced else LossGradients
+    return kind(model, weights, loss_fn, autocast)

@@ -11,20 +11,22 @@ from typing import Any
 
 import numpy as np
 import safetensors
-import safetensors.torch
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from typing_extensions import Self
 
-from .files import write_atomic
-from .targets import unwrap
-
-_FORMAT = "drive.masks.v1"
+from .packed import FORMAT, write_packed, write_sharded
+from .placement import check_placed, distributed_like, is_dtensor, local, reshard, sharded_like
+from .targets import Include, Target, prunable, unwrap
 
 
 class Masks(Mapping[str, Tensor]):
     """Names of parameters to their masks (bool, the parameter's shape; False: pruned).
+
+    The mask of a DTensor is a DTensor, placed like it; what counts or saves such masks (`sparsity`,
+    `summary`, `save`) must be called by all ranks together.
 
     The tensors are shared, not copied: a further pruning step updates them in place, and whatever
     holds these masks (see `attach`) follows.
@@ -37,6 +39,17 @@ class Masks(Mapping[str, Tensor]):
                 raise TypeError(f"Masks: {name} must be a bool tensor, got {got}")
         self._masks = dict(masks)
 
+    @classmethod
+    def dense(cls, target: Target, include: Include | None = None) -> Self:
+        """Masks of the prunable tensors in which nothing is pruned: to load a checkpoint into, say.
+
+        Args:
+            target, include: as in `fused_drive_prune`.
+        """
+        weights = prunable(target, include, op="Masks.dense")
+        ones = {name: torch.ones_like(local(w), dtype=torch.bool) for name, w in weights.items()}
+        return cls({name: distributed_like(ones[name], w) for name, w in weights.items()})
+
     def __getitem__(self, name: str) -> Tensor:
         return self._masks[name]
 
@@ -47,6 +60,8 @@ class Masks(Mapping[str, Tensor]):
         return len(self._masks)
 
     def __repr__(self) -> str:
+        if any(map(is_dtensor, self.values())):  # to count, all ranks would have to be asked
+            return f"Masks({len(self)} tensors, sharded)"
         return f"Masks({len(self)} tensors, sparsity {self.sparsity():.4f})"
 
     def sparsity(self) -> float:
@@ -104,11 +119,12 @@ class Masks(Mapping[str, Tensor]):
         _check_same_names(op, weights, self)
         for name, weight in weights.items():
             _check_shape(op, f"masks[{name}]", self[name], weight)
+            check_placed(op, f"masks[{name}]", self[name], weight)
             if self[name].device != weight.device:
                 raise ValueError(f"{op}: masks[{name}] must be on {weight.device}, got {self[name].device}")
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Copy masks of the same names and shapes into these, in place.
+        """Copy masks of the same names and shapes into these, in place: whole ones into DTensors, too.
 
         Raises:
             ValueError: names or shapes differ; nothing is changed then.
@@ -117,17 +133,18 @@ class Masks(Mapping[str, Tensor]):
         for name, mask in self.items():
             _check_shape("Masks.load_state_dict", name, state[name], mask)
         for name, mask in self.items():
-            mask.copy_(state[name])
+            local(mask).copy_(local(sharded_like(state[name], mask)))
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file with one bit an entry; a crash leaves the old file or the new one."""
-        packed = {
-            name: torch.from_numpy(np.packbits(mask.cpu().contiguous().numpy(), axis=None))
-            for name, mask in self.items()
-        }
-        shapes = json.dumps({name: list(mask.shape) for name, mask in self.items()})
-        metadata = {"format": _FORMAT, "shapes": shapes}
-        write_atomic(Path(path), safetensors.torch.save(packed, metadata))
+    def save(self, path: str | os.PathLike[str], process_group: dist.ProcessGroup | None = None) -> None:
+        """Write a safetensors file with one bit an entry; a crash leaves the old file or the new one.
+
+        Of DTensors, rank 0 writes it, piece by piece, while the others send their bits. `process_group` is as
+        in `fused_drive_prune`.
+        """
+        if any(map(is_dtensor, self.values())):
+            write_sharded(Path(path), self._masks, process_group)
+        else:
+            write_packed(Path(path), self._masks)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Self:
@@ -140,8 +157,8 @@ class Masks(Mapping[str, Tensor]):
         try:
             with safetensors.safe_open(os.fspath(path), framework="numpy") as file:
                 metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
-                    raise ValueError(f"its format is {metadata.get('format')!r}, not {_FORMAT!r}")
+                if metadata.get("format") != FORMAT:
+                    raise ValueError(f"its format is {metadata.get('format')!r}, not {FORMAT!r}")
                 shapes = json.loads(metadata["shapes"])
                 return cls({
                     name: _unpack(name, file.get_tensor(name), shape).to(device)
@@ -155,18 +172,21 @@ class Masks(Mapping[str, Tensor]):
         return Masks({name: mask.to(device) for name, mask in self.items()})
 
     def _kept(self) -> dict[str, int]:
-        return {name: int(mask.sum()) for name, mask in self.items()}
+        kept = {name: mask.sum() for name, mask in self.items()}
+        return {name: int(k.full_tensor() if is_dtensor(k) else k) for name, k in kept.items()}
 
     def _pairs(self, model: nn.Module | Mapping[str, Tensor], op: str) -> list[tuple[Tensor, Tensor]]:
         """(weight, mask) of every mask, checked."""
         if isinstance(model, nn.Module):
-            weights: Mapping[str, Tensor] = dict(unwrap(model).named_parameters(remove_duplicate=False))
+            inner = reshard(unwrap(model))
+            weights: Mapping[str, Tensor] = dict(inner.named_parameters(remove_duplicate=False))
         else:
             weights = model
         for name, mask in self.items():
             if name not in weights:
                 raise ValueError(f"{op}: the model has no parameter {name}: masks of another model?")
             _check_shape(op, name, mask, weights[name])
+            check_placed(op, name, mask, weights[name])
         return [(weights[name], mask) for name, mask in self.items()]
 
 
@@ -179,8 +199,8 @@ def zero_pruned_(tensor: Tensor, mask: Tensor) -> None:
     By their bits: on a CPU masked_fill_ branches at every entry (15 M of them: 28 against 5 ms), and a
     product with the mask would keep NaN and signs.
     """
-    bits = tensor.view(_BITS[tensor.element_size()])
-    bits.bitwise_and_(mask.to(bits.device, bits.dtype).neg_())
+    bits = local(tensor).view(_BITS[tensor.element_size()])
+    bits.bitwise_and_(local(mask).to(bits.device, bits.dtype).neg_())
 
 
 class Attachment:

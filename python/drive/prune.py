@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from . import methods, schedules
@@ -14,14 +15,16 @@ from .capture import Capture, captured, check_capture
 from .feed import endless
 from .finite import LateChecks
 from .fused import check_sparsity
-from .gradients import Batch, LossFn, LossGradients
+from .gradients import Batch, LossFn, loss_gradients
 from .masks import Masks
 from .methods.base import Method, Problem
+from .placement import is_dtensor
 from .restore import scoring, undone_on_error
 from .scopes import Groups
 from .selection import Selection
 from .sgd import Train, sgd_epoch
 from .targets import Include, prunable
+from .team import team_of, together, together_from
 
 
 def prune(
@@ -38,6 +41,7 @@ def prune(
     min_keep: int = 0,
     masks: Masks | None = None,
     include: Include | None = None,
+    process_group: dist.ProcessGroup | None = None,
     train: Train | None = None,
     accumulate: int | None = None,
     seed: int = 0,
@@ -53,6 +57,11 @@ def prune(
     mode, `.grad` and `requires_grad` are afterwards as before; weights differ only where a mask is
     False. If anything raises, Ctrl-C included, the weights are restored too (which costs one copy
     of the prunable weights while it runs; of the whole model for a method that trains it).
+
+    A model wrapped in DistributedDataParallel, or of DTensors (FSDP2, tensor parallelism), is pruned by all
+    its ranks together, each with its own batches, by the gradients that the ranks' backward passes average:
+    all call this, with the same arguments, and get the same masks, as DTensors where the weights are. Not all
+    methods can (`Method.spread`).
 
     Args:
         model: the model; for DRIVE after its dense warm-up, for SNIP at initialisation.
@@ -75,6 +84,8 @@ def prune(
         min_keep: survivors that every tensor keeps at least.
         masks: masks to start from, of a model pruned before; they are not changed.
         include: which parameters to prune, as in `fused_drive_prune`.
+        process_group: as in `fused_drive_prune`: of a model whose weights are plain tensors, each this rank's
+            rows of a larger one; the gradients that `loss_fn` gives are then those of the whole model.
         train: (model, masks or None, number) -> anything: a round of training with these masks held
             (`Masks.attach`), for methods that prune in the course of it (see their docstrings for
             what a round is). `number` counts the rounds since the weights were fresh, from 0. Default:
@@ -98,46 +109,56 @@ def prune(
         ValueError, TypeError: bad arguments, batches that run out, a non-finite score.
         RuntimeError: capture is True and it is not possible, with the reason.
     """
-    check_sparsity("prune", sparsity)
-    chosen = methods.get(method)
-    count = chosen.iterations_to(sparsity) if iterations is None else iterations
-    if not isinstance(count, int) or count < 1:
-        raise ValueError(f"prune: iterations must be an integer >= 1, got {iterations!r}")
-    taken = chosen.accumulate if accumulate is None else accumulate
-    if not isinstance(taken, int) or taken < 1:
-        raise ValueError(f"prune: accumulate must be an integer >= 1, got {accumulate!r}")
-    if schedule is None:
-        several = chosen.iterations == 1 < count  # of a one-shot method
-        schedule = "exponential" if several and chosen.schedule == "one_shot" else chosen.schedule
-    weights = prunable(model, include, op="prune")
-    selection = Selection(
-        model, weights, structure, chosen.scope if scope is None else scope, sparsity, min_keep
-    )
-    plan = [selection.groups(step) for step in schedules.plan(schedule, sparsity, count)]
-    if masks is not None:
-        masks.check_match("prune", weights)
-        masks = Masks({name: masks[name].clone() for name in weights})
-        selection.check_masks(masks)
+    team = team_of("prune", model, process_group)
+    with together(team, "check their arguments") as said:
+        check_sparsity("prune", sparsity)
+        chosen = methods.get(method)
+        count = chosen.iterations_to(sparsity) if iterations is None else iterations
+        if not isinstance(count, int) or count < 1:
+            raise ValueError(f"prune: iterations must be an integer >= 1, got {iterations!r}")
+        taken = chosen.accumulate if accumulate is None else accumulate
+        if not isinstance(taken, int) or taken < 1:
+            raise ValueError(f"prune: accumulate must be an integer >= 1, got {accumulate!r}")
+        if schedule is None:
+            several = chosen.iterations == 1 < count  # of a one-shot method
+            schedule = "exponential" if several and chosen.schedule == "one_shot" else chosen.schedule
+        weights = prunable(model, include, op="prune")
+        if team is not None:
+            _check_spread(chosen, team.rows or any(map(is_dtensor, weights.values())))
+        selection = Selection(
+            model, weights, structure, chosen.scope if scope is None else scope, sparsity, min_keep, team
+        )
+        steps = schedules.plan(schedule, sparsity, count)
+        if masks is not None:
+            masks.check_match("prune", weights)
+            masks = Masks({name: masks[name].clone() for name in weights})
+            selection.check_masks(masks)
 
-    trains = chosen.stage == "training"
-    device = next(iter(weights.values())).device
-    check_capture("prune", capture, device)
-    if trains and capture is True:
-        raise ValueError("prune: capture must be 'auto' or False for a method that trains, got True")
-    if autocast not in (None, torch.bfloat16):
-        # float16 would need its loss scaled
-        raise ValueError(f"prune: autocast must be None or torch.bfloat16, got {autocast!r}")
+        trains = chosen.stage == "training"
+        device = next(iter(weights.values())).device
+        check_capture("prune", capture, device)
+        if trains and capture is True:
+            raise ValueError("prune: capture must be 'auto' or False for a method that trains, got True")
+        if team is not None and capture is True:
+            raise ValueError("prune: capture must be 'auto' or False for a model on several ranks, got True")
+        if autocast not in (None, torch.bfloat16):
+            # float16 would need its loss scaled
+            raise ValueError(f"prune: autocast must be None or torch.bfloat16, got {autocast!r}")
+        said += [("method", chosen.name), ("sparsity", sparsity), ("iterations", count)]
+        said += [("accumulate", taken), ("steps", steps), *selection.said]
+    selection.meet()
+    plan = [selection.groups(step) for step in steps]
 
-    eager = LossGradients(model, weights, loss_fn, autocast)
+    eager = loss_gradients(model, weights, loss_fn, autocast)
     checks = LateChecks(steps_late=1 if device.type == "cuda" else 0)
-    capture = False if trains else capture
+    capture = False if trains or team is not None else capture
     with ExitStack() as stack:
         stack.enter_context(undone_on_error(model, weights if not trains else None))
         stack.enter_context(_seeded(seed, device))
         if not trains:  # once for all iterations
             stack.enter_context(scoring(model, weights))
         problem = Problem(
-            model, weights, endless(batches, device), loss_fn,
+            model, weights, together_from(team, endless(batches, device)), loss_fn,
             gradients_of=stack.enter_context(captured(eager, capture, count)),
             train=train or sgd_epoch(batches, loss_fn),
             accumulate=taken, sparsity=sparsity, iteration=0, iterations=count, masks=masks,
@@ -160,6 +181,12 @@ def prune(
         for mask in masks.values():  # they may be of the graph's stream
             mask.record_stream(torch.cuda.current_stream(device))
     return masks
+
+
+def _check_spread(method: Method, shards: bool) -> None:
+    if method.spread == "no" or (shards and method.spread == "copies"):
+        what = "shards" if shards else "copies"
+        raise ValueError(f"prune: method must be one for {what} of a model, got {method.name!r}")
 
 
 @contextmanager

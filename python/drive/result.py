@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,8 +27,19 @@ class PruneResult:
         masks: the masks after the step.
     """
 
-    def __init__(self, masks: Masks, kept: Tensor, nonfinite: Tensor, scores: Tensor):
+    def __init__(
+        self,
+        masks: Masks,
+        kept: Tensor,
+        nonfinite: Tensor,
+        scores: Tensor,
+        sizes: Mapping[str, int] | None = None,
+        bad_ranks: Sequence[int] | None = None,
+    ):
         self.masks = masks
+        # of plain shards, more than their masks have here
+        self._sizes = sizes or {name: mask.numel() for name, mask in masks.items()}
+        self._bad_ranks = bad_ranks
         self._kept = kept  # [T] int64
         self._nonfinite = nonfinite  # [T] int64
         self._scores = scores  # [2] float64
@@ -50,21 +61,18 @@ class PruneResult:
         Args:
             op: whose step it was, for the error message.
         """
-        return FiniteCheck(op, self.masks, self._nonfinite)
+        return FiniteCheck(op, self._sizes, self._nonfinite, self._bad_ranks)
 
     @property
     def per_tensor(self) -> list[TensorCount]:
         """(name, numel, kept) of every tensor."""
         kept = self._kept.tolist()
-        return [
-            TensorCount(name, mask.numel(), k)
-            for (name, mask), k in zip(self.masks.items(), kept, strict=True)
-        ]
+        return [TensorCount(*size, k) for size, k in zip(self._sizes.items(), kept, strict=True)]
 
     @property
     def total(self) -> int:
         """Prunable entries."""
-        return sum(mask.numel() for mask in self.masks.values())
+        return sum(self._sizes.values())
 
     @property
     def kept(self) -> int:
@@ -108,6 +116,8 @@ class PruneResult:
             torch.cat([r._kept for r in results]),
             torch.cat([r._nonfinite for r in results]),
             scores,
+            {name: size for r in results for name, size in r._sizes.items()},
+            [rank for r in results for rank in r._bad_ranks or []] or None,
         )
 
     def summary(self) -> str:

@@ -5,33 +5,34 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from math import floor
 
-from torch import Tensor
+import torch
 
 Groups = list[tuple[list[str], int]]  # names of tensors, units (entries, or blocks) to prune among them
-Scope = Callable[[Mapping[str, Tensor], int, int], Groups]  # weights, units to prune, entries in a unit
+Shapes = Mapping[str, torch.Size]  # of the weights
+Scope = Callable[[Shapes, int, int], Groups]  # shapes, units to prune, entries in a unit
 
 
-def global_(weights: Mapping[str, Tensor], prune: int, unit: int = 1) -> Groups:
+def global_(shapes: Shapes, prune: int, unit: int = 1) -> Groups:
     """One ranking over all tensors."""
-    return [(list(weights), prune)]
+    return [(list(shapes), prune)]
 
 
-def uniform(weights: Mapping[str, Tensor], prune: int, unit: int = 1) -> Groups:
+def uniform(shapes: Shapes, prune: int, unit: int = 1) -> Groups:
     """A ranking per tensor, the same sparsity in each."""
-    sizes = {name: w.numel() // unit for name, w in weights.items()}
+    sizes = {name: shape.numel() // unit for name, shape in shapes.items()}
     share = prune / max(1, sum(sizes.values()))
     return _rounded({name: share * size for name, size in sizes.items()}, sizes, prune)
 
 
-def erk(weights: Mapping[str, Tensor], prune: int, unit: int = 1) -> Groups:
+def erk(shapes: Shapes, prune: int, unit: int = 1) -> Groups:
     """A ranking per tensor, densities by Erdos-Renyi-Kernel (Evci et al., arXiv 1911.11134, Sec. 3).
 
     The density of a tensor is proportional to (sum of its sizes) / (product of its sizes), so that small
     tensors stay denser; tensors that would have more entries than there are stay dense, and the others
     share what is left.
     """
-    sizes = {name: w.numel() // unit for name, w in weights.items()}
-    raw = {name: float(sum(w.shape)) for name, w in weights.items()}  # density * entries, up to a factor
+    sizes = {name: shape.numel() // unit for name, shape in shapes.items()}
+    raw = {name: float(sum(shape)) for name, shape in shapes.items()}  # density * entries, up to a factor
     dense: set[str] = set()
     while True:
         keep = sum(sizes.values()) - prune - sum(sizes[name] for name in dense)
@@ -53,7 +54,7 @@ def names() -> list[str]:
     return list(_SCOPES)
 
 
-def groups(scope: str, weights: Mapping[str, Tensor], prune: int, unit: int = 1) -> Groups:
+def groups(scope: str, shapes: Shapes, prune: int, unit: int = 1) -> Groups:
     """Groups of tensors that lose exactly `prune` units of `unit` entries in all.
 
     Raises:
@@ -61,7 +62,7 @@ def groups(scope: str, weights: Mapping[str, Tensor], prune: int, unit: int = 1)
     """
     if scope not in _SCOPES:
         raise ValueError(f"scope must be one of {', '.join(_SCOPES)}, got {scope!r}")
-    return _SCOPES[scope](weights, prune, unit)
+    return _SCOPES[scope](shapes, prune, unit)
 
 
 def _rounded(shares: Mapping[str, float], sizes: Mapping[str, int], total: int) -> Groups:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from . import scopes, structures
-from .fused import prune_operands
+from .fused import Step
 from .masks import Masks, zero_pruned_
 from .methods.base import Ranking
+from .placement import check_placed, is_dtensor, local
 from .result import PruneResult
 from .scopes import Groups
+from .shards import Shards
 from .targets import Operands, match
+from .team import Said, Team, together
 
 
 class Selection:
@@ -27,6 +31,7 @@ class Selection:
         scope: str,
         sparsity: float,
         min_keep: int,
+        team: Team | None = None,
         op: str = "prune",
     ):
         """
@@ -34,6 +39,7 @@ class Selection:
             model: whose the weights are.
             weights: the prunable ones by name.
             structure, scope, sparsity, min_keep: of `drive.prune`.
+            team: the ranks that hold the model; None: this process alone.
             op: for the error messages.
 
         Raises:
@@ -42,17 +48,35 @@ class Selection:
         self.op, self.weights, self.scope, self.min_keep = op, dict(weights), scope, min_keep
         self.structure = structures.structure(structure)
         self.axes: Mapping[str, int] = {}
+        self.team = team
+        self._shards = None if team is None else Shards(team, weights)
+        self._shapes = {name: weight.shape for name, weight in weights.items()}
         if self.structure is not None:
+            if (team is not None and team.rows) or any(map(is_dtensor, weights.values())):
+                raise ValueError(f"{op}: structure must be 'unstructured' for shards, got {structure!r}")
             self.axes = structures.input_axes(model, weights)
             for name, weight in weights.items():
                 self.structure.check(op, name, weight, self.axes[name])
             self.structure.check_plan(op, weights, scope, sparsity, min_keep)
 
+    @property
+    def said(self) -> Said:
+        """What must be the same on all ranks before they `meet`."""
+        return [
+            *([] if self._shards is None else self._shards.said),
+            *(("scope", self.scope), ("structure", self.structure), ("min_keep", self.min_keep)),
+        ]
+
+    def meet(self) -> None:
+        """All ranks must call this, before the rest."""
+        if self._shards is not None:
+            self._shapes = self._shards.meet()
+
     def groups(self, sparsity: float) -> Groups:
         """What to prune to a sparsity: names of tensors and a number of entries, or of blocks."""
         unit = 1 if self.structure is None else self.structure.size
-        total = sum(w.numel() for w in self.weights.values()) // unit
-        return scopes.groups(self.scope, self.weights, round(sparsity * total), unit)
+        total = sum(shape.numel() for shape in self._shapes.values()) // unit
+        return scopes.groups(self.scope, self._shapes, round(sparsity * total), unit)
 
     def check_masks(self, masks: Masks) -> None:
         """Raise ValueError unless pruning can go on from these masks to the structure."""
@@ -71,7 +95,8 @@ class Selection:
             some = {name: self.weights[name] for name in names}
             old = None if masks is None or ranking.revive else Masks({name: masks[name] for name in names})
             if self.structure is None:
-                results.append(_step(self.op, _operands(self.op, some, ranking), prune, old, self.min_keep))
+                find = partial(_operands, self.op, some, ranking)
+                results.append(self._take(find, prune, old, self.min_keep))
             else:
                 results.append(self._structured(self.structure, some, ranking, prune, old))
         result = PruneResult.merged(results)
@@ -102,18 +127,21 @@ class Selection:
         guarded = [structure.safe_units(weight.numel()) for weight in weights.values()]
         ranked = [ordered(unit) if ranking.signed else unit for unit in units.values()]
         min_keep = structure.units_to_keep(self.min_keep)
-        found = Operands(units, [], [], ranked)
-        result = _step(self.op, found, prune + sum(guarded), Masks(open_), min_keep)
+        find = partial(Operands, units, [], [], ranked)
+        result = self._take(find, prune + sum(guarded), Masks(open_), min_keep)
         for name, weight in weights.items():
             alive[name].copy_(structure.spread(result.masks[name] | safe[name], self.axes[name]))
             zero_pruned_(weight, alive[name])
         kept = (result._kept + torch.tensor(guarded, device=result._kept.device)) * structure.size
         return PruneResult(alive, kept, bad, result._scores)
 
-
-def _step(op: str, found: Operands, prune: int, masks: Masks | None, min_keep: int) -> PruneResult:
-    prune_ = torch.ops.drive.prune_
-    return prune_operands(prune_, op, found, prune, masks=masks, min_keep=min_keep, check_finite=False)
+    def _take(
+        self, find: Callable[[], Operands], prune: int, masks: Masks | None, min_keep: int
+    ) -> PruneResult:
+        with together(self.team, "check their scores") as said:
+            step = Step(self.op, find(), masks, min_keep, self.team)
+            said += [("entries to prune", prune), *step.said]
+        return step.take(torch.ops.drive.prune_, step.meet(), prune, check_finite=False)
 
 
 def _operands(op: str, weights: dict[str, Tensor], ranking: Ranking) -> Operands:
@@ -137,7 +165,8 @@ def _score(op: str, name: str, weight: Tensor, ranking: Ranking) -> Tensor:
         raise ValueError(
             f"{op}: scores[{name}] must have shape {tuple(weight.shape)}, got {tuple(score.shape)}"
         )
-    return score
+    check_placed(op, f"scores[{name}]", score, weight)
+    return local(score)
 
 
 @torch.no_grad()

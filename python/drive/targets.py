@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
+from .placement import check_placed, local, reshard
+
 Target = nn.Module | Mapping[str, Tensor] | Sequence[Tensor]
 Tensors = Mapping[str, Tensor] | Sequence[Tensor]
 Include = Callable[[str, nn.Module | None, Tensor], bool]
@@ -71,7 +73,8 @@ def prunable(target: Target, include: Include | None = None, *, op: str = "pruna
             continue
         seen.add(id(tensor))
         _check_prunable(op, name, tensor)
-        if tensor.numel() and (owner := owners.setdefault(tensor.data_ptr(), name)) != name:
+        here = local(tensor)
+        if here.numel() and (owner := owners.setdefault(here.data_ptr(), name)) != name:
             raise ValueError(
                 f"{op}: {name} shares memory with {owner} but is a different tensor; "
                 "tie weights by assigning the same Parameter"
@@ -104,7 +107,7 @@ def _everything(name: str, module: nn.Module | None, tensor: Tensor) -> bool:
 
 def _candidates(target: Target, op: str) -> Iterator[tuple[str, nn.Module | None, Tensor]]:
     if isinstance(target, nn.Module):
-        for prefix, module in unwrap(target).named_modules():
+        for prefix, module in reshard(unwrap(target)).named_modules():
             for name, parameter in module.named_parameters(recurse=False):
                 yield (f"{prefix}.{name}" if prefix else name), module, parameter
     elif isinstance(target, Mapping):
@@ -173,3 +176,4 @@ def _check_operand(op: str, name: str, tensor: object, weight: Tensor) -> None:
             if what == "shape":
                 expected, got = tuple(expected), tuple(got)
             raise kind(f"{op}: {name} must have the weight's {what} {expected}, got {got}")
+    check_placed(op, name, tensor, weight)

@@ -17,6 +17,7 @@ from drive.schedules import Schedule
 from drive.sgd import Train
 
 Stage = Literal["initialisation", "warm-up", "training"]
+Spread = Literal["no", "copies", "shards"]
 
 
 @dataclass(frozen=True)
@@ -102,10 +103,12 @@ class Method(ABC):
             course of a training of its own, by `Problem.train`, in `before`.
         scope: `drive.prune`'s, unless the caller says otherwise.
         accumulate: batches that one score takes, likewise.
+        spread: whether the model may be spread over ranks: not at all, as copies (DDP), or also as shards.
     """
 
     name: ClassVar[str]
     stage: ClassVar[Stage] = "warm-up"
+    spread: ClassVar[Spread] = "shards"
     iterations: int = 1
     schedule: str | Schedule = "one_shot"
     scope: str = "global"

@@ -19,6 +19,7 @@ class Grasp(Method):
 
     name = "grasp"
     stage = "initialisation"
+    spread = "no"  # autograd.grad goes round the averaging of gradients
 
     def __init__(self, temperature: float = 200.0):
         self.temperature = temperature

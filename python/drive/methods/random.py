@@ -10,6 +10,7 @@ class Random(Method):
 
     name = "random"
     stage = "initialisation"
+    spread = "copies"
 
     def rank(self, problem: Problem) -> Ranking:
         # float64: in a large model float32's 2^24 values would tie

@@ -24,6 +24,7 @@ class RigL(Method):
 
     name = "rigl"
     stage = "training"
+    spread = "copies"
     scope = "erk"
     iterations = 100
 

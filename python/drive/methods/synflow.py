@@ -20,6 +20,7 @@ class SynFlow(Method):
 
     name = "synflow"
     stage = "initialisation"
+    spread = "copies"
     iterations = 100
     schedule = "exponential"
 
