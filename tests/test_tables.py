@@ -256,7 +256,7 @@ def test_full_cells_stand_beside_the_published_numbers() -> None:
                 "prune_seconds": 5.0, "train_seconds": 50.0, "made_with": {"torch": "2.0", "gpu": "one"},
             }  # fmt: skip
     page = tables.against_paper("Table 1", planned, METHODS, found)
-    assert "*" not in page and "Scaled" not in page and "Made with torch 2.0, gpu one." in page
+    assert "*" not in page and "Scaled" not in page and "Made with torch 2.0, gpu one; float32." in page
     assert "Not pruned: 80.50 ± 0.71 (84.20, -3.70)." in page
     assert "| drive | 80.50 ± 0.71 (86.97, -6.47) | 80.50 ± 0.71 (87.21, -6.71) |" in page
     assert "| snip | 80.00 [1 of 2 seeds] (83.09, -3.09) |" in page
@@ -287,6 +287,12 @@ def test_what_changes_the_result_changes_the_cell() -> None:
     for other in (gpu, names(scale=0.08), names(compute=Compute(precision="bfloat16"))):
         assert not first & other
     assert first < names(seeds=3)
+
+
+def test_the_page_says_how_it_was_computed() -> None:
+    assert Compute().arithmetic == "float32"
+    fast = Compute(precision="bfloat16", channels_last=True, compile=True, sparse_ops=True, devices=2)
+    assert fast.arithmetic == "bfloat16, channels_last, torch.compile, sparse ops, 2 devices"
 
 
 def test_another_process_is_left_to_its_cell(images: Path, tmp_path: Path) -> None:

@@ -101,6 +101,15 @@ class Compute:
             running = convert(model, masks, images, deterministic=True)
         return cast(nn.Module, torch.compile(running)) if self.compile else running
 
+    @property
+    def arithmetic(self) -> str:
+        """In words: the precision, and whatever else is not as it is by default."""
+        flags = {
+            "channels_last": self.channels_last, "torch.compile": self.compile,
+            "sparse ops": self.sparse_ops, f"{self.devices} devices": self.devices > 1,
+        }  # fmt: skip
+        return ", ".join([self.precision, *(name for name, given in flags.items() if given)])
+
     def as_dict(self) -> dict[str, object]:
         """As plain values, and of the device only its type: results do not depend on its number."""
         return {**vars(self), "device": self._kind}

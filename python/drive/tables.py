@@ -61,7 +61,7 @@ def against_paper(title: str, plan: Plan, methods: Sequence[str], outcome: Outco
         f"Top-1 test accuracy in %, {_over(plan)}; in brackets the "
         "published mean of three runs, and ours minus that. Seconds: all that comes before the sparse "
         "network is trained (dense warm-up, levels of IMP, scoring), mean over the sparsities.", "",
-        *_made_with(outcome),
+        *_made_with(plan, outcome),
     ]  # fmt: skip
     for row in plan.rows:
         sparsities = plan.sparsities_of(row)
@@ -83,7 +83,7 @@ def against_paper(title: str, plan: Plan, methods: Sequence[str], outcome: Outco
 def ablation_page(plan: Plan, outcome: Outcome) -> str:
     """DRIVE taken apart: its steps, warm-up and iterations, terms of the score."""
     numbers, lines = Numbers(plan, outcome), ["# Ablation", "", *_warning(plan)]
-    lines += [f"Top-1 test accuracy in %, {_over(plan)}.", "", *_made_with(outcome)]
+    lines += [f"Top-1 test accuracy in %, {_over(plan)}.", "", *_made_with(plan, outcome)]
     for row in plan.rows:
         sparsities, warmup = plan.sparsities_of(row), plan.warmup_of(row)
         whole = grid_name(warmup, 100)
@@ -116,13 +116,13 @@ def _over(plan: Plan) -> str:
     return "one seed" if plan.seeds == 1 else f"mean ± standard deviation of {plan.seeds} seeds"
 
 
-def _made_with(outcome: Outcome) -> list[str]:
-    """What the numbers, and the seconds more so, depend on beside the configuration."""
+def _made_with(plan: Plan, outcome: Outcome) -> list[str]:
+    """What the numbers, and the seconds more so, depend on beside the rows' recipes."""
     found = {
         ", ".join(f"{what} {value}" for what, value in result["made_with"].items())
         for result in outcome.results.values()
     }
-    return [f"Made with {'; '.join(sorted(found))}.", ""] if found else []
+    return [f"Made with {'; '.join(sorted(found))}; {plan.compute.arithmetic}.", ""] if found else []
 
 
 def _warning(plan: Plan) -> list[str]:
