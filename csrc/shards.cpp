@@ -11,6 +11,7 @@
 #include <numeric>
 #include <optional>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "common.h"
@@ -84,15 +85,17 @@ at::Tensor shard_sample(at::TensorList weights, at::TensorList grads, at::Tensor
 template <class Key>
 void count_keys(const std::vector<Item>& items, Key low, int shift, std::vector<int64_t>& counts) {
   const std::vector<Chunk> chunks = chunks_of(items, all(items));
-  const Key buckets = static_cast<Key>(counts.size());
+  using Bucket = std::make_unsigned_t<Key>;
+  const auto buckets = static_cast<Bucket>(counts.size());
   count_parallel(chunks.size(), counts, [&](int64_t i, auto& into) {
     Staging room;
     alignas(64) Key keys[kChunk];
     keys_of(items, chunks[i], room, keys);
+    int64_t* const counted = into.data();
     for (int32_t j = 0; j < chunks[i].count; ++j) {
-      if (keys[j] < low) continue;
-      const Key bucket = (keys[j] - low) >> shift;
-      if (bucket < buckets) ++into[bucket];
+      // one comparison, which is easily predicted: below `low` it is negative, that is large
+      const auto bucket = static_cast<Bucket>((keys[j] - low) >> shift);
+      if (bucket < buckets) ++counted[bucket];
     }
   });
 }

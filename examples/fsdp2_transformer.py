@@ -241,21 +241,22 @@ def main() -> None:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group()  # gloo for tensors on CPUs, NCCL for those on GPUs
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-        text = Text(options.length, options.batch, device)
-        model = build(options, device)
-        run = Run(model, torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=0.1))
-        run.load(options.out)
-        say(f"{dist.get_world_size()} ranks on {device.type}, from step {run.step}")
-        train(run, text, min(options.warm_up, options.steps), options)
-        if run.masks is None:
-            prune(run, text, options)
-        with run.masks.attach(run.model, run.optimizer):
-            train(run, text, options.steps, options)
-        export(run, text, options.out)
-    finally:
-        dist.destroy_process_group()
+    options.out.mkdir(parents=True, exist_ok=True)
+    text = Text(options.length, options.batch, device)
+    model = build(options, device)
+    run = Run(model, torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=0.1))
+    run.load(options.out)
+    say(f"{dist.get_world_size()} ranks on {device.type}, from step {run.step}")
+    train(run, text, min(options.warm_up, options.steps), options)
+    if run.masks is None:
+        prune(run, text, options)
+    with run.masks.attach(run.model, run.optimizer):
+        train(run, text, options.steps, options)
+    export(run, text, options.out)
+    # All files are there; and a thread of Gloo's that still frees a tensor while Python ends would abort it
+    # (pytorch/pytorch#179291)
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

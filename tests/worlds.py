@@ -16,27 +16,26 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-TIMEOUT = 60  # seconds for all that a world does
+PATIENCE = timedelta(seconds=100)  # of the process groups, and
+TIMEOUT = 300  # seconds for all that a world does; it takes some 5
 
-# Forked from one server that has imported everything: a process more takes milliseconds
+# Forked from one server that has imported what takes long. Not `drive`: the server looks in the current
+# folder first, where drive_kernels may be of another build than the installed one.
+_SLOW = "torch.distributed.tensor", "torch.distributed.fsdp", "torch.optim", "hypothesis", "pytest"
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch.distributed.tensor", "torch.distributed.fsdp", "drive"])
+_context.set_forkserver_preload(list(_SLOW))
 
 
-def run(size: int, function: Callable[..., Any], *args: Any, timeout: float = 20) -> list[Any]:
+def run(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """function(*args) in `size` ranks: what it returned in each, or the exception that it raised.
 
     A rank that ends without either gives None. No process is left when this returns.
-
-    Args:
-        timeout: of the process group, in seconds.
     """
     with tempfile.TemporaryDirectory() as folder:
         ends, processes = [], []
         for rank in range(size):
             here, there = _context.Pipe(duplex=False)
-            world = folder, rank, size, timeout
-            process = _context.Process(target=_rank, args=(there, *world, function, args))
+            process = _context.Process(target=_rank, args=(there, folder, rank, size, function, args))
             process.start()
             there.close()
             ends.append(here)
@@ -97,18 +96,11 @@ class Traffic(TorchDispatchMode):
 
 
 def _rank(
-    end: Connection,
-    folder: str,
-    rank: int,
-    size: int,
-    timeout: float,
-    function: Callable[..., Any],
-    args: Any,
+    end: Connection, folder: str, rank: int, size: int, function: Callable[..., Any], args: Any
 ) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", size)
-    patience = timedelta(seconds=timeout)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=patience)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=PATIENCE)
     try:
         result = function(*args)
     except Exception as error:

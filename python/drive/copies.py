@@ -29,11 +29,12 @@ class Copies:
             shards: the same tensors.
         """
         self._shards, self._parts = shards, list(shards.parts.values())
-        self._digests = torch.zeros(len(self._parts), len(_WHAT), dtype=torch.int64)
+        digests = operands.weights[0].new_zeros(len(self._parts), len(_WHAT), dtype=torch.int64)
         for t, part in enumerate(self._parts):
             for column, tensors in enumerate(operands.lists):
                 if tensors and part.copies > 1:
-                    self._digests[t, column] = torch.ops.drive.checksum(tensors[t]).cpu() & _DIGEST
+                    digests[t, column] = torch.ops.drive.checksum(tensors[t])
+        self._digests = digests.cpu() & _DIGEST  # in one piece: a copy waits for all that is queued
         # the owner of a part has its digest once for each other copy, which takes its own off again
         factors = [[part.copies - 1 if part.owner else -1] for part in self._parts]
         self.evidence = self._digests * torch.tensor(factors)

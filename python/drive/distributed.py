@@ -204,10 +204,15 @@ class _Plan:
         listed = self._listed and self._low < key < self._high
         if not listed or not self._own.weights[t].is_contiguous():  # else it is not surveyed row by row
             return None
+        scores, score = self._listed[t], _score(key, self._own.wide)
+        # blocks of the list that hold it: nonzero takes 4 ns an entry on a CPU, the survey a tenth of that
+        survey = torch.ops.drive.shard_survey(*self._list([t]), key - 1, key + 1, 0)
+        filled = survey[3][:, 1].nonzero().flatten().tolist()
+        pieces = [(scores[b * BLOCK :][:BLOCK] == score).nonzero().flatten() + b * BLOCK for b in filled]
+
         sizes = [(w.numel() + BLOCK - 1) // BLOCK for w in self._own.weights]
         begins, lengths = self._blocks[sum(sizes[:t]) : sum(sizes[: t + 1])].unbind(1)
-        offset = sum(part.numel() for part in self._listed[:t])
-        ties = (self._listed[t] == _score(key, self._own.wide)).nonzero().flatten() + offset
+        ties = torch.cat([begins[:0], *pieces]) + sum(part.numel() for part in self._listed[:t])
         filled = lengths.nonzero().flatten()
         begins, order = begins[filled].sort()
         blocks: Tensor = filled[order[torch.searchsorted(begins, ties, right=True) - 1]].unique()
