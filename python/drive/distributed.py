@@ -7,8 +7,9 @@ Only counts travel, of sizes that do not depend on the number of entries; no ran
   2. Survey (one pass over theta, G and an old mask): by tensor, how many keys lie above, at and inside the
      bracket; those inside, 1 to 4 % of all, are listed. Copies of one part on several ranks are counted
      once, and compared by a checksum. A non-finite score ends the step here, on all ranks.
-  3. Threshold T, the k-th largest key: by radix selection among the listed keys. The counts prove that
-     the bracket held; if it did not, among all keys, one pass a round.
+  3. Threshold T, the k-th largest key: by radix selection among the listed keys, whose first histogram
+     came with the survey. The counts prove that the bracket held; if it did not, among all keys, one pass
+     a round.
   4. Ties: the first entries on the threshold survive, in the order of tensors and then row-major indices of
      the whole tensor. In the one tensor where they end, their last index is found by the same selection:
      among indices instead of keys, whoever holds them. If it is alone in its bucket, one round will do.
@@ -30,7 +31,7 @@ from drive_kernels.shards import BLOCK, COUNTS, Operands, top_key
 
 from .copies import Copies
 from .placement import Part
-from .radix import Problem, solve
+from .radix import Problem, bucketing, narrow, solve
 from .shards import Shards
 
 # As in csrc/sampling.h and csrc/sample.h, with the reasons
@@ -122,14 +123,21 @@ class _Plan:
         self._listed = [] if overflow else list(inside.split(listed.tolist()))
         self._bad_here = counts[:, _NONFINITE] > 0
         copies = Copies(operands, shards)
+        self._shift, size = bucketing(self._low + 1, self._high - 1)
+        histogram = torch.zeros(size)
+        if not overflow:
+            every = self._list(list(range(len(self._parts))))
+            histogram = torch.ops.drive.shard_histogram(*every, self._low + 1, self._shift, size).cpu()
+
         # in one piece, as float64: whole numbers below 2^53 add up exactly in any order
-        mine = torch.cat([counts, copies.evidence], 1).double().flatten()
-        ends = torch.stack([torch.tensor(overflow).double(), sums.sum().cpu()])
-        found = self._team.sum(torch.cat([mine, ends]), "count scores")
-        table = found[:-2].long().view(len(self._parts), -1)
-        self._counts = table[:, : len(COUNTS)]
-        self._complete, self._sum = not found[-2], float(found[-1])
-        copies.check(table[:, len(COUNTS) :])
+        table = torch.cat([counts, copies.evidence], 1)
+        mine = [table.flatten(), torch.tensor([overflow]), sums.sum(0, keepdim=True).cpu(), histogram]
+        found = self._team.sum(torch.cat([part.double() for part in mine]), "count scores")
+        found_table, overflows, score_sum, self._first = found.split([len(part) for part in mine])
+        self._complete, self._sum = not overflows, float(score_sum)
+        counted = found_table.long().view_as(table)
+        self._counts = counted[:, : len(COUNTS)]
+        copies.check(counted[:, len(COUNTS) :])
 
     @property
     def nonfinite(self) -> Tensor:
@@ -266,6 +274,8 @@ class _Plan:
             problem = Problem(k - above - at_high - inside, self._low, self._low)
         else:
             problem = Problem(k - above - at_high, self._low + 1, self._high - 1)
+            if len(tensors) == len(self._parts):  # the first round came with the survey
+                narrow(problem, self._shift, self._first.long())
             self._solve([problem], lambda _: self._list(tensors))
         splits = self._splits(tensors, [problem.low] * len(tensors), held)
         return _Choice(tensors, problem.low, problem.k, *splits)

@@ -43,15 +43,26 @@ def solve(
         rounds: stop after so many, solved or not.
     """
     while (rounds is None or rounds > 0) and (open_ := [i for i, p in enumerate(problems) if p.low < p.high]):
-        bits = max(4, min(_BITS, (_BUCKETS // len(open_)).bit_length() - 1))
-        shifts = [max(0, (problems[i].high - problems[i].low).bit_length() - bits) for i in open_]
-        mine = [count(i, problems[i].low, shift, 1 << bits) for i, shift in zip(open_, shifts, strict=True)]
-        for i, shift, found in zip(open_, shifts, total(torch.stack(mine)), strict=True):
-            _narrow(problems[i], shift, *found)
+        cuts = [bucketing(problems[i].low, problems[i].high, len(open_)) for i in open_]
+        mine = [count(i, problems[i].low, *cut) for i, cut in zip(open_, cuts, strict=True)]
+        for i, (shift, _), found in zip(open_, cuts, total(torch.stack(mine)), strict=True):
+            narrow(problems[i], shift, *found)
         rounds = None if rounds is None else rounds - 1
 
 
-def _narrow(problem: Problem, shift: int, counts: Tensor, only: Tensor | None = None) -> None:
+def bucketing(low: int, high: int, problems: int = 1) -> tuple[int, int]:
+    """How one of so many problems is counted: 2^shift numbers to a bucket, and how many buckets."""
+    bits = max(4, min(_BITS, (_BUCKETS // problems).bit_length() - 1))
+    return max(0, (high - low).bit_length() - bits), 1 << bits
+
+
+def narrow(problem: Problem, shift: int, counts: Tensor, only: Tensor | None = None) -> None:
+    """To the bucket with the answer.
+
+    Args:
+        shift: of the buckets.
+        counts, only: [buckets] of all ranks, what `Count` gives.
+    """
     counts = counts.clone()
     counts[((problem.high - problem.low) >> shift) + 1 :] = 0  # larger ones: they are not in k any more
     at_least = counts.flip(0).cumsum(0).flip(0)  # [b]: numbers in bucket b and those above it
