@@ -135,7 +135,7 @@ class _Plan:
         found = self._team.sum(torch.cat([part.double() for part in mine]), "count scores")
         found_table, overflows, score_sum, self._first = found.split([len(part) for part in mine])
         self._complete, self._sum = not overflows, float(score_sum)
-        counted = found_table.long().view_as(table)
+        counted: Tensor = found_table.long().view_as(table)
         self._counts = counted[:, : len(COUNTS)]
         copies.check(counted[:, len(COUNTS) :])
 
