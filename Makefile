@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 BUILD_TOOLS := "setuptools>=77" pybind11 ninja wheel
 
-.PHONY: demo test bench results gpu lint sanitize clean
+.PHONY: demo test bench results paper gpu gpu-table1 lint sanitize clean
 
 demo: $(VENV)/.built
 	$(BIN)/drive prune
@@ -21,11 +21,32 @@ results: $(VENV)/.built
 	$(BIN)/python benchmarks/bench_sparse.py --out docs/results/sparse-cpu.jsonl
 	$(BIN)/python benchmarks/sparse_report.py docs/results/sparse-cpu.jsonl docs/results/sparse-cpu.md
 
+# The paper's experiments at a size for two cores (docs/paper.md), in docs/results: two hours, and what is
+# finished is not run again. make paper DATA=cifar10.tar.gz
+SMALL = --scale 0.2 --precision bfloat16 --channels-last --data-dir $(or $(DATA),cifar10.tar.gz)
+paper: $(VENV)/.built
+	$(BIN)/drive table1 --rows cifar10-cnn4 $(SMALL) --out runs/cnn4
+	$(BIN)/drive figure6 --rows cifar10-cnn4 $(SMALL) --out runs/cnn4
+	$(BIN)/drive figure5 --rows cifar10-cnn4 --seeds 1 $(SMALL) --out runs/cnn4
+	$(BIN)/drive ablation --rows cifar10-cnn4 --seeds 1 $(SMALL) --out runs/cnn4
+	$(BIN)/drive table1 --rows cifar10-resnet8 --seeds 1 $(SMALL) --out runs/resnet8
+	for row in cnn4 resnet8; do mkdir -p docs/results/$$row && \
+	    cp runs/$$row/*.* docs/results/$$row; done
+
 # Builds, checks and measures on a GPU (docs/gpu.md) with the torch that is there: $(PYTHON)'s, else the
 # environment's. make gpu OUT_DIR=folder MINUTES=9
 gpu:
 	@for python in $(PYTHON) $(wildcard $(BIN)/python); do $$python -c 'import torch' 2>/dev/null && break; done; \
 	$$python benchmarks/gpu.py $(if $(OUT_DIR),--out $(OUT_DIR)) $(if $(MINUTES),--minutes $(MINUTES))
+
+# Rows of the paper's Table 1 on a GPU (docs/paper.md), eight minutes a call; the next call goes on from there.
+# make gpu-table1 DATA=cifar10.tar.gz OUT_DIR=folder LAST=folder-of-the-last-call MINUTES=8 ROWS=cifar10-alexnet
+gpu-table1:
+	@for python in $(PYTHON) $(wildcard $(BIN)/python); do $$python -c 'import torch' 2>/dev/null && break; done; \
+	$$python benchmarks/gpu_table1.py $(if $(DATA),--data $(DATA)) $(if $(OUT_DIR),--out $(OUT_DIR)) \
+	    $(if $(LAST),--last $(LAST)) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(ROWS),--rows $(ROWS)) \
+	    $(if $(METHODS),--methods $(METHODS)) $(if $(SEEDS),--seeds $(SEEDS)) \
+	    $(if $(PRECISION),--precision $(PRECISION))
 
 lint: $(VENV)/.built
 	$(BIN)/ruff check .

@@ -20,8 +20,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import drive
+from drive.batches import Batches
 from drive.bench import machine
-from drive.data import Batches, load
+from drive.data import load
 from drive.figures import figure_of, save_figure
 from drive.files import write_atomic
 from drive.models import Network

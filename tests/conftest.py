@@ -1,11 +1,19 @@
 """Tests marked `gpu` need a CUDA device; all of them say so in the same words where there is none."""
 
+import os
+
 import pytest
 import torch
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: runs on a CUDA device")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Decoded images go to a folder of the tests' own, in the processes that they start too."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

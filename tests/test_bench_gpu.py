@@ -13,6 +13,7 @@ import pytest
 import torch
 from ugly import sample_inputs
 
+from drive.cli import main
 from drive.workload import Case, Inputs
 from drive_kernels.prune import reference
 
@@ -25,6 +26,7 @@ import cub_topk  # noqa: E402
 import gpu  # noqa: E402
 import gpu_providers  # noqa: E402
 import gpu_report  # noqa: E402
+import gpu_table1  # noqa: E402
 from gpu_providers import COMPILED, CUB, GRAPH, PROVIDERS, PYTORCH, TRITON, YARDSTICK, Provider  # noqa: E402
 
 TINY = [(40, 30), (7,), (16, 8, 3, 3)]
@@ -216,3 +218,42 @@ def test_without_a_gpu(tmp_path: Path):
     said = [line.split(maxsplit=1) for line in run.stdout.splitlines()]
     assert said == [[stage.name, "no CUDA device"] for stage in gpu.stages(out)]
     assert not out.exists()
+
+
+def test_table1_goes_on_from_what_came_back(tmp_path: Path) -> None:
+    first, back, second = tmp_path / "first", tmp_path / "back", tmp_path / "second"
+    files = {"cells/a/result.json": "{}", "cells/a/log.csv": "epoch", "cells/cifar10.json": "{}"}
+    for name, text in {**files, "cells/b/training.pt": "large"}.items():
+        (first / name).parent.mkdir(parents=True, exist_ok=True)
+        (first / name).write_text(text)
+    gpu_table1.pack(first)
+    back.mkdir()
+    shutil.copy(first / gpu_table1.PACKED, back)  # not all that is in a folder can be carried everywhere
+    gpu_table1.take_over(back, second)
+    found = {str(p.relative_to(second)): p.read_text() for p in second.glob("cells/**/*") if p.is_file()}
+    assert found == files
+
+
+def test_table1_gives_a_command_that_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    archive = tmp_path / "cifar10.tar.gz"
+    archive.touch()
+    commands: list[list[str]] = []
+
+    def run(stage: gpu.Stage, seconds: float, *_: object) -> gpu.Outcome:
+        commands.append(stage.command(seconds))
+        return gpu.Outcome(stage.name, "ok")
+
+    monkeypatch.setattr(gpu_table1, "run", run)
+    monkeypatch.setattr(gpu_table1, "LIBRARY", tmp_path / "lib")
+    monkeypatch.setattr(gpu_table1, "device", lambda: {"name": "a GPU", "torch": "2", "arch": "9.0"})
+    out = tmp_path / "out"
+    monkeypatch.setattr(sys, "argv", ["gpu_table1.py", "--data", str(archive), "--out", str(out)])
+    assert gpu_table1.main() == 0
+    build, (_, module, name, *options) = commands
+    assert "build" in build and (module, name) == ("-m", "drive")
+    minutes = options.index("--budget") + 1
+    assert 6 < float(options[minutes]) < 8
+    options[minutes], options[options.index("--device") + 1] = "1e-9", "cpu"
+    assert main(options) == 0
+    assert "## alexnet on cifar10" in (out / "table1.md").read_text()
+    assert (out / gpu_table1.PACKED).exists()

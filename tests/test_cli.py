@@ -16,9 +16,9 @@ from test_data import image_folder
 import drive
 import drive_kernels
 from drive.cli import main
+from drive.compute import Compute
 from drive.inputs import InputError
 from drive.models import Network
-from drive.options import train_defaults
 
 ROOTS = [str(Path(module.__file__).parents[1]) for module in (drive, drive_kernels)]
 TINY = ["--epochs", "2", "--limit-train", "128", "--batch-size", "32"]
@@ -80,9 +80,16 @@ def python(*arguments: str) -> "subprocess.CompletedProcess[str]":
         ("--lr nan", "--lr must be a finite number > 0, got 'nan'"),
         ("--device gpu", "--device must be cpu, cuda or cuda:N, got 'gpu'"),
         ("--device cuda:99", "--device must be a device of this machine, got 'cuda:99'"),
-        ("--data mnist", "--data must be one of digits, cifar10, imagefolder, got 'mnist'"),
-        ("--model vgg", "--model must be one of small_cnn, resnet18, vgg16, vgg16_bn, alexnet, got 'vgg'"),
-        ("--model alexnet", "--model must be one of small_cnn, resnet18 for images of side 8, got alexnet"),
+        (
+            "--data mnist",
+            "--data must be one of digits, cifar10, cifar100, tinyimagenet, imagenet32, imagefolder, "
+            "got 'mnist'",
+        ),
+        ("--model vgg", "--model must be one of small_cnn, mlp, cnn4, resnet8, resnet18, vgg16, vgg16_bn, "),
+        (
+            "--model alexnet",
+            "--model must be one of small_cnn, mlp, resnet8, resnet18 for images of side 8, got alexnet",
+        ),
         ("--methods drive,luck", "--methods must be distinct names out of drive, snip, grasp"),
         ("--data imagefolder", "--data-dir must be given with --data imagefolder, got nothing"),
         ("--data imagefolder --data-dir nowhere", "--data-dir must be a folder with train/<class>/*"),
@@ -157,9 +164,11 @@ def test_train_dense_then_sparse(capsys: pytest.CaptureFixture[str]) -> None:
     assert rejected(capsys, "train --init foreign.pt").startswith("--init must hold the weights of")
 
 
-def test_sparse_ops_are_for_the_cpu() -> None:
+def test_devices_that_cannot_do_it() -> None:
     with pytest.raises(InputError, match="--device must be cpu with --sparse-ops, got cuda"):
-        train_defaults({"sparse_ops": True, "device": "cuda"})
+        Compute("cuda", sparse_ops=True)
+    with pytest.raises(InputError, match=r"--devices must be at most -?\d+ from cuda:1 on, got 99"):
+        Compute("cuda:1", devices=99)
 
 
 @needs_digits
@@ -251,7 +260,7 @@ def test_interrupted_by_ctrl_c() -> None:
         [sys.executable, "-m", "drive", "prune", "--out", "run"], env=environment,
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    while not Path("run/cells").exists():
+    while not list(Path("run").glob("cells/*/log.csv")):  # imports may swallow the signal
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)

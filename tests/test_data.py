@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from drive import data
-from drive.data import Batches, Dataset, crop_and_flip
+from drive.batches import Batches, crop_and_flip
+from drive.dataset import Dataset
 from drive.inputs import InputError
 
 ARCHIVE = Path(__file__).parents[1] / "../shared/data/cifar10.tar.gz"
@@ -37,6 +38,12 @@ def image_folder(folder: Path, count: int = 4, size: tuple[int, int] = (40, 36))
             for index in range(count):
                 image.new("RGB", size, colour).save(folder / part / name / f"{index}.png")
     return folder
+
+
+@pytest.mark.parametrize(("name", "side"), [("imagefolder", 64), ("tinyimagenet", 64), ("imagenet32", 32)])
+def test_sides_of_large_images(tmp_path: Path, name: str, side: int) -> None:
+    found = data.load(name, str(image_folder(tmp_path, size=(120, 90))))
+    assert found.train_x.shape == (8, 3, side, side) and found.test_x.shape == (8, 3, side, side)
 
 
 def test_digits_split_is_fixed(digits: Dataset) -> None:
@@ -94,13 +101,15 @@ def test_endless_batches_are_fresh_and_counted() -> None:
 
 def test_crop_and_flip_shows_a_shifted_perhaps_mirrored_image() -> None:
     images = random_dataset(count=16).train_x
-    changed = crop_and_flip(images, torch.Generator().manual_seed(1))
+    rng = torch.Generator().manual_seed(1)
+    shifts, mirrored = torch.randint(0, 9, (2, 16), generator=rng), torch.arange(16) % 2 == 0
+    changed = crop_and_flip(images, shifts, mirrored, padding=4)
     assert changed.shape == images.shape and changed.dtype == torch.uint8 and changed.is_contiguous()
-    padded = torch.nn.functional.pad(images, (data.PADDING,) * 4)
-    span = 2 * data.PADDING + 1
-    for before, after in zip(padded, changed, strict=True):
-        windows = [before[:, y : y + 32, x : x + 32] for y in range(span) for x in range(span)]
-        assert any(torch.equal(after, w) or torch.equal(after, w.flip(2)) for w in windows)
+    padded = torch.nn.functional.pad(images, (4,) * 4)
+    for index, (before, after) in enumerate(zip(padded, changed, strict=True)):
+        y, x = shifts[:, index].tolist()
+        window = before[:, y : y + 32, x : x + 32]
+        assert torch.equal(after, window.flip(2) if mirrored[index] else window)
 
 
 def test_limited_takes_a_fixed_mixed_choice(digits: Dataset) -> None:

@@ -1,8 +1,10 @@
 """The training loop and the networks: exact resumption, exact zeros, what is rejected."""
 
 import copy
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,10 +14,16 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import drive
-from drive.data import Batches, Dataset
+from drive.batches import Batches
+from drive.compute import Compute
+from drive.dataset import Dataset
+from drive.history import Epoch, Log
 from drive.inputs import InputError
 from drive.models import Network, names
-from drive.train import Checkpoint, Recipe, evaluate, train
+from drive.recipe import Recipe
+from drive.train import Checkpoint, Paused, evaluate, train
+
+pytest.importorskip("lightning", reason="networks are trained on lightning's Fabric")
 
 EPOCHS = 4
 RECIPE = Recipe(EPOCHS, lr=0.05)
@@ -73,7 +81,7 @@ def kill_after(steps: int) -> Callable[[], None]:
 def test_learns(batches: Batches) -> None:
     model = fresh()
     plain = Batches(replace(batches.data, augment=False), 16, seed=3)
-    losses = train(model, plain, Recipe(12, lr=0.05), epochs=range(12))
+    losses = [epoch.loss for epoch in train(model, plain, Recipe(12, lr=0.05), epochs=range(12))]
     assert len(losses) == 12 and losses[-1] < losses[0] / 2
     assert evaluate(model, plain) > 60  # of 64
 
@@ -111,8 +119,8 @@ def test_resumes_to_the_bit(batches: Batches, tmp_path: Path, step: int, sparse:
 def test_a_finished_training_is_not_trained_again(batches: Batches, tmp_path: Path) -> None:
     checkpoint = Checkpoint(tmp_path / "checkpoint.pt", {})
     first, second = fresh(), fresh()
-    losses = train(first, batches, RECIPE, epochs=range(EPOCHS), checkpoint=checkpoint)
-    assert train(second, batches, RECIPE, epochs=range(EPOCHS), checkpoint=checkpoint) == losses
+    history = train(first, batches, RECIPE, epochs=range(EPOCHS), checkpoint=checkpoint)
+    assert train(second, batches, RECIPE, epochs=range(EPOCHS), checkpoint=checkpoint) == history
     assert same(first, second)
 
 
@@ -148,11 +156,11 @@ def test_late_epochs_see_the_batches_and_rates_of_these_epochs(batches: Batches)
 
     with register_optimizer_step_pre_hook(note):
         train(model, batches, RECIPE, epochs=range(2, EPOCHS))
-    assert seen == pytest.approx([RECIPE.lr_at(progress / 16) for progress in range(8, 16)])
+    assert seen == pytest.approx([RECIPE.lr_at(step / 4) for step in range(8, 16)])
 
 
 def test_learning_rate_rises_then_falls() -> None:
-    rates = [RECIPE.lr_at(i / 100) for i in range(100)]
+    rates = [RECIPE.lr_at(EPOCHS * i / 100) for i in range(100)]
     assert max(rates) == RECIPE.lr == rates[20]
     assert rates[:21] == sorted(rates[:21]) and rates[20:] == sorted(rates[20:], reverse=True)
 
@@ -173,11 +181,11 @@ def test_corrupt_checkpoint(batches: Batches, tmp_path: Path, content: bytes) ->
 @pytest.mark.parametrize("side", [8, 32])
 @pytest.mark.parametrize("name", names())
 def test_every_network_prunes_and_answers(name: str, side: int) -> None:
-    if name not in ("small_cnn", "alexnet"):
+    if name not in ("small_cnn", "mlp", "cnn4", "alexnet"):
         pytest.importorskip("torchvision", reason=f"{name} is torchvision's")
-    if side == 8 and name not in ("small_cnn", "resnet18"):
+    if side == 8 and name not in ("small_cnn", "mlp", "resnet8", "resnet18"):
         with pytest.raises(
-            InputError, match="--model must be one of small_cnn, resnet18 for images of side 8"
+            InputError, match="--model must be one of small_cnn, mlp, resnet8, resnet18 for images of side 8"
         ):
             Network(name, 10, 3, side).build()
         return
@@ -189,6 +197,60 @@ def test_every_network_prunes_and_answers(name: str, side: int) -> None:
         model, [(images, labels)], F.cross_entropy, method="snip", sparsity=0.9, progress=False
     )
     assert masks.sparsity() == pytest.approx(0.9, abs=1e-4)
+
+
+def test_two_processes_train_as_one_does(batches: Batches, tmp_path: Path) -> None:
+    """Without BatchNorm, whose statistics are of a process; it is paused and resumed."""
+    found = []
+    for devices in (1, 2):
+        torch.manual_seed(0)
+        model = Network("mlp", classes=2, channels=1, side=8).build()
+        masks = drive.prune(model, [], None, method="magnitude", sparsity=0.5, progress=False)
+        checkpoint = Checkpoint(tmp_path / f"{devices}.pt", {})
+        options = {"compute": Compute(devices=devices), "masks": masks, "log": Log(tmp_path)}
+        if devices == 2:
+            late = replace(checkpoint, deadline=0.0)
+            with pytest.raises(Paused):
+                train(model, batches, RECIPE, epochs=range(EPOCHS), checkpoint=late, **options)
+        steps = []
+        history = train(
+            model, batches, RECIPE, epochs=range(EPOCHS), checkpoint=checkpoint,
+            on_step=partial(steps.append, 1), **options,
+        )  # fmt: skip
+        assert len(steps) == EPOCHS * len(batches) and not any(
+            model.get_parameter(name)[~mask].any() for name, mask in masks.items()
+        )
+        found.append(([epoch.loss for epoch in history], model.state_dict()))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
+    for name, weight in found[0][1].items():
+        torch.testing.assert_close(found[1][1][name], weight, rtol=1e-4, atol=1e-6)
+    with pytest.raises(InputError, match="--devices must share batches of 16 .* evenly, got 3"):
+        train(fresh(), batches, RECIPE, epochs=range(1), compute=Compute(devices=3))
+
+
+def test_without_tensorboard(batches: Batches, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(InputError, match=r"tensorboard must be installed \(pip install 'drive-prune"):
+        train(fresh(), batches, RECIPE, epochs=range(1), log=Log(tmp_path, tensorboard=True))
+
+
+def test_a_resumed_training_stands_in_tensorboard_once(batches: Batches, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    warmup = (Epoch(1, 9.0, 0.1, None, 1.0),)
+    options = {
+        "epochs": range(1, EPOCHS), "log": Log(tmp_path, warmup, test_every=2, tensorboard=True),
+        "checkpoint": Checkpoint(tmp_path / "checkpoint.pt", {}, every=1e6),
+    }  # fmt: skip
+    with pytest.raises(Killed):  # after two epochs, neither of them saved
+        train(fresh(), batches, RECIPE, on_step=kill_after(9), **options)
+    history = train(fresh(), batches, RECIPE, **options)
+    found = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in found.Scalars("loss")] == [
+        (e.epoch, pytest.approx(e.loss, rel=1e-6)) for e in (*warmup, *history)
+    ]
+    assert [e.step for e in found.Scalars("accuracy")] == [2, 4]
 
 
 class Double(nn.Module):
@@ -210,9 +272,9 @@ def test_sparse_ops_follow_the_dense_losses() -> None:
     losses, weights = [], []
     for sparse_ops in (False, True):
         trained = copy.deepcopy(model)
-        losses.append(
-            train(trained, batches, Recipe(3, 0.05), epochs=range(3), masks=masks, sparse_ops=sparse_ops)
-        )
+        compute = Compute(sparse_ops=sparse_ops)
+        done = train(trained, batches, Recipe(3, 0.05), epochs=range(3), masks=masks, compute=compute)
+        losses.append([epoch.loss for epoch in done])
         weights.append(trained.state_dict())
     assert losses[1] == pytest.approx(losses[0], rel=1e-10, abs=0)
     for name, weight in weights[0].items():

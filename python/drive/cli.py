@@ -21,9 +21,12 @@ from .info import facts
 from .inputs import InputError
 from .options import (
     BatchSize,
+    ChannelsLast,
+    Compile,
     Data,
     DataDir,
     Device,
+    Devices,
     Epochs,
     Fractions,
     LearningRate,
@@ -31,8 +34,10 @@ from .options import (
     Model,
     Names,
     Out,
+    Precision,
     Resume,
     SparseOps,
+    TensorBoard,
     compare_defaults,
     file,
     given,
@@ -40,6 +45,7 @@ from .options import (
     prune_defaults,
     train_defaults,
 )
+from .reproduce import PAGES, reproduce
 from .runs import keep_config, make_folder, write_json
 
 # the root of typer's usage errors, whichever click it stands on
@@ -107,17 +113,17 @@ def _comparison(
     defaults = {"prune": prune_defaults, "compare": compare_defaults}[command]
     with open_console(command, out, resume, options, defaults) as (folder, settings, console):
         from . import report
-        from .experiment import Config, Experiment
-        from .train import deterministic
+        from .comparison import Comparison, Config
+        from .compute import deterministic
 
         config = Config.read(settings)
         deterministic(config.threads)
-        experiment = Experiment(config, load(settings, console), folder)
+        comparison = Comparison(config, load(settings, console), folder)
         report.check_packages()
         keep_config(folder, command, settings)
         with bars(console) as progress:
-            results = experiment.run(progress)
-        summary = report.summarise(experiment, results)
+            results = comparison.run(progress)
+        summary = report.summarise(comparison, results)
         times = report.timings(config, results)
         write_json(folder / "timing.json", times)
         report.draw_accuracy(summary, folder / "accuracy.png")
@@ -131,6 +137,8 @@ def _comparison(
         console.print(f"results in {folder}", highlight=False)
 
 
+for page in PAGES.values():
+    app.command(page.name, help=page.help)(reproduce)
 app.command(
     "prune",
     help="""Prune a network by DRIVE, SNIP and magnitude, train the rest, compare with the dense one.
@@ -181,16 +189,21 @@ def train(
     epochs: Epochs = None,
     batch_size: BatchSize = None,
     lr: LearningRate = None,
+    precision: Precision = None,
+    channels_last: ChannelsLast = False,
+    compile: Compile = False,
     sparse_ops: SparseOps = False,
     seed: Annotated[int | None, option("--seed", "[default: 0]", inputs.whole_number(0))] = None,
     device: Device = None,
+    devices: Devices = None,
     limit_train: LimitTrain = None,
+    tensorboard: TensorBoard = False,
     out: Out = None,
     resume: Resume = False,
 ) -> None:
     """Train one network, dense or with the masks that `drive prune` or `drive.prune` made.
 
-    The folder holds checkpoint.pt, whole after every epoch, and at the end report.json.
+    The folder holds checkpoint.pt and log.csv, whole after every epoch, and at the end report.json.
 
     Examples:
 
@@ -198,17 +211,18 @@ def train(
 
         drive train --masks runs/prune/masks.safetensors --epochs 30
 
-        drive train --data cifar10 --model resnet18 --device cuda --out runs/resnet
+        drive train --data cifar10 --model resnet18 --device cuda --precision bfloat16 --out runs/resnet
 
         drive train --resume --out runs/resnet
     """
     options = given(
         data=data, data_dir=data_dir, model=model, masks=masks, init=init, epochs=epochs,
-        batch_size=batch_size, lr=lr, seed=seed, sparse_ops=sparse_ops, device=device,
-        limit_train=limit_train,
+        batch_size=batch_size, lr=lr, precision=precision, channels_last=channels_last, compile=compile,
+        sparse_ops=sparse_ops, seed=seed, device=device, devices=devices, limit_train=limit_train,
+        tensorboard=tensorboard,
     )  # fmt: skip
     with open_console("train", out, resume, options, train_defaults) as (folder, settings, console):
-        from .train import deterministic
+        from .compute import deterministic
         from .training import Training
 
         deterministic(settings["threads"])

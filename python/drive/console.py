@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from . import data, inputs
+from .dataset import Dataset
 from .inputs import InputError
 from .runs import Options, differences, open_run
 
@@ -56,15 +57,30 @@ def open_console(
         raise typer.Exit(complain(f"drive {command}", f"interrupted{hint}", INTERRUPTED)) from None
 
 
-def load(options: Options, console: Console) -> data.Dataset:
+def load(options: Options, console: Console) -> Dataset:
     """The data set of a run; names images that had to be left out."""
     with console.status(f"loading {options['data']}"):
         found = data.load(options["data"], options["data_dir"])
+    name_skipped(found, console)
+    limit = options["limit_train"]
+    return found if limit is None else found.limited(limit)
+
+
+def name_skipped(found: Dataset, console: Console) -> None:
+    """Say which images could not be read, if any."""
     if found.skipped:
         shown = ", ".join(found.skipped[:5]) + (", ..." if len(found.skipped) > 5 else "")
         console.print(f"left out {len(found.skipped)} unreadable images: {shown}", highlight=False)
-    limit = options["limit_train"]
-    return found if limit is None else found.limited(limit)
+
+
+@contextmanager
+def task(progress: Progress, title: str, total: int) -> Iterator[Callable[[], None]]:
+    """A bar that disappears when its work is done; what it gives advances it by one."""
+    bar = progress.add_task(title, total=total)
+    try:
+        yield lambda: progress.advance(bar)
+    finally:
+        progress.remove_task(bar)
 
 
 def bars(console: Console) -> Progress:

@@ -1,266 +1,140 @@
-"""`drive prune`, `drive compare`: pruning methods against each other and the dense network, resumable.
+"""Many cells in a folder, resumable: what is finished is never done again, what fails stops nothing else.
 
-Per seed, one initialisation and one order of batches serve all. When a method prunes (its `stage`):
-
-    warm-up         dense, epochs 0..W-1, whose weights are saved and serve the dense network too; pruned;
-                    then epochs W..E-1
-    initialisation  pruned, then epochs 0..E-1
-    training        gradual, rigl: after each of the first 3/4 E epochs; then the others with the masks held
-                    imp: levels of E epochs each from the same initialisation; then epochs 0..E-1
-                    early_crop: epochs until its rule says so, E at most; pruned; then epochs 0..E-1
-
-Each (seed, method, sparsity) is a cell. Its result depends on nothing but the configuration: a cell
-that a kill interrupted is run again, finished ones are read back from their files.
+Several processes may share the folder, one on each GPU say: each takes cells that no other is at work on.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+import traceback
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import torch
-import torch.nn.functional as F
-from rich.progress import Progress, TaskID
-from torch import nn
+from rich.progress import Progress
 
-from . import methods
-from .data import Batches, Dataset, seed_of
+from .cell_run import CellRun, Result
+from .cells import Cell
+from .dataset import Dataset
+from .files import write_atomic
 from .inputs import InputError
-from .masks import Masks
-from .models import Network
-from .paths import collapse
-from .prune import prune
-from .runs import read_json, save_tensors, write_json
-from .train import Checkpoint, Recipe, evaluate, train
-
-SAVE_EVERY = 60.0  # seconds between two savings of a training in progress
+from .locks import locked
+from .runs import read_json, write_json
+from .train import Paused
 
 
-@dataclass(frozen=True)
-class Config:
-    """All that the results depend on: the options of `drive prune` and `drive compare`."""
+@dataclass
+class Outcome:
+    """What is known of an experiment's cells."""
 
-    data: str
-    data_dir: str | None
-    limit_train: int | None
-    model: str
-    methods: list[str]
-    sparsities: list[float]
-    seeds: int
-    epochs: int
-    warmup_epochs: int
-    iterations: int
-    batch_size: int
-    lr: float
-    sparse_ops: bool
-    device: str
-    threads: int
-
-    @classmethod
-    def read(cls, options: dict[str, Any]) -> Config:
-        """From a run's stored options."""
-        if set(options) != {field.name for field in fields(cls)}:
-            raise InputError("--out must hold a run of this version of drive, got other options in it")
-        return cls(**options)
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-class Cell(NamedTuple):
-    """One network to train."""
-
-    seed: int
-    method: str
-    sparsity: float
-
-    @property
-    def name(self) -> str:
-        return f"seed{self.seed}-{self.method}-{self.sparsity}"
+    results: dict[Cell, Result] = field(default_factory=dict)
+    failures: dict[Cell, str] = field(default_factory=dict)  # the first line of what was raised
+    open: list[Cell] = field(default_factory=list)  # not begun, paused, or in the hands of another process
 
 
 class Experiment:
-    """A run in a folder: `cells/` for what is finished, then checkpoint and masks of one network.
+    """Cells in `folder/cells`, a folder each.
 
-    `checkpoint.pt` and `masks.safetensors` are of the first seed's network at the highest sparsity,
-    pruned by DRIVE (or the first method, if DRIVE is not among them).
+    Args:
+        folder: of the run.
+        cells: all of them, in the order in which they are to be trained; those of one data set together.
+        load: a data set by its name.
+        tensorboard: write TensorBoard's files beside each cell's `log.csv`.
     """
 
-    def __init__(self, config: Config, data: Dataset, folder: Path):
-        self.config = config
-        self.data = data.to(config.device)
-        self.folder = folder
-        self.cells_folder = folder / "cells"
-        self.network = Network(config.model, data.classes, data.channels, data.side)
-        self.recipe = Recipe(config.epochs, config.lr)
-        kept = "drive" if "drive" in config.methods else config.methods[0]
-        self.exported = Cell(0, kept, max(config.sparsities))
-        self.network.build()  # one that does not fit the images says so now
+    def __init__(
+        self, folder: Path, cells: Sequence[Cell], load: Callable[[str], Dataset], *,
+        tensorboard: bool = False,
+    ):  # fmt: skip
+        self.cells_folder, self._tensorboard = folder / "cells", tensorboard
+        self.cells, self._load = list(dict.fromkeys(cells)), load
+        self._loaded: tuple[str, Dataset | Exception] | None = None  # the last one: they may be large
 
-    def cells(self) -> list[Cell]:
-        """All networks of the run, in the order in which they are trained."""
-        config = self.config
-        return [
-            cell
-            for seed in range(config.seeds)
-            for cell in (
-                Cell(seed, "dense", 0.0),
-                *(Cell(seed, m, s) for m in config.methods for s in config.sparsities),
-            )
-        ]
+    def run(
+        self, progress: Progress, *,
+        deadline: float = math.inf, pause: bool = False, keep_going: bool = True,
+        keep_networks: Collection[Cell] = (),
+    ) -> Outcome:  # fmt: skip
+        """Train what is not finished yet.
 
-    def run(self, progress: Progress) -> list[dict[str, Any]]:
-        """Train every network that is not finished yet; the results of all, in the order of `cells`.
+        Args:
+            deadline: of time.monotonic(); no cell is begun after it.
+            pause: leave the cell in hand too, at the end of an epoch after the deadline.
+            keep_going: what a cell raises is kept, and the others are trained; otherwise it is raised.
+            keep_networks: cells whose trained networks and masks are kept.
+        """
+        overall = progress.add_task("all networks", total=len(self.cells))
+        found = Outcome()
+        for cell in self.cells:
+            try:
+                result = self.result(cell)
+                if result is None and time.monotonic() < deadline:
+                    result = self._train(
+                        cell, progress, deadline if pause else math.inf, cell in keep_networks
+                    )
+                if result is None:
+                    found.open.append(cell)
+                else:
+                    found.results[cell] = result
+            except Exception as error:
+                if not keep_going:
+                    raise
+                # not the error itself: its frames would keep the network, and a GPU's memory
+                found.failures[cell] = str(error).strip().partition("\n")[0] or type(error).__name__
+            progress.advance(overall)
+        return found
+
+    def result(self, cell: Cell) -> Result | None:
+        """Of a finished cell."""
+        path = self.cells_folder / cell.name / "result.json"
+        return read_json(path) if path.exists() else None
+
+    def data(self, cell: Cell) -> Dataset:
+        """The data set of a cell, on its device.
 
         Raises:
-            InputError: the data are not those that the run was started with; training diverges.
+            InputError: it cannot be loaded, or is not what the folder's other cells were trained on.
         """
-        self.cells_folder.mkdir(exist_ok=True)
-        for partial in self.cells_folder.glob(".*.partial"):  # of a killed process
-            partial.unlink()
-        self._check_data()
-        cells = self.cells()
-        overall = progress.add_task("all networks", total=len(cells))
-        results = []
-        for cell in cells:
-            path = self.cells_folder / f"{cell.name}.json"
-            if not path.exists():
-                write_json(path, self._run(cell, progress))
-            results.append(read_json(path))
-            progress.advance(overall)
-        return results
+        if self._loaded is None or self._loaded[0] != cell.data:
+            self._loaded = None  # frees the memory first
+            try:
+                data = self._load(cell.data)
+                self._check(cell.data, data)
+                self._loaded = cell.data, data.to(cell.compute.device)
+            except InputError as error:  # and it is not tried again for each cell
+                self._loaded = cell.data, error
+        if isinstance(self._loaded[1], Exception):
+            raise self._loaded[1]
+        return self._loaded[1]
 
-    def _check_data(self) -> None:
-        path, here = self.cells_folder / "data.json", self.data.fingerprint()
+    def _train(self, cell: Cell, progress: Progress, deadline: float, keep_network: bool) -> Result | None:
+        """None: it was paused, or another process is at work on it."""
+        data = self.data(cell)
+        folder = self.cells_folder / cell.name
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder) as mine:
+            if not mine:
+                return None
+            if (result := self.result(cell)) is not None:  # by another process, a moment ago
+                return result
+            try:
+                return CellRun(
+                    cell, self.cells_folder, data, progress, deadline=deadline, keep_network=keep_network,
+                    tensorboard=self._tensorboard,
+                ).run()  # fmt: skip
+            except Paused:
+                return None
+            except Exception:
+                write_atomic(folder / "failure.txt", traceback.format_exc().encode())
+                raise
+
+    def _check(self, name: str, data: Dataset) -> None:
+        self.cells_folder.mkdir(parents=True, exist_ok=True)
+        path, here = self.cells_folder / f"{name}.json", data.fingerprint()
         if not path.exists():
             write_json(path, {"fingerprint": here})
         elif read_json(path)["fingerprint"] != here:
             raise InputError(
-                f"--data must be what {self.folder} was started with, got other images or labels"
+                f"--data must be what {self.cells_folder.parent} was started with, got other images or labels"
             )
-
-    def _run(self, cell: Cell, progress: Progress) -> dict[str, Any]:
-        batches = Batches(self.data, self.config.batch_size, cell.seed)
-        began = time.monotonic()
-        model, start = self._start(cell, batches, progress)
-        warmup_seconds = time.monotonic() - began
-        masks, prune_seconds, round_seconds = None, 0.0, 0.0
-        if cell.method != "dense":
-            masks, start, prune_seconds, round_seconds = self._prune(cell, model, start, batches, progress)
-            cut_off = collapse(model, masks, batches.data.train_x[:1].float())
-
-        partial = Checkpoint(self.cells_folder / f"{cell.name}.pt", self.network.as_dict(), SAVE_EVERY)
-        epochs = range(start, self.config.epochs)
-        with _task(progress, f"{_title(cell)}: training", len(epochs) * len(batches)) as bar:
-            began = time.monotonic()
-            losses = train(
-                model, batches, self.recipe, epochs=epochs, masks=masks, checkpoint=partial,
-                sparse_ops=self.config.sparse_ops, on_step=lambda: progress.advance(bar.id),
-            )  # fmt: skip
-            train_seconds = time.monotonic() - began
-        correct = evaluate(model, batches)
-        if masks is not None:
-            masks.save(self.cells_folder / f"{cell.name}.safetensors")
-        if cell == self.exported and masks is not None:
-            masks.save(self.folder / "masks.safetensors")
-            save_tensors(
-                self.folder / "checkpoint.pt",
-                {"network": self.network.as_dict(), "model": model.state_dict()},
-            )
-        partial.path.unlink(missing_ok=True)
-        return {
-            "seed": cell.seed,
-            "method": cell.method,
-            "sparsity": cell.sparsity,
-            "correct": correct,
-            "tested": len(self.data.test_y),
-            "final_loss": losses[-1],
-            "kept": {name: int(mask.sum()) for name, mask in (masks or {}).items()},
-            "empty": cut_off.empty if masks else [],
-            "disconnected": cut_off.disconnected if masks else [],
-            "warmup_seconds": warmup_seconds,  # next to nothing where another cell has warmed up before
-            "prune_seconds": prune_seconds,
-            "train_seconds": train_seconds + round_seconds,
-        }
-
-    def _start(self, cell: Cell, batches: Batches, progress: Progress) -> tuple[nn.Module, int]:
-        """The network that a cell starts from, and the epoch at which it does."""
-        torch.manual_seed(seed_of(cell.seed, "initialisation"))
-        model = self.network.build().to(self.config.device)
-        if cell.method != "dense" and methods.get(cell.method).stage != "warm-up":
-            return model, 0
-        warmup = self.config.warmup_epochs
-        path = self.cells_folder / f"seed{cell.seed}-warmup.pt"
-        with _task(progress, f"seed {cell.seed}: dense warm-up", warmup * len(batches)) as bar:
-            checkpoint = Checkpoint(path, self.network.as_dict(), SAVE_EVERY)
-            train(
-                model, batches, self.recipe, epochs=range(warmup), checkpoint=checkpoint,
-                on_step=lambda: progress.advance(bar.id),
-            )  # fmt: skip
-        return model, warmup
-
-    def _prune(
-        self, cell: Cell, model: nn.Module, start: int, batches: Batches, progress: Progress
-    ) -> tuple[Masks, int, float, float]:
-        """Prune in place: masks, the epoch to go on from, seconds of pruning, seconds of training in it."""
-        method, epochs = methods.get(cell.method), self.config.epochs
-        iterations = self.config.iterations if method.iterations > 1 else None
-        rounds = Rounds(
-            lambda model, span, masks: train(
-                model, batches, self.recipe, epochs=span, masks=masks, sparse_ops=self.config.sparse_ops
-            )
-        )
-        if isinstance(method, methods.GradualMagnitude | methods.RigL):
-            start = max(1, epochs * 3 // 4)
-            iterations = start + isinstance(method, methods.RigL)  # whose first one comes before any training
-        elif isinstance(method, methods.Imp):
-            rounds.epochs = epochs
-        elif isinstance(method, methods.Crop):
-            iterations = None
-            if isinstance(method, methods.EarlyCrop):
-                method = methods.EarlyCrop(latest=epochs)
-        with _task(
-            progress, f"{_title(cell)}: pruning", iterations or method.iterations_to(cell.sparsity)
-        ) as bar:
-            began = time.monotonic()
-            masks = prune(
-                model, batches.endless("prune", on_batch=lambda: progress.advance(bar.id)),
-                F.cross_entropy, method=method, sparsity=cell.sparsity, iterations=iterations,
-                train=rounds, seed=seed_of(cell.seed, "prune"), progress=False,
-            )  # fmt: skip
-            if self.config.device != "cpu":
-                torch.cuda.synchronize()
-            return masks, start, time.monotonic() - began - rounds.seconds, rounds.seconds
-
-
-class Rounds:
-    """The `train` of `drive.prune`: a round is an epoch, the seconds are added up."""
-
-    def __init__(self, run: Callable[[nn.Module, range, Masks | None], object]):
-        self.run, self.epochs, self.seconds = run, 1, 0.0
-
-    def __call__(self, model: nn.Module, masks: Masks | None, number: int) -> None:
-        began = time.monotonic()
-        self.run(model, range(number * self.epochs, (number + 1) * self.epochs), masks)
-        self.seconds += time.monotonic() - began
-
-
-def _title(cell: Cell) -> str:
-    return f"seed {cell.seed}: {cell.method}" + (f" {cell.sparsity:.1%}" if cell.sparsity else "")
-
-
-class _task:
-    """A bar that disappears when its work is done."""
-
-    def __init__(self, progress: Progress, title: str, total: int):
-        self.progress = progress
-        self.id: TaskID = progress.add_task(title, total=total)
-
-    def __enter__(self) -> _task:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.progress.remove_task(self.id)

@@ -13,7 +13,7 @@ import torch
 # extra of the package -> what it brings in, by import name
 EXTRAS = {
     "vision": ("torchvision", "PIL"),
-    "experiments": ("sklearn", "matplotlib", "lightning"),
+    "experiments": ("sklearn", "matplotlib", "lightning", "tensorboard"),
 }
 
 
@@ -82,6 +82,22 @@ def positive(text: str) -> float:
     value = _number(text)
     if not 0 < value < math.inf:
         raise InputError(f"must be a finite number > 0, got {text!r}")
+    return value
+
+
+def not_negative(text: str) -> float:
+    """A finite number, 0 or above."""
+    value = _number(text)
+    if not 0 <= value < math.inf:
+        raise InputError(f"must be a finite number >= 0, got {text!r}")
+    return value
+
+
+def fraction(text: str) -> float:
+    """A number above 0 and at most 1."""
+    value = _number(text)
+    if not 0 < value <= 1:
+        raise InputError(f"must be in (0, 1], got {text!r}")
     return value
 
 

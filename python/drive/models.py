@@ -83,6 +83,42 @@ def _small_cnn(network: Network) -> nn.Module:
     }))  # fmt: skip
 
 
+def _mlp(network: Network) -> nn.Module:
+    """LeNet-300-100: two hidden layers of 300 and 100."""
+    widths = [network.channels * network.side**2, 300, 100]
+    layers: list[nn.Module] = [nn.Flatten()]
+    for inputs, outputs in pairwise(widths):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(100, network.classes))
+
+
+def _cnn4(network: Network) -> nn.Module:
+    """Four 3x3 convolutions, each with BatchNorm, ReLU and max-pooling: 10.9 M multiply-adds at 3x32x32."""
+    layers: list[nn.Module] = []
+    for inputs, outputs in pairwise([network.channels, 32, 64, 96, 128]):
+        layers += [
+            nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(),
+            nn.MaxPool2d(2),
+        ]  # fmt: skip
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(128 * (network.side // 16) ** 2, network.classes))
+
+
+def _resnet8(network: Network) -> nn.Module:
+    """He et al.'s ResNet for CIFAR with n = 1, of torchvision's blocks: 12.4 M multiply-adds at 3x32x32."""
+    block = require("torchvision.models.resnet").BasicBlock
+    layers: list[nn.Module] = [
+        nn.Conv2d(network.channels, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
+        block(16, 16),
+    ]  # fmt: skip
+    for inputs, outputs in pairwise([16, 32, 64]):
+        shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, 2, bias=False), nn.BatchNorm2d(outputs))
+        layers.append(block(inputs, outputs, 2, shortcut))
+    for layer in nn.Sequential(*layers).modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, network.classes))
+
+
 def _resnet18(network: Network) -> nn.Module:
     """torchvision's, with a 3x3 stem and no pooling after it."""
     model: nn.Module = require("torchvision.models").resnet18(num_classes=network.classes)
@@ -124,6 +160,9 @@ def _alexnet(network: Network) -> nn.Module:
 
 _NETWORKS = {
     "small_cnn": _Entry(_small_cnn, multiple=8, lr=0.1),
+    "mlp": _Entry(_mlp, multiple=1, lr=0.05),
+    "cnn4": _Entry(_cnn4, multiple=16, lr=0.1),
+    "resnet8": _Entry(_resnet8, multiple=4, lr=0.1),
     "resnet18": _Entry(_resnet18, multiple=8, lr=0.1),
     "vgg16": _Entry(_vgg("vgg16"), multiple=32, lr=0.01),
     "vgg16_bn": _Entry(_vgg("vgg16_bn"), multiple=32, lr=0.05),

@@ -10,6 +10,7 @@ import torch
 import typer
 
 from . import data, inputs, methods, models
+from .compute import PRECISIONS
 from .inputs import InputError
 from .runs import Options, load_tensors
 
@@ -42,7 +43,7 @@ Data = Annotated[
 ]
 DataDir = Annotated[
     Path | None,
-    file("--data-dir", "images: train/CLASS/* and test/CLASS/* (or val); or CIFAR-10's folder", "DIR"),
+    file("--data-dir", "train/CLASS/* and test/CLASS/* (or val), also as .tar.gz; or CIFAR's folder", "DIR"),
 ]
 Model = Annotated[
     str | None,
@@ -68,6 +69,17 @@ SparseOps = Annotated[
 Device = Annotated[
     str | None, option("--device", "cpu, cuda or cuda:N [default: cpu]", inputs.device, "NAME")
 ]
+Devices = Annotated[
+    int | None,
+    option("--devices", "GPUs that share a training, from --device on [default: 1]", inputs.whole_number(1)),
+]
+Precision = Annotated[
+    str | None,
+    option("--precision", "float32 or bfloat16 [default: float32]", inputs.one_of(PRECISIONS), "NAME"),
+]
+ChannelsLast = Annotated[bool, typer.Option("--channels-last", help="memory format of images")]
+Compile = Annotated[bool, typer.Option("--compile", help="train with torch.compile")]
+TensorBoard = Annotated[bool, typer.Option("--tensorboard", help="write logs for TensorBoard, too")]
 LimitTrain = Annotated[
     int | None,
     option("--limit-train", "training images to use, for a quick try [default: all]", inputs.whole_number(2)),
@@ -122,7 +134,10 @@ def train_defaults(options: Options) -> Options:
     Raises:
         InputError: --init is no checkpoint.
     """
-    defaults: Options = {"seed": 0, "masks": None, "init": None}
+    defaults: Options = {
+        "seed": 0, "masks": None, "init": None, "devices": 1, "precision": "float32", "channels_last": False,
+        "compile": False, "tensorboard": False,
+    }  # fmt: skip
     if "init" in options and "model" not in options:
         network = load_tensors(Path(options["init"]), "--init").get("network", {})
         defaults |= {"model": network["name"]} if "name" in network else {}
@@ -130,14 +145,10 @@ def train_defaults(options: Options) -> Options:
 
 
 def _completed(options: Options) -> Options:
-    """`options` and the defaults of those that both commands have.
-
-    Raises:
-        InputError: sparse ops on a GPU, where nothing but measuring could say whether they pay.
-    """
+    """`options` and the defaults of those that all commands have."""
     digits = options.get("data", "digits") == "digits"
     model = options.get("model", "small_cnn" if digits else "resnet18")
-    complete = {
+    return {
         "data": "digits",
         "data_dir": None,
         "limit_train": None,
@@ -152,6 +163,3 @@ def _completed(options: Options) -> Options:
         "threads": 1 if digits else torch.get_num_threads(),
         **options,
     }
-    if complete["sparse_ops"] and complete["device"] != "cpu":
-        raise InputError(f"--device must be cpu with --sparse-ops, got {complete['device']}")
-    return complete

@@ -8,21 +8,20 @@ from typing import Any
 
 from rich.table import Table
 
-from . import methods
 from .bench import OURS, Row
-from .experiment import Config, Experiment
+from .comparison import Comparison, Config
 from .figures import figure_of, save_figure
 from .inputs import require
 from .targets import prunable
 
-Results = list[dict[str, Any]]  # of the cells, as `Experiment.run` gives them
+Results = list[dict[str, Any]]  # of the cells, as `Comparison.run` gives them
 HEADLINE = 0.98  # the sparsity at which DRIVE and SNIP are compared in words
 
 
-def summarise(experiment: Experiment, results: Results) -> dict[str, Any]:
+def summarise(comparison: Comparison, results: Results) -> dict[str, Any]:
     """The report: numbers that depend on the configuration only, no timings and no dates."""
-    config, data = experiment.config, experiment.data
-    sizes = {name: w.numel() for name, w in prunable(experiment.network.build()).items()}
+    config, data = comparison.config, comparison.data
+    sizes = {name: w.numel() for name, w in prunable(comparison.network.build()).items()}
     groups = {(m, s): _of(results, m, s) for m in config.methods for s in config.sparsities}
     dense = _of(results, "dense", 0.0)
     return {
@@ -58,14 +57,14 @@ def check_packages() -> None:
 
 def timings(config: Config, results: Results) -> list[dict[str, Any]]:
     """Mean seconds of warm-up, pruning and training per method and sparsity."""
-    warmup = mean(c["warmup_seconds"] for c in _of(results, "dense", 0.0))  # the first of a seed does it
     return [
         {
             "method": m,
             "sparsity": s,
-            "warmup_seconds": warmup if m == "dense" or methods.get(m).stage == "warm-up" else 0.0,
+            "warmup_seconds": mean(c["warmup_seconds"] for c in _of(results, m, s)),
             "prune_seconds": mean(c["prune_seconds"] for c in _of(results, m, s)),
-            "train_seconds": mean(c["train_seconds"] for c in _of(results, m, s)),
+            # methods that train in the course of pruning are charged for it here
+            "train_seconds": mean(c["round_seconds"] + c["train_seconds"] for c in _of(results, m, s)),
         }
         for m, s in [("dense", 0.0), *((m, s) for m in config.methods for s in config.sparsities)]
     ]

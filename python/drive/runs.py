@@ -104,7 +104,7 @@ def keep_config(folder: Path, command: str, options: Options) -> None:
     """Make the folder a run that can be resumed; nothing changes if it is one already."""
     path = folder / "config.json"
     if not path.exists():
-        write_json(path, {"command": command, "options": options, "made_with": _made_with()})
+        write_json(path, {"command": command, "options": options, "made_with": made_with()})
 
 
 def _stored(folder: Path, command: str) -> Options:
@@ -145,8 +145,10 @@ def _first_free(command: str) -> Path:
 def differences(folder: Path) -> dict[str, tuple[str, str]]:
     """What numbers may depend on and is not as it was when the run was started: name -> (then, now)."""
     then = read_json(folder / "config.json")["made_with"]
-    return {name: (then.get(name), now) for name, now in _made_with().items() if then.get(name) != now}
+    return {name: (then.get(name), now) for name, now in made_with().items() if then.get(name) != now}
 
 
-def _made_with() -> dict[str, str]:
-    return {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability()}
+def made_with(device: str = "cpu") -> dict[str, str]:
+    """What numbers may depend on beside the options."""
+    found = {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability()}
+    return found if device == "cpu" else {**found, "gpu": torch.cuda.get_device_name(device)}

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.progress import Progress
 
-from .data import Batches, Dataset, seed_of
+from .batches import Batches
+from .compute import Compute
+from .dataset import Dataset, seed_of
+from .history import Log
 from .inputs import InputError
 from .masks import Masks
 from .models import Network
+from .recipe import Recipe
 from .runs import Options, load_tensors, write_json
-from .train import Checkpoint, Recipe, evaluate, train
+from .train import Checkpoint, evaluate, train
 
 
 class Training:
@@ -23,22 +28,23 @@ class Training:
         """Build the network, load weights and masks.
 
         Args:
-            options: of `drive train`: model, epochs, batch_size, lr, seed, sparse_ops, device; init
-                and masks are paths or None.
+            options: of `drive train`; init and masks are paths or None.
             data: the images.
             folder: of the run.
 
         Raises:
-            InputError: images that do not fit the model; initial weights or masks of another one.
+            InputError: images that do not fit the model; initial weights or masks of another one; devices
+                that are not here.
         """
         self.options, self.folder, self.device = options, folder, options["device"]
+        self.compute = Compute(**{field.name: options[field.name] for field in fields(Compute)})
         self.data = data.to(self.device)
         self.network = Network(options["model"], data.classes, data.channels, data.side)
         torch.manual_seed(seed_of(options["seed"], "initialisation"))
         self.model = self.network.build()
         self._load_weights()
         self.masks = self._load_masks()
-        self.model.to(self.device)
+        self.compute.place(self.model)
 
     def run(self, progress: Progress) -> dict[str, Any]:
         """Train, or go on from the checkpoint.
@@ -52,16 +58,18 @@ class Training:
         batches = Batches(self.data, self.options["batch_size"], self.options["seed"])
         epochs = self.options["epochs"]
         bar = progress.add_task(f"training {self.network.name}", total=epochs * len(batches))
-        losses = train(
-            self.model, batches, Recipe(epochs, self.options["lr"]), epochs=range(epochs),
-            masks=self.masks, sparse_ops=self.options["sparse_ops"],
+        history = train(
+            self.model, batches, Recipe(epochs, self.options["lr"], self.options["batch_size"]),
+            epochs=range(epochs), masks=self.masks,
+            compute=self.compute,
             checkpoint=Checkpoint(self.folder / "checkpoint.pt", self.network.as_dict()),
+            log=Log(self.folder, tensorboard=self.options["tensorboard"]),
             on_step=lambda: progress.advance(bar),
         )  # fmt: skip
         report = {
             "config": self.options,
-            "losses": losses,
-            "accuracy": evaluate(self.model, batches) / len(self.data.test_y),
+            "losses": [epoch.loss for epoch in history],
+            "accuracy": evaluate(self.model, batches, self.compute) / len(self.data.test_y),
             "sparsity": self.masks.sparsity() if self.masks else 0.0,
         }
         write_json(self.folder / "report.json", report)

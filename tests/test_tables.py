@@ -1,0 +1,425 @@
+"""Tables of many cells: killed, paused, failing, scaled, shared - and the same numbers in the end."""
+
+import csv
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from rich.progress import Progress
+from test_data import image_folder
+
+import drive
+import drive_kernels
+from drive import cell_run, data, reproduce, tables, train
+from drive.cell_run import CellRun
+from drive.cli import main
+from drive.compute import Compute
+from drive.dataset import seed_of
+from drive.experiment import Experiment, Outcome
+from drive.locks import locked
+from drive.paper import METHODS, ROWS
+from drive.plans import POWERS, Key, Plan, ablated, ablation, compared
+
+pytest.importorskip("matplotlib", reason="tables come with figures")
+
+ROOTS = [str(Path(module.__file__).parents[1]) for module in (drive, drive_kernels)]
+# 4 epochs, of which 1 warms up, on 20 images; IMP in 1 level
+TINY = ["--rows", "cifar10-mlp", "--scale", "0.07", "--seeds", "1", "--sparsities", "0.9"]
+TINY += ["--methods", "imp,snip,drive"]
+NAMES = ["imp", "snip", "drive"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> object:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return image_folder(tmp_path_factory.mktemp("images"), count=150, size=(32, 32))
+
+
+def plan(**options: object) -> Plan:
+    settings = {"seeds": 2, "scale": 0.07, "sparsities": (0.9,), **options}
+    return compared(Plan([ROWS["cifar10-mlp"]], **settings), NAMES)
+
+
+def experiment(folder: Path, plan: Plan, images: Path) -> Experiment:
+    return Experiment(folder, plan.cells, lambda name: data.load(name, str(images)))
+
+
+def run(experiment: Experiment, **options: object) -> Outcome:
+    with Progress(disable=True) as progress:
+        return experiment.run(progress, **options)
+
+
+def accuracies(plan: Plan, outcome: Outcome) -> dict[Key, list[float]]:
+    return {key: tables.Numbers(plan, outcome).accuracies(key) for key in plan.groups}
+
+
+def untimed(outcome: Outcome) -> list[dict[str, object]]:
+    return [{k: v for k, v in r.items() if not k.endswith("seconds")} for r in outcome.results.values()]
+
+
+@pytest.fixture(scope="module")
+def whole(images: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, Outcome, Path]:
+    """An uninterrupted run."""
+    planned, folder = plan(), tmp_path_factory.mktemp("whole")
+    return planned, run(experiment(folder, planned, images)), folder
+
+
+def test_every_cell_is_a_folder_of_its_own(whole: tuple[Plan, Outcome, Path]) -> None:
+    planned, outcome, folder = whole
+    assert len(outcome.results) == len(planned.cells) == 2 * (1 + 3) and not outcome.failures
+    for cell, result in outcome.results.items():
+        inside = folder / "cells" / cell.name
+        assert json.loads((inside / "result.json").read_text()) == result
+        assert json.loads((inside / "config.json").read_text())["recipe"]["epochs"] == 4
+        epochs = list(csv.DictReader((inside / "log.csv").open()))
+        assert [epoch["epoch"] for epoch in epochs] == ["1", "2", "3", "4"]
+        assert float(epochs[-1]["accuracy"]) == result["correct"] / result["tested"]
+        assert float(epochs[0]["lr"]) == pytest.approx(0.005) and float(epochs[-1]["lr"]) < 0.02
+        total = result["warmup_seconds"] + result["train_seconds"]
+        assert sum(float(epoch["seconds"]) for epoch in epochs) == pytest.approx(total)
+        assert not list(inside.glob("*.pt")) and result["scale"] == 0.07
+
+
+def test_cells_of_one_seed_share_their_warm_up(whole: tuple[Plan, Outcome, Path]) -> None:
+    _, outcome, folder = whole
+    assert len(list((folder / "cells").glob("*-warmup-*"))) == 2  # seeds
+    for seed in range(2):
+        same = {
+            result["warmup_seconds"] for cell, result in outcome.results.items()
+            if cell.seed == seed and cell.variant.method in ("drive", "dense")
+        }  # fmt: skip
+        assert len(same) == 1 and same.pop() > 0
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_killed_in_the_middle_of_a_write(
+    whole: tuple[Plan, Outcome, Path],
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    seed: int,
+) -> None:
+    """Everything is saved at every opportunity, and the process dies at random ones."""
+    planned, expected, _ = whole
+    monkeypatch.setattr(cell_run, "SAVE_EVERY", 0.0)
+    moments, real = random.Random(seed), os.replace
+
+    def replace_or_die(source: object, target: object) -> None:
+        if moments.random() < 0.05:
+            raise KeyboardInterrupt
+        real(source, target)
+
+    kills = 0
+    monkeypatch.setattr(os, "replace", replace_or_die)
+    while True:
+        try:
+            outcome = run(experiment(tmp_path, planned, images))
+            break
+        except KeyboardInterrupt:
+            kills += 1
+    assert kills > 1 and untimed(outcome) == untimed(expected)
+
+
+def test_killed_and_run_again_from_the_command_line(images: Path, tmp_path: Path) -> None:
+    commands = [
+        ["table1", *TINY, "--data-dir", str(images), "--out", str(tmp_path / name)]
+        for name in ("killed", "whole")
+    ]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(ROOTS), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "drive", *commands[0]], env=environment, stdout=subprocess.DEVNULL
+    )
+    while not list(tmp_path.glob("killed/cells/*/result.json")):
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert [main(command) for command in commands] == [0, 0]
+    pages = [(tmp_path / folder / "table1.md").read_text() for folder in ("killed", "whole")]
+    # without the seconds, each row's last cell, and their ratio
+    shown = [[line.rpartition("|")[0].rpartition("|")[0] for line in page.splitlines()] for page in pages]
+    assert shown[0] == shown[1] and "| drive | " in "\n".join(shown[0])
+
+
+def test_nothing_is_begun_after_the_budget(images: Path, tmp_path: Path) -> None:
+    planned = plan()
+    outcome = run(experiment(tmp_path, planned, images), deadline=time.monotonic())
+    assert outcome.open == planned.cells and not outcome.results
+    page = tables.against_paper("Table 1", planned, NAMES, outcome)
+    assert "Not pruned: -." in page and "| drive | - | - |" in page
+
+
+def test_paused_at_the_end_of_every_epoch(
+    whole: tuple[Plan, Outcome, Path], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each call begins every cell, whose time is over then."""
+    _, expected, _ = whole
+    planned, deadline = plan(seeds=1), time.monotonic() + 1e6
+    late = SimpleNamespace(monotonic=lambda: time.monotonic() + 2e6)
+    for module in (train, cell_run):
+        monkeypatch.setattr(module, "time", late)
+    calls, outcome = 0, Outcome(open=planned.cells)
+    while outcome.open:
+        calls += 1
+        outcome = run(experiment(tmp_path, planned, images), deadline=deadline, pause=True)
+        assert len(list(tmp_path.glob("cells/*/training.pt"))) <= 1 + len(outcome.open)
+    assert calls == 1 + 4  # a network is pruned, then trained for 4 epochs
+    found = [result for result in untimed(expected) if result["seed"] == 0]
+    assert untimed(outcome) == found
+
+
+def failing(method: str) -> Callable[[CellRun], dict[str, object]]:
+    real = CellRun.run
+
+    def run(self: CellRun) -> dict[str, object]:
+        if self.cell.variant.method == method:
+            raise RuntimeError("CUDA out of memory\nand much more")
+        return real(self)
+
+    return run
+
+
+def test_a_cell_that_fails_stops_no_other(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["table1", *TINY, "--data-dir", str(images), "--out", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        patch.setattr(CellRun, "run", failing("snip"))
+        assert main(command) == 1
+    page = (tmp_path / "table1.md").read_text()
+    assert "| snip | failed | - |" in page and "| drive | -" not in page
+    assert "- mlp on cifar10, snip to 90 %, seed 0: CUDA out of memory\n" in page
+    assert "4 of 4 cells" not in capsys.readouterr().out
+    (note,) = tmp_path.glob("cells/*snip*/failure.txt")
+    assert "Traceback" in note.read_text()
+
+    monkeypatch.setattr(CellRun, "run", failing("drive"))  # which is finished, and not run again
+    assert main(command) == 0
+    assert "failed" not in (tmp_path / "table1.md").read_text()
+    assert "4 of 4 cells are finished, 0 failed" in capsys.readouterr().out
+    assert not note.exists()
+
+
+def test_bad_data_are_one_clear_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["table2", "--data-dir", str(tmp_path / "nothing"), "--out", str(tmp_path)]
+    assert main(command) == 2
+    assert capsys.readouterr().err.startswith(
+        "drive table2: --data-dir must be a folder with train/<class>/*"
+    )
+
+
+def test_other_images_cannot_join(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["table1", *TINY, "--data-dir", str(images), "--out", str(tmp_path), "--budget", "1e-9"]) == 0
+    (tmp_path / "cells").mkdir(exist_ok=True)
+    (tmp_path / "cells/cifar10.json").write_text('{"fingerprint": "another"}')
+    assert main(["table1", *TINY, "--data-dir", str(images), "--out", str(tmp_path)]) == 2
+    assert "--data must be what" in capsys.readouterr().err
+
+
+def test_scaled_cells_say_so(whole: tuple[Plan, Outcome, Path]) -> None:
+    planned, outcome, _ = whole
+    page = tables.against_paper("Table 1", planned, NAMES, outcome)
+    assert "**\\* Scaled: 7 % of the epochs" in page and ", 21 training images." in page
+    rows = [line for line in page.splitlines() if line.startswith(tuple(f"| {name}" for name in NAMES))]
+    assert len(rows) == 3 and all(row.count(" *") == 1 for row in rows)
+    assert "IMP prunes " in page
+
+
+def test_full_cells_stand_beside_the_published_numbers() -> None:
+    row = ROWS["cifar10-alexnet"]
+    planned = compared(Plan([row], seeds=2, scale=1), METHODS)
+    found = Outcome()
+    for cell in planned.cells:
+        if cell.seed == 0 or cell.variant.name != "snip":
+            found.results[cell] = {
+                "correct": 8000 + 100 * cell.seed, "tested": 10_000, "train_images": 50_000,
+                "warmup_seconds": 5.0, "round_seconds": 215.0 if cell.variant.name == "imp" else 0.0,
+                "prune_seconds": 5.0, "train_seconds": 50.0, "made_with": {"torch": "2.0", "gpu": "one"},
+            }  # fmt: skip
+    page = tables.against_paper("Table 1", planned, METHODS, found)
+    assert "*" not in page and "Scaled" not in page and "Made with torch 2.0, gpu one; float32." in page
+    assert "Not pruned: 80.50 ± 0.71 (84.20, -3.70)." in page
+    assert "| drive | 80.50 ± 0.71 (86.97, -6.47) | 80.50 ± 0.71 (87.21, -6.71) |" in page
+    assert "| snip | 80.00 [1 of 2 seeds] (83.09, -3.09) |" in page
+    assert "| 10.0 (220) |" in page and "| 225.0 (24,000) |" in page
+    assert "IMP prunes 22.5 times as long as DRIVE (published: 109.1)." in page
+
+
+def test_figures_take_the_cells_that_tables_made(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = [*TINY, "--data-dir", str(images), "--out", str(tmp_path)]
+    assert main(["table1", *options]) == 0
+    monkeypatch.setattr(CellRun, "run", lambda self: pytest.fail("trained again"))
+    for page in ("figure5", "figure6"):
+        assert main([page, *options]) == 0
+        assert (tmp_path / f"{page}.png").read_bytes().startswith(b"\x89PNG")
+        assert f"({page}.png)" in (tmp_path / f"{page}.md").read_text()
+        assert all(result["scale"] == 0.07 for result in json.loads((tmp_path / f"{page}.json").read_text()))
+
+
+def test_what_changes_the_result_changes_the_cell() -> None:
+    def names(**options: object) -> set[str]:
+        return {cell.name for cell in plan(**options).cells}
+
+    first = names()
+    gpu = names(compute=Compute("cuda"))
+    assert names(compute=Compute("cuda:1")) == gpu  # its number does not matter
+    for other in (gpu, names(scale=0.08), names(compute=Compute(precision="bfloat16"))):
+        assert not first & other
+    assert first < names(seeds=3)
+
+
+def test_the_page_says_how_it_was_computed() -> None:
+    assert Compute().arithmetic == "float32"
+    fast = Compute(precision="bfloat16", channels_last=True, compile=True, sparse_ops=True, devices=2)
+    assert fast.arithmetic == "bfloat16, channels_last, torch.compile, sparse ops, 2 devices"
+
+
+def test_another_process_is_left_to_its_cell(images: Path, tmp_path: Path) -> None:
+    planned = plan(seeds=1)
+    busy = planned.cells[2]
+    folder = tmp_path / "cells" / busy.name
+    folder.mkdir(parents=True)
+    with locked(folder) as mine:
+        assert mine
+        assert run(experiment(tmp_path, planned, images)).open == [busy]
+    assert not run(experiment(tmp_path, planned, images)).open
+
+
+def test_who_made_the_warm_up_does_not_matter(images: Path, tmp_path: Path) -> None:
+    """With BatchNorm, which would see a difference in mode or statistics."""
+    row = replace(ROWS["cifar10-mlp"], model="small_cnn")
+    planned = compared(Plan([row], 1, 0.07, (0.9,)), ["drive"])
+    shared = run(experiment(tmp_path / "shared", planned, images))  # the dense network's cell made it
+    own = planned.cells[1:]
+    alone = run(Experiment(tmp_path / "alone", own, lambda name: data.load(name, str(images))))
+    assert untimed(alone) == untimed(shared)[1:]
+    weights = [
+        torch.load(next((tmp_path / name).glob("cells/*warmup*/training.pt")), weights_only=True)["model"]
+        for name in ("shared", "alone")
+    ]
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+
+
+def test_levels_of_imp_are_those_of_one_call(images: Path, tmp_path: Path) -> None:
+    """Each level can be resumed from, and the last ends where `drive.prune` would."""
+    planned = plan(seeds=1, scale=0.15, sparsities=(0.9,))
+    cell = next(cell for cell in planned.cells if cell.variant.name == "imp")
+    assert (cell.variant.iterations, cell.variant.rounds) == (3, 2)
+    with Progress(disable=True) as progress:
+        work = CellRun(cell, tmp_path, data.load("cifar10", str(images)), progress, keep_network=True)
+        work.run()
+    saved = drive.Masks.load(tmp_path / cell.name / "masks.safetensors")
+
+    recipe = replace(cell.recipe, epochs=2)
+
+    def train_round(model: torch.nn.Module, masks: drive.Masks | None, number: int) -> None:
+        train.train(model, work.batches, recipe, epochs=range(2 * number, 2 * number + 2), masks=masks)
+
+    torch.manual_seed(seed_of(0, "initialisation"))
+    stream = work.batches.endless("prune", lambda: None)
+    masks = drive.prune(
+        work.network.build(), stream, F.cross_entropy, method="imp", sparsity=0.9, iterations=3,
+        train=train_round,
+        progress=False,
+    )  # fmt: skip
+    assert all(torch.equal(saved[name], mask) for name, mask in masks.items())
+
+
+def test_ablation(images: Path, tmp_path: Path) -> None:
+    planned = ablated(Plan([ROWS["cifar10-mlp"]], seeds=1, scale=0.07, sparsities=(0.9,)))
+    assert {cell.variant.warmup for cell in planned.cells} == {0, 1, 2}  # 5 and 10 leave none of 4 epochs
+    assert len(planned.cells) == 1 + 3 + 3 * 3 + len(POWERS) - 1
+    outcome = run(experiment(tmp_path, planned, images))
+    found = {key.variant: values for key, values in accuracies(planned, outcome).items()}
+    kept = {cell.variant.name: result["kept"] for cell, result in outcome.results.items()}
+    # DRIVE's whole score ranks as |theta G| does: docs/method.md
+    for one, other in (
+        ("iterative SNIP", "DRIVE 0 warm-up 100 iterations"),
+        ("warm-up, one-shot SNIP", "DRIVE 1 warm-up 1 iterations"),
+        ("without connection sensitivity", "DRIVE 1 warm-up 100 iterations"),
+    ):
+        assert found[one] == found[other] and kept[one] == kept[other], one
+    page = tables.ablation_page(planned, outcome)
+    assert page.count("| 10 | - | - | - |") == 1
+    assert all(f"| {name} |" in page for name in POWERS if not name.startswith("p "))
+    assert page.count(" *") >= 20
+
+
+def test_every_variant_has_its_own_name() -> None:
+    names = [variant.name for variant in ablation(5)]
+    assert len(names) == len(set(names)) == 3 + 15 + 7
+
+
+@pytest.mark.parametrize(
+    "compute", [Compute(precision="bfloat16"), Compute(channels_last=True), Compute(compile=True)]
+)
+def test_ways_to_compute(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compute: Compute
+) -> None:
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)  # it takes its time
+    planned = compared(Plan([ROWS["cifar10-cnn4"]], 1, 0.07, (0.9,), compute), ["snip"])
+    outcome = run(experiment(tmp_path, planned, images))
+    assert not outcome.failures and bool(compiled) == compute.compile
+    assert all(result["final_loss"] < 2 for result in outcome.results.values())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--scale 0", "--scale must be in (0, 1], got '0'"),
+        ("--scale 1.5", "--scale must be in (0, 1], got '1.5'"),
+        ("--scale 0.01 --rows cifar10-mlp", "--scale must leave epochs after the dense warm-up, got 0.01"),
+        ("--budget 0", "--budget must be a finite number > 0, got '0'"),
+        ("--rows lenet", "--rows must be distinct names out of cifar10-alexnet, "),
+        ("--methods rigl", "--methods must be distinct names out of drive, "),
+        ("--precision float16", "--precision must be one of float32, bfloat16, got 'float16'"),
+        ("--momentum -1", "--momentum must be a finite number >= 0, got '-1'"),
+        ("--seeds 0", "--seeds must be an integer >= 1, got '0'"),
+        ("--out /dev/null/run", "--out must be a writable folder, got /dev/null/run (Not a directory)"),
+    ],
+)
+def test_bad_input(capsys: pytest.CaptureFixture[str], options: str, message: str) -> None:
+    assert main(["table1", *options.split()]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"drive table1: {message}")
+
+
+def test_flags_change_what_is_planned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    planned: list[Plan] = []
+    monkeypatch.setattr(reproduce.Page, "write", lambda self, out, plan, *rest: planned.append(plan) or "")
+    options = ["--momentum", "0.8", "--weight-decay", "0", "--padding", "2", "--no-flip", "--budget", "1e-9"]
+    options += ["--precision", "bfloat16", "--channels-last", "--compile", "--sparse-ops", "--devices", "2"]
+    assert main(["table1", *options, "--out", str(tmp_path)]) == 0
+    recipe = planned[0].cells[0].recipe
+    assert (recipe.momentum, recipe.weight_decay, recipe.padding, recipe.flip) == (0.8, 0, 2, False)
+    assert planned[0].compute == Compute("cpu", "bfloat16", True, True, True, devices=2)
+    assert len(planned[0].cells) == 7 * 3 * (1 + 4 * 4) and math.isclose(recipe.lr, 1e-4)
+
+
+@pytest.mark.parametrize("page", reproduce.PAGES)
+def test_help_shows_examples(capsys: pytest.CaptureFixture[str], page: str) -> None:
+    assert main([page, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "Examples" in shown and f"drive {page} " in shown
