@@ -21,7 +21,7 @@ results: $(VENV)/.built
 	$(BIN)/python benchmarks/bench_sparse.py --out docs/results/sparse-cpu.jsonl
 	$(BIN)/python benchmarks/sparse_report.py docs/results/sparse-cpu.jsonl docs/results/sparse-cpu.md
 
-# The paper's experiments at a size for two cores (docs/paper.md), in docs/results: two hours, and what is
+# The paper's experiments at a size for two cores (docs/paper.md), in docs/results: hours, and what is
 # finished is not run again. make paper DATA=cifar10.tar.gz
 SMALL = --scale 0.2 --precision bfloat16 --channels-last --data-dir $(or $(DATA),cifar10.tar.gz)
 paper: $(VENV)/.built
