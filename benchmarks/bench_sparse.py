@@ -317,9 +317,26 @@ def networks(
             runs = {**rivals, **more, "ours": WAYS[mode](ours, x)}
             rows.add(
                 "network", name, batch, sparsity, mode,
-                seconds=interleaved(runs, seconds=MODEL_SECONDS),
+                seconds=steady(runs),
                 chosen=drive.sparse.report(ours).chosen,
             )  # fmt: skip
+
+
+def steady(runs: dict[str, Run]) -> dict[str, float]:
+    """Of up to three measurements, the one whose two dense networks differ least; within 1.5 % it suffices.
+
+    A busy host takes turns at being slow; nothing but those two, which are the same, decides what is kept.
+    """
+
+    def strays(seconds: dict[str, float]) -> float:
+        return abs(seconds["again"] / seconds["dense"] - 1)
+
+    found = []
+    for _ in range(3):
+        found.append(interleaved(runs, seconds=MODEL_SECONDS))
+        if strays(found[-1]) < 0.015:
+            break
+    return min(found, key=strays)
 
 
 def main() -> None:
