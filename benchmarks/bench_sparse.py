@@ -6,8 +6,8 @@ layers      3x3 convolutions called with [N, C, H, W], and in blocks
 linear      4096 x 4096, against oneDNN's packed weight and MKL's CSR too
 networks    whole networks, converted: inference, and a training step with its optimizer
 
-Everything is validated before it is timed. Providers run in turns in one process, each twice, the second
-call timed (drive.sparse.measure.interleaved). Two threads. Rows that the file has are not measured again.
+Everything is validated before it is timed. Providers run in turns in one process
+(drive.sparse.measure.interleaved). Two threads. Rows that the file has are not measured again.
 """
 
 from __future__ import annotations

@@ -27,8 +27,8 @@ HEAD = """# Sparse layers and networks on CPU
 
 How many times faster than dense: than the best of contiguous and channels_last, for Linear also of oneDNN's
 packed weight (inference). Outputs were compared with the dense ones before anything was timed. All run in
-turns in one process, each called twice and the second call timed; a figure is the median of the ratios in
-each turn.
+turns in one process, calls of less than 50 ms twice and the second timed; a figure is the median of the
+ratios in each turn.
 
 ## Whole networks
 

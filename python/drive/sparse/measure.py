@@ -21,7 +21,9 @@ BLOCKED = " blocked"  # after the name of a sparse layer: in the blocked layout
 
 # Rounds of a measurement: until so many, or until so many seconds a candidate have gone by, but always
 # three. A whole model gets more of them: its choice is the last word.
-_ROUNDS, SECONDS, MODEL_SECONDS = 15, 0.5, 2.5
+_ROUNDS, SECONDS, MODEL_SECONDS = 15, 0.25, 2.5
+
+_NOTICED = 0.05  # seconds: filling the caches takes a few milliseconds, which longer calls do not notice
 
 Run = Callable[[], object]
 
@@ -33,15 +35,15 @@ def interleaved(runs: Mapping[str, Run], cuda: bool = False, seconds: float = SE
     of two equal networks on a busy machine, medians have differed by 6 % and such ratios by 3.
     """
     timed = _timed_on_cuda if cuda else _timed
-    for run in runs.values():
-        run()
+    twice = min(map(timed, runs.values())) < _NOTICED
     times: dict[str, list[float]] = {name: [] for name in runs}
     start = time.perf_counter()
     for done in range(_ROUNDS):
         if done >= 3 and time.perf_counter() - start > seconds * len(runs):
             break
         for name, run in runs.items():
-            run()  # untimed: finds its data where the others have left them, in no cache
+            if twice:
+                run()  # untimed: finds its data where the others have left them, in no cache
             times[name].append(timed(run))
     first, *_ = times.values()
     ratios = {name: median(map(truediv, found, first)) for name, found in times.items()}
