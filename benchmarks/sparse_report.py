@@ -28,7 +28,8 @@ HEAD = """# Sparse layers and networks on CPU
 How many times faster than dense: than the best of contiguous and channels_last, for Linear also of oneDNN's
 packed weight (inference). Outputs were compared with the dense ones before anything was timed. All run in
 turns in one process, calls of less than 50 ms twice and the second timed; a figure is the median of the
-ratios in each turn.
+ratios in each turn. Freed memory is kept for the next call, for dense and sparse alike: bench_sparse.py says
+why.
 
 ## Whole networks
 
