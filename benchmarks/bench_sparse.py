@@ -10,9 +10,9 @@ Everything is validated before it is timed. Providers run in turns in one proces
 (drive.sparse.measure.interleaved). Two threads. Rows that the file has are not measured again.
 
 The allocator keeps what is freed, as the ones that are recommended for training (jemalloc, tcmalloc) do. With
-glibc's habit of handing large pieces back, pages are mapped and zeroed anew in each step: 25 of 64 ms of a dense
-MLP's, 0.4 of 2.7 s of a ResNet-18's at batch 128, none of ours; and it changes within a process which of two
-equal networks pays, so that they came out up to 1.7 times apart.
+glibc's habit of handing large pieces back, pages are mapped and zeroed anew in each step: 25 of 64 ms of a
+dense MLP's, 0.4 of 2.7 s of a ResNet-18's at batch 128, none of ours; and it changes within a process which
+of two equal networks pays, so that they came out up to 1.7 times apart.
 """
 
 from __future__ import annotations
