@@ -259,6 +259,8 @@ def test_interrupted_by_ctrl_c() -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "drive", "prune", "--out", "run"], env=environment,
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        # a shell that starts the tests in the background has it ignored, and Python leaves it so
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     while not list(Path("run").glob("cells/*/log.csv")):  # that is, it trains
         assert process.poll() is None
