@@ -36,6 +36,7 @@ from torch.nn import functional as F
 
 import drive
 from drive.bench import machine
+from drive.sparse.laid_out import OneDnnLinear
 from drive.sparse.measure import MODEL_SECONDS, interleaved
 from drive_kernels import sparse
 
@@ -272,21 +273,10 @@ class CsrLinear(nn.Module):
         return mkl(x.flatten(0, -2), self.weight).view(*x.shape[:-1], -1) + self.bias
 
 
-class OneDnnLinear(nn.Module):
-    """The fastest dense form for inference; F.linear is MKL's."""
-
-    def __init__(self, layer: nn.Linear, rows: int):
-        super().__init__()
-        self.weight = ops_mkldnn._reorder_linear_weight(layer.weight.detach(), rows)
-        self.bias = layer.bias.detach()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return ops_mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-
-
 def linear_rivals(model: nn.Module, x: Tensor, expected: Tensor) -> Iterator[tuple[str, Run]]:
     rows = x.numel() // x.shape[-1]
-    for name, kind in (("dense oneDNN", partial(OneDnnLinear, rows=rows)), ("MKL CSR", CsrLinear)):
+    onednn = partial(OneDnnLinear.from_dense, rows=rows)  # F.linear is MKL's
+    for name, kind in (("dense oneDNN", onednn), ("MKL CSR", CsrLinear)):
         rival = copy.deepcopy(model)
         for at, layer in model.named_modules():
             if isinstance(layer, nn.Linear):

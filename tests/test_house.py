@@ -22,8 +22,8 @@ LIBRARY = (
     "methods.drive", "methods.snip", "methods.grasp", "methods.synflow", "methods.crop", "methods.early_crop",
     "methods.magnitude", "methods.gradual", "methods.imp", "methods.rigl", "methods.random", "methods",
     "selection", "paths", "prune",
-    "sparse.packing", "sparse.layers", "sparse.masked", "sparse.gpu", "sparse.chains", "sparse.measure",
-    "sparse.report",
+    "sparse.packing", "sparse.layers", "sparse.laid_out", "sparse.masked", "sparse.gpu", "sparse.chains",
+    "sparse.measure", "sparse.report",
     "sparse.convert", "sparse",
 )  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from importlib import import_module
 
 import pytest
 import torch
@@ -12,7 +13,10 @@ from torch.nn import functional as F
 import drive
 from drive.sparse import SparseConv2d, SparseLinear, convert, measure, report
 from drive.sparse.chains import link, trace
-from drive.sparse.convert import _chained, _choose, _replaced
+from drive.sparse.convert import CHAINS, _chained, _choose, _fastest, _replaced
+from drive.sparse.laid_out import KINDS as LAID_OUT
+
+convert_module = import_module("drive.sparse.convert")  # drive.sparse.convert is the function
 
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-9}  # everything here is float64
 
@@ -227,7 +231,7 @@ def test_convert(model: type[nn.Module], training: bool, monkeypatch: pytest.Mon
     assert all(p.grad is None for p in dense.parameters())
     found = report(ours)
     assert [choice.name for choice in found.choices] == [n.removesuffix(".weight") for n in masks]
-    assert {"dense", "dense channels_last", "sparse layers"} <= found.whole.keys()
+    assert {"dense", "dense channels_last", "layer by layer"} <= found.whole.keys()
     assert ("sparse chains" in found.whole) == (model is Small)
     assert "whole model" in str(found)
     assert_same_training(copy.deepcopy(ours).train(), copy.deepcopy(dense).train(), masks)
@@ -263,6 +267,59 @@ def test_nearly_even_stays_dense(sparse: float, chosen: str, monkeypatch: pytest
     mask = torch.ones_like(layer.weight, dtype=torch.bool)
     choice, found = _choose("conv", layer, mask, shape, measure.Costs(False, training=False))
     assert (choice.chosen, found is not None) == (chosen, sparse < 0.97)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "chosen"),
+    (
+        ({"dense": 1.0, CHAINS: 0.5}, None, CHAINS),
+        ({"dense": 1.0, CHAINS: 0.9}, {"dense": 2.0, CHAINS: 1.9}, CHAINS),
+        ({"dense": 1.0, CHAINS: 0.9}, {"dense": 2.0, CHAINS: 1.96}, "dense"),
+        ({"dense": 1.0, CHAINS: 0.98}, None, "dense"),
+        ({"dense": 1.0, "dense channels_last": 0.7, CHAINS: 0.69}, None, "dense channels_last"),
+        ({"dense": 1.0, "dense channels_last": 0.9, CHAINS: 0.6},
+         {"dense": 1.0, "dense channels_last": 1.1}, CHAINS),
+    ),
+)  # fmt: skip
+def test_a_narrow_lead_has_to_show_again(
+    first: dict[str, float], second: dict[str, float] | None, chosen: str, monkeypatch: pytest.MonkeyPatch
+):
+    measured = iter((first, second))
+
+    def times(ways: dict[str, nn.Module], *_: object) -> dict[str, float]:
+        found = next(measured)
+        assert found is not None and ways.keys() == found.keys()
+        return dict(found)
+
+    monkeypatch.setattr(convert_module, "model_times", times)
+    way, whole = _fastest(dict.fromkeys(first, nn.Identity()), (), False)
+    assert way == chosen
+    assert whole.keys() == first.keys()
+    assert next(measured, None) is None or second is None
+
+
+@pytest.mark.parametrize("name", LAID_OUT)
+def test_convert_takes_a_laid_out_linear(name: str, monkeypatch: pytest.MonkeyPatch):
+    """In inference, and in chains too; in training there is no such candidate."""
+    seconds = dict.fromkeys(LAID_OUT, 1.6) | {"dense": 2.0, "sparse": 1.5, name: 1.0}
+    monkeypatch.setattr(
+        measure, "layer_times", lambda layer, found, *_: {n: seconds[n] for n in ("dense", *found)}
+    )
+    monkeypatch.setattr(
+        convert_module, "model_times", lambda ways, *_: {w: 0.5 if w == CHAINS else 1.0 for w in ways}
+    )
+    model, masks = pruned(Small())
+    model, x = model.float(), torch.randn(19, 3, 16, 16)
+    if why := LAID_OUT[name].reason_against(model.fc):
+        pytest.skip(why)
+    for training in (False, True):
+        ours = convert(model.train(training), masks, x)
+        assert report(ours).chosen == CHAINS
+        assert isinstance(ours.fc, SparseLinear if training else LAID_OUT[name])
+        assert report(ours).choices[-1].chosen == ("sparse" if training else name)
+        with torch.no_grad():
+            expected = copy.deepcopy(model)(x)
+            torch.testing.assert_close(copy.deepcopy(ours)(x), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_layers_alike_are_measured_once(monkeypatch: pytest.MonkeyPatch):
