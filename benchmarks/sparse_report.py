@@ -50,7 +50,8 @@ Of those, inference with `torch.sparse` CSR (MKL) in place of Linear:
 
 ## Single layers
 
-Called with ordinary tensors, [N, C, H, W]; 3x3 convolutions have stride 1. Backward: to input and weight.
+The ops themselves, also where `convert` would choose dense, called with ordinary tensors, [N, C, H, W]; 3x3
+convolutions have stride 1. Backward: to input and weight.
 
 {layers}
 

@@ -139,6 +139,7 @@ at::Tensor convolve(const Conv& conv, const at::Tensor& input, const Pattern& pa
   check_reach(kOp, in_window, in.channels);
   const Taps<T> taps = forward_taps(conv, pattern, values, in_window);
   const auto multiply = sparse_kernels<T>().multiply;
+  const double taps_a_channel = static_cast<double>(pattern.count) / conv.out_channels;
 
   pieces.run([&] {
     const Window plane(out.entry(), {height}, {width}, pieces.rows, width, 0, {true});
@@ -150,7 +151,7 @@ at::Tensor convolve(const Conv& conv, const at::Tensor& input, const Pattern& pa
         source.load_used(piece.block, pattern.column_start, conv.area());
         target.move(y0);
       }
-      for (int64_t y = y0, step = out.strip(end - y0); y < end; y += step) {
+      for (int64_t y = y0, step = out.strip(end - y0, taps_a_channel); y < end; y += step) {
         const T* const from = source.at(0) + (y - y0) * in_window.pitch();
         for (int64_t o = piece.begin; o < piece.end; ++o) {
           T* const to = out.direct() ? out.at(piece.block, o) + y * width * out.stored() : target.at(0);

@@ -41,9 +41,10 @@ struct Images {
   int64_t position() const { return kLanes / block(); }
   int64_t entry() const { return block(); }
   // Rows that are worth going through all output channels with, out of so many: 8 positions of pixels have
-  // an input so small that it nearly fits the L1 cache.
-  int64_t strip(int64_t rows) const {
-    return layout == Layout::pixels ? std::clamp<int64_t>(8 * kLanes / width, 1, rows) : rows;
+  // an input so small that it nearly fits the L1 cache. With few taps a channel, what counts is that the
+  // output's cache lines follow one another: whole planes are 1.4 times as fast with 4 taps, as fast with 12.
+  int64_t strip(int64_t rows, double taps) const {
+    return layout == Layout::pixels && taps > 10 ? std::clamp<int64_t>(8 * kLanes / width, 1, rows) : rows;
   }
   int64_t plane() const { return height * width; }
   // A block's plane, and its entries a pixel in memory.
