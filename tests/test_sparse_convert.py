@@ -277,8 +277,9 @@ def test_nearly_even_stays_dense(sparse: float, chosen: str, monkeypatch: pytest
         ({"dense": 1.0, CHAINS: 0.9}, {"dense": 2.0, CHAINS: 1.96}, "dense"),
         ({"dense": 1.0, CHAINS: 0.98}, None, "dense"),
         ({"dense": 1.0, "dense channels_last": 0.7, CHAINS: 0.69}, None, "dense channels_last"),
-        ({"dense": 1.0, "dense channels_last": 0.9, CHAINS: 0.6},
-         {"dense": 1.0, "dense channels_last": 1.1}, CHAINS),
+        ({"dense": 1.0, "dense channels_last": 0.99}, None, "dense channels_last"),
+        ({"dense": 1.0, "dense channels_last": 0.9, CHAINS: 0.8},
+         {"dense channels_last": 1.0, CHAINS: 0.98}, "dense channels_last"),
     ),
 )  # fmt: skip
 def test_a_narrow_lead_has_to_show_again(

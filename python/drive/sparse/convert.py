@@ -20,12 +20,12 @@ from .layers import SparseConv2d, SparseLinear, _share
 from .measure import BLOCKED, CHANNELS_LAST, Costs, model_times
 from .report import Choice, Report, attach
 
-# What is not faster by so much than the way before it - as it is, in another layout, sparse - is not taken:
-# two measurements of one thing differ by some percent.
+# Sparse that is not faster than dense by so much is not taken: two measurements of one thing differ by some
+# percent.
 _MARGIN = 0.97
 
-# The fastest of several may have been lucky: a model's lead that is not as clear as this has to show again,
-# with no others in the turns.
+# The fastest of several may have been lucky: a lead that is not as clear as this has to show again, with no
+# others in the turns.
 _CLEAR = 0.8
 
 BY_LAYER, CHAINS = "layer by layer", "sparse chains"  # how the layers that won work together
@@ -105,15 +105,14 @@ def _fastest(
 ) -> tuple[str, dict[str, float]]:
     """The way that no other one beats, and the seconds of all."""
     whole = model_times(ways, inputs, training)
-    way = "dense"
-    for rivals in ((CHANNELS_LAST,), (BY_LAYER, CHAINS)):
-        rival = min(whole.keys() & rivals, key=whole.__getitem__, default=way)
-        if _CLEAR * whole[way] < whole[rival] < _MARGIN * whole[way]:
-            again = model_times({w: ways[w] for w in (way, rival)}, inputs, training)
-            whole[rival] = whole[way] * again[rival] / again[way]
-        if whole[rival] < _MARGIN * whole[way]:
-            way = rival
-    return way, whole
+    way, rival = (
+        min((w for w in kind if w in whole), key=whole.__getitem__, default="dense")
+        for kind in (("dense", CHANNELS_LAST), (BY_LAYER, CHAINS))
+    )
+    if _CLEAR * whole[way] < whole[rival] < _MARGIN * whole[way]:
+        again = model_times({w: ways[w] for w in (way, rival)}, inputs, training)
+        whole[rival] = whole[way] * again[rival] / again[way]
+    return (rival if whole[rival] < _MARGIN * whole[way] else way), whole
 
 
 def _choose(
