@@ -269,7 +269,9 @@ def test_convert_takes_the_fastest(anywhere: None, monkeypatch: pytest.MonkeyPat
     """As on CUDA, where these are the candidates."""
     layer, mask, _ = layer_of(BlockLinear)
     module = __import__("sys").modules["drive.sparse.convert"]
-    monkeypatch.setattr(module, "_candidates", lambda *given: (gpu.candidates(*given), ""))
+    monkeypatch.setattr(
+        module, "_candidates", lambda layer, mask, _, training: (gpu.candidates(layer, mask, training), "")
+    )
     for seconds, chosen in (
         ({"dense": 2.0, "packed": 1.5, "blocks": 1.0}, "blocks"),
         ({"dense": 2.0, "packed": 1.0, "blocks": 1.5}, "packed"),
