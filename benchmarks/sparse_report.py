@@ -29,7 +29,7 @@ How many times faster than dense: than the best of contiguous and channels_last,
 packed weight (inference). Outputs were compared with the dense ones before anything was timed. All run in
 turns in one process, calls of less than 50 ms twice and the second timed; a figure is the median of the
 ratios in each turn. Freed memory is kept for the next call, for dense and sparse alike: bench_sparse.py says
-why.
+why. A dash: not measured.
 
 ## Whole networks
 
@@ -106,11 +106,12 @@ def _lowest(rows: list[Row]) -> str:
     again = sorted(row.seconds["dense"] / row.seconds["again"] for row in rows)
     quarter = len(again) // 4
     where = f"{lowest.name}, {lowest.mode}, batch {lowest.batch}, {lowest.sparsity:.1%}"
+    whose = f", {dense} of them of networks that it left dense" if below else ""
     return (
-        f"{len(below)} of {len(rows)} figures are below {TOLERATED}, {dense} of them of networks that it "
-        f"left dense; the lowest is {lowest.speedup():.2f} ({where}). A second copy of the dense "
-        f"network, measured in the same turns, ran at {again[0]:.2f} to {again[-1]:.2f} times the speed of "
-        f"the first, in the middle half of the cases at {again[quarter]:.3f} to {again[-quarter - 1]:.3f}"
+        f"{len(below)} of {len(rows)} figures are below {TOLERATED}{whose}; the lowest is "
+        f"{lowest.speedup():.2f} ({where}). A second copy of the dense network, measured in the same turns, "
+        f"ran at {again[0]:.2f} to {again[-1]:.2f} times the speed of the first, in the middle half of the "
+        f"cases at {again[quarter]:.3f} to {again[-quarter - 1]:.3f}"
     )
 
 
