@@ -70,7 +70,7 @@ class _LaidOutLinear(nn.Linear, ABC):
 
 
 class OneDnnLinear(_LaidOutLinear):
-    """A Linear by oneDNN: the fastest on AMD, and with 16 bits."""
+    """A Linear by oneDNN, which computes bfloat16 too."""
 
     @staticmethod
     def _reason_against_dtype(dtype: torch.dtype) -> str | None:
