@@ -26,15 +26,15 @@ inline void check_like(const char* op, const char* argument, size_t index, const
                    "] must be a dense tensor, got layout ", tensor.layout());
 }
 
+constexpr size_t kHugePage = size_t{2} << 20;
+
 // Asks for huge pages behind memory that is about to be written for the first time: in 4 KB pages the
 // page faults of a new mask take half as long as the whole step. Only a hint, so no result is checked.
 inline void expect_writes(void* data, size_t bytes) {
 #if defined(__linux__)
-  constexpr uintptr_t kPage = 4096;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;
-  constexpr uintptr_t kWorthIt = 4 << 20;  // two huge pages
-  if (end > begin + kWorthIt) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kHugePage * kHugePage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
 }
 

@@ -37,9 +37,8 @@ class Pool {
         return found;
       }
     }
-    constexpr size_t kPage = size_t{2} << 20;  // a huge one
-    const size_t size = (bytes + kPage - 1) / kPage * kPage;
-    void* const data = std::aligned_alloc(kPage, size);
+    const size_t size = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+    void* const data = std::aligned_alloc(kHugePage, size);
     if (!data) throw std::bad_alloc();
     expect_writes(data, size);
     return {data, size};
