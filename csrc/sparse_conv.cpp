@@ -158,7 +158,7 @@ at::Tensor convolve(const Conv& conv, const at::Tensor& input, const Pattern& pa
           multiply({from, in_window.pitch(), taps.of(o), taps.count(o), std::min(step, end - y),
                     width / out.position(), to, width * out.entry(),
                     epilogue.residual ? epilogue.residual + (to - out.data) : nullptr,
-                    epilogue.bias ? epilogue.bias[o] : T(0), epilogue.floor});
+                    epilogue.bias ? epilogue.bias[o] : T(0), epilogue.floor, out.ahead(o, piece.end)});
           if (!out.direct()) out.store(piece.block, o, target.window(), to);
         }
       }
@@ -256,7 +256,7 @@ void backward(const Conv& conv, const at::Tensor& grad, const at::Tensor& input,
           if (to_input) {
             kernels.multiply({source.at(0), in_window.pitch(), taps.of(v), taps.count(v), rows,
                               cols / x.position(), to + at, window.pitch(), nullptr, T(0),
-                              -std::numeric_limits<T>::infinity()});
+                              -std::numeric_limits<T>::infinity(), direct ? out.ahead(c, piece.end) : 0});
           }
           if (mine) {
             kernels.sample({source.at(0), in_window.pitch(), taps.of(v), taps.count(v), rows,

@@ -29,6 +29,7 @@ struct Product {
   int64_t out_pitch;
   const T* start;  // null: zeros; laid out as `out`
   T bias, floor;
+  int64_t ahead = 0;  // entries from `out` to where the next call writes: fetched meanwhile; 0: nowhere
 };
 
 // sums[k] += sum over positions and lanes of grad[y][x] * in[y][x + offset of tap k]
@@ -50,6 +51,8 @@ struct SparseKernels {
   void (*sample)(const Sampled<T>&);
   // Sum of values[i] * x[at[i]].
   T (*dot)(const T* values, const int32_t* at, int64_t count, const T* x);
+  // Of whole positions, with the cache lines that follow them fetched ahead.
+  void (*copy)(const T* from, int64_t count, T* to);
   // Entry j of row i goes to lane i at offsets[j]; lanes without a row become 0.
   void (*to_lanes)(const T* from, int64_t row_stride, int rows, int cols, T* to, const int32_t* offsets);
   void (*from_lanes)(const T* from, const int32_t* offsets, T* to, int64_t row_stride, int rows, int cols);

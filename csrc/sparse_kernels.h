@@ -83,6 +83,14 @@ DRIVE_TARGET void multiply_tile(const Product<T>& p, int64_t y, int64_t x) {
       for (int s = 0; s < S; ++s) sum[0][r][s] += read(start + r * p.out_pitch + s * N);
     }
   }
+  if (p.ahead) {
+    const T* const next = p.out + p.ahead + y * p.out_pitch + x * kLanes;
+#pragma GCC unroll 16
+    for (int r = 0; r < RY; ++r) {
+#pragma GCC unroll 32
+      for (int s = 0; s < S; ++s) __builtin_prefetch(next + r * p.out_pitch + s * N, 1);
+    }
+  }
   const Tap<T>* tap = p.taps;
   const Tap<T>* const end = tap + p.count;
   for (; tap + kSums <= end; tap += kSums) {
@@ -412,6 +420,17 @@ DRIVE_TARGET inline void from_lanes_whole(const float* from, const int32_t* offs
 }
 #endif
 
+// Entries that a copy looks ahead: the hardware foresees nothing beyond a page.
+constexpr int kCopyAhead = 512;
+
+template <class T>
+DRIVE_TARGET void copy(const T* from, int64_t count, T* to) {
+  for (int64_t i = 0; i < count; i += Register<T>::N) {
+    __builtin_prefetch(from + i + kCopyAhead);
+    write(to + i, read(from + i));
+  }
+}
+
 template <class T>
 DRIVE_TARGET void to_lanes(const T* from, int64_t row_stride, int rows, int cols, T* to,
                            const int32_t* offsets) {
@@ -442,7 +461,7 @@ DRIVE_TARGET void from_lanes(const T* from, const int32_t* offsets, T* to, int64
 
 template <class T>
 SparseKernels<T> sparse_kernels_of() {
-  return {&multiply<T>, &sample<T>, &dot<T>, &to_lanes<T>, &from_lanes<T>};
+  return {&multiply<T>, &sample<T>, &dot<T>, &copy<T>, &to_lanes<T>, &from_lanes<T>};
 }
 
 }  // namespace DRIVE_ISA

@@ -47,6 +47,10 @@ struct Images {
     return layout == Layout::pixels && taps > 10 ? std::clamp<int64_t>(8 * kLanes / width, 1, rows) : rows;
   }
   int64_t plane() const { return height * width; }
+  // Entries from a channel's plane to the next one's, where kernels write.
+  int64_t ahead(int64_t channel, int64_t end) const {
+    return direct() && channel + 1 < end ? plane() * stored() : 0;
+  }
   // A block's plane, and its entries a pixel in memory.
   T* at(int64_t b, int64_t channel) const {
     return data + (layout == Layout::planes ? b * kLanes * channels + channel : b * channels + channel) *
@@ -65,12 +69,11 @@ struct Images {
         to_lanes(from + i, channels * plane(), lanes(b), cols, to, offsets + i);
       }
     } else {
+      const auto& copy = sparse_kernels<T>().copy;
       const int64_t run = window.whole_rows() ? width : 1;
       for (int64_t i = 0; i < window.count(); i += run) {
         if (run == 1 && offsets[i] == window.nowhere()) continue;  // its cache line is not needed
-        for (int64_t j = 0; j < run * entry(); j += kLanes) {
-          std::memcpy(to + offsets[i] + j, from + i * entry() + j, kLanes * sizeof(T));
-        }
+        copy(from + i * entry(), run * entry(), to + offsets[i]);
       }
     }
   }

@@ -133,7 +133,7 @@ at::Tensor convolve_twice(const Stage<T>& first, const Stage<T>& second, const a
           multiply({between.at(0, 0), pitch, more.of(o), more.count(o), next - top, out_width, to,
                     out_width * kLanes,
                     second.epilogue.residual ? second.epilogue.residual + (to - out.data) : nullptr,
-                    second.epilogue.bias[o], second.epilogue.floor});
+                    second.epilogue.bias[o], second.epilogue.floor, out.ahead(o, b.out_channels)});
         }
         if (!last) between.move_up(next - top, y_end + above - next);
         top = next;
