@@ -7,7 +7,9 @@ linear      4096 x 4096, against oneDNN's packed weight and MKL's CSR too
 networks    whole networks, converted: inference, and a training step with its optimizer
 
 Everything is validated before it is timed. Providers run in turns in one process
-(drive.sparse.measure.interleaved). Two threads. Rows that the file has are not measured again.
+(drive.sparse.measure.interleaved), those of a network at all sparsities in the same turns. Two threads. Rows
+name the commit that last changed what they measure: those of this version are not measured again, those of
+another are replaced.
 
 The allocator keeps what is freed. With glibc's habit of handing large pieces back, pages are mapped and
 zeroed anew in each training step: 33,000 of a dense MLP, 400,000 of a ResNet-18 at batch 128, some hundreds
@@ -21,9 +23,10 @@ import argparse
 import copy
 import ctypes
 import json
-from collections.abc import Callable, Iterator
+import subprocess
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
@@ -36,6 +39,7 @@ from torch.nn import functional as F
 
 import drive
 from drive.bench import machine
+from drive.files import write_atomic
 from drive.sparse.laid_out import OneDnnLinear
 from drive.sparse.measure import MODEL_SECONDS, interleaved
 from drive_kernels import sparse
@@ -62,6 +66,7 @@ class Row:
     seconds: dict[str, float] = field(default_factory=dict)
     chosen: str = ""
     machine: str = ""
+    commit: str = ""
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -76,21 +81,38 @@ class Row:
         return self.best_dense / self.seconds[provider]
 
 
+def read(path: Path) -> list[Row]:
+    return [Row(**json.loads(line)) for line in path.read_text().splitlines()]
+
+
+def version() -> str:
+    """The commit that last changed what is measured here, with a + if something has changed since."""
+    measured = ["csrc", "drive_kernels", "python/drive/sparse", "benchmarks/bench_sparse.py",
+                "benchmarks/sparse_networks.py"]  # fmt: skip
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parents[1]), *arguments, "--", *measured]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    return git("log", "-1", "--format=%h") + ("+" if git("status", "--porcelain") else "")
+
+
 class Rows:
     """The file: a row a line, written as soon as it is measured."""
 
     def __init__(self, path: Path):
-        self.path = path
-        lines = path.read_text().splitlines() if path.exists() else []
-        self.known = {Row(**json.loads(line)).key for line in lines}
+        self.path, self.commit = path, version()
+        self.known = {row.key: row for row in read(path)} if path.exists() else {}
 
     def missing(self, *key: Any) -> bool:
-        return key not in self.known
+        return key not in self.known or self.known[key].commit != self.commit
 
     def add(self, *key: Any, seconds: dict[str, float], chosen: str = "") -> None:
-        row = Row(*key, seconds=seconds, chosen=chosen, machine=machine())
-        with self.path.open("a") as file:
-            file.write(json.dumps(asdict(row)) + "\n")
+        row = Row(*key, seconds=seconds, chosen=chosen, machine=machine(), commit=self.commit)
+        self.known.pop(key, None)
+        self.known[key] = row
+        lines = [json.dumps(asdict(row)) + "\n" for row in self.known.values()]
+        write_atomic(self.path, "".join(lines).encode())
         shown = ", ".join(
             f"{name} {row.speedup(name):.2f}x" for name in seconds if not name.startswith("dense")
         )
@@ -254,10 +276,14 @@ WAYS = {"inference": inference, "training step": training_step}
 
 def dense_rivals(build: Callable[[], nn.Module], x: Tensor, mode: str, compiled: bool) -> dict[str, Run]:
     """The sparsity makes no difference to them. "again": how much two measurements of one thing differ."""
-    way, images = WAYS[mode], x.dim() == 4
+    way, rows = WAYS[mode], x.numel() // x.shape[-1]
     rivals = {"dense": way(build(), x), "again": way(build(), x)}
-    if images:
+    if x.dim() == 4:
         rivals["dense channels_last"] = way(build().to(memory_format=LAST), x.contiguous(memory_format=LAST))
+    elif mode == "inference":  # F.linear is MKL's
+        rivals["dense oneDNN"] = inference(
+            with_linear(build(), partial(OneDnnLinear.from_dense, rows=rows)), x
+        )
     if compiled:
         torch._dynamo.reset()
         rivals["torch.compile"] = way(torch.compile(build()), x)
@@ -275,16 +301,24 @@ class CsrLinear(nn.Module):
         return mkl(x.flatten(0, -2), self.weight).view(*x.shape[:-1], -1) + self.bias
 
 
-def linear_rivals(model: nn.Module, x: Tensor, expected: Tensor) -> Iterator[tuple[str, Run]]:
-    rows = x.numel() // x.shape[-1]
-    onednn = partial(OneDnnLinear.from_dense, rows=rows)  # F.linear is MKL's
-    for name, kind in (("dense oneDNN", onednn), ("MKL CSR", CsrLinear)):
-        rival = copy.deepcopy(model)
-        for at, layer in model.named_modules():
-            if isinstance(layer, nn.Linear):
-                rival.set_submodule(at, kind(layer))
-        close(rival(x), expected)
-        yield name, inference(rival, x)
+def with_linear(model: nn.Module, kind: Callable[[nn.Linear], nn.Module]) -> nn.Module:
+    """A copy whose Linear are of another kind."""
+    found = copy.deepcopy(model)
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear):
+            found.set_submodule(name, kind(layer))
+    return found
+
+
+def seeded(network: str) -> nn.Module:
+    torch.manual_seed(0)
+    return NETWORKS[network][0]()
+
+
+@cache
+def masks_of(name: str, sparsity: float) -> drive.Masks:
+    network, _, kind = name.partition(", ")
+    return (drive_masks if kind else uniform_masks)(seeded(network), sparsity)
 
 
 def networks(
@@ -292,32 +326,35 @@ def networks(
 ) -> None:
     """The speed-up counts the better dense layout, whatever the model was given in."""
     for name, batch, mode in product(names, batches, WAYS):
-        network, _, kind = name.partition(", ")
+        network = name.partition(", ")[0]
         wanted = [s for s in sparsities if rows.missing("network", name, batch, s, mode)]
         if not wanted:
             continue
         build, shape = NETWORKS[network]
         x = torch.randn(batch, *shape)
         rivals = dense_rivals(build, x, mode, batch in compiled)
+        runs: dict[float, dict[str, Run]] = {}
+        chosen = {}
         for sparsity in wanted:
-            torch.manual_seed(0)
-            model = build()
-            masks = (drive_masks if kind else uniform_masks)(model, sparsity)
+            masks, model = masks_of(name, sparsity), seeded(network)
+            masks.apply_(model)
             model.train(mode == "training step")
-            ours = drive.sparse.convert(model, masks, x)
-            model, ours = copy.deepcopy(model), copy.deepcopy(ours)
+            ours = copy.deepcopy(drive.sparse.convert(model, masks, x))
             expected = copy.deepcopy(model)(x).detach()
             close(copy.deepcopy(ours)(x).detach(), expected)
-            more = {}
+            runs[sparsity] = {"ours": WAYS[mode](ours, x)}
+            chosen[sparsity] = drive.sparse.report(ours).chosen
             if mode == "inference" and x.dim() < 4:
-                with torch.no_grad():
-                    more = dict(linear_rivals(model, x, expected))
-            runs = {**rivals, **more, "ours": WAYS[mode](ours, x)}
-            rows.add(
-                "network", name, batch, sparsity, mode,
-                seconds=steady(runs),
-                chosen=drive.sparse.report(ours).chosen,
-            )  # fmt: skip
+                csr = with_linear(model, CsrLinear)
+                close(csr(x).detach(), expected)
+                runs[sparsity]["MKL CSR"] = inference(csr, x)
+        again = {"again": rivals.pop("again")}  # the last one, furthest from the first
+        sparse = {f"{who} {s}": run for s, of in runs.items() for who, run in of.items()}
+        seconds = steady({**rivals, **sparse, **again})
+        for sparsity, of in runs.items():
+            found = {who: seconds[who] for who in (*rivals, *again)}
+            found |= {who: seconds[f"{who} {sparsity}"] for who in of}
+            rows.add("network", name, batch, sparsity, mode, seconds=found, chosen=chosen[sparsity])
 
 
 def steady(runs: dict[str, Run]) -> dict[str, float]:

@@ -8,13 +8,13 @@ The figure goes beside the page, under the same name.
 from __future__ import annotations
 
 import argparse
-import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
 from statistics import median
 
-from bench_sparse import Row
+from bench_sparse import Row, read
 
 from drive.figures import figure_of, save_figure
 from drive.files import write_atomic
@@ -70,10 +70,6 @@ The same Linear by `torch.sparse` CSR (MKL), whose backward is dense / by Sparse
 Cell = Callable[[Row], str]
 
 
-def read(path: Path) -> list[Row]:
-    return [Row(**json.loads(line)) for line in path.read_text().splitlines()]
-
-
 def table(rows: Iterable[Row], cell: Cell) -> str:
     """A line per name, batch and mode, a column per sparsity."""
     rows = sorted(rows, key=lambda row: (row.name, row.mode, row.batch, row.sparsity))
@@ -87,6 +83,15 @@ def table(rows: Iterable[Row], cell: Cell) -> str:
         cells = " | ".join(found.get(s, "-") for s in sparsities)
         lines.append(f"| {name}, {mode} | {batch} | {cells} |")
     return "\n".join(lines)
+
+
+def _machines(rows: list[Row]) -> str:
+    """Where and when, and of which version of the code, with the number of rows if there are several."""
+    found = Counter((row.machine, row.commit) for row in rows)
+    lines = [f"{machine}, commit {commit or 'unknown'}" for machine, commit in found]
+    if len(found) == 1:
+        return lines[0]
+    return "\n".join(f"- {line}: {n} rows" for line, n in zip(lines, found.values(), strict=True))
 
 
 def _of(*providers: str) -> Cell:
@@ -130,7 +135,7 @@ def page(rows: list[Row], figure: str) -> str:
     )
     csr = [row for row in nets if "MKL CSR" in row.seconds]
     return HEAD.format(
-        machines="; ".join(dict.fromkeys(row.machine for row in rows)), lowest=_lowest(nets),
+        machines=_machines(rows), lowest=_lowest(nets),
         networks=table(nets, _of("ours")), compiled="; ".join(_compiled(nets)),
         csr=table(csr, _of("MKL CSR")), figure=figure, layers=table(convolutions, _of("ours")),
         linear=table(linear, _of("ours")),
