@@ -267,13 +267,7 @@ void backward(const Conv& conv, const at::Tensor& grad, const at::Tensor& input,
       }
     };
   });
-  if (!to_values) return;
-  T* const found = to_values->data_ptr<T>();
-  for (int64_t i = 0; i < pattern.count; ++i) {
-    T sum = 0;
-    for (int64_t t = 0; t < copies; ++t) sum += sums.data_ptr<T>()[t * pattern.count + i];
-    found[packed[i]] = sum;
-  }
+  if (to_values) pack_sums(sums, packed.data(), to_values->data_ptr<T>());
 }
 
 at::Tensor sparse_conv2d_cpu(const at::Tensor& input, const at::Tensor& values, at::TensorList pattern,

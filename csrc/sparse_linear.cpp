@@ -106,24 +106,58 @@ Matrix<T> matrix(const at::Tensor& t) {
   return {t.data_ptr<T>(), t.size(0), t.size(1)};
 }
 
+// Where the non-zeros of each feature are, and which values they have: as packed, or at `packed` among them.
 template <class T>
-Taps<T> make_taps(const int32_t* start, const int32_t* feature, const int32_t* packed, const T* values,
-                  int64_t features, int64_t count, int64_t stride) {
-  Taps<T> taps(count);
-  taps.start.assign(start, start + features + 1);
-  at::parallel_for(0, count, kTapGrain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const T value = !values ? T(0) : packed ? values[packed[i]] : values[i];
-      taps.taps[i] = {static_cast<int32_t>(feature[i] * stride), value};
-    }
-  });
-  return taps;
-}
+struct Entries {
+  const int32_t *start, *feature, *packed;
+  const T* values;
+  int64_t features, stride;
 
-// out = in * taps + bias
+  int64_t count(int64_t f) const { return start[f + 1] - start[f]; }
+  int64_t count() const { return start[features]; }
+
+  void make(int64_t begin, int64_t end, Tap<T>* to) const {
+    constexpr int64_t kAhead = 48;  // values that lie anywhere: 1.3 times as fast
+    for (int64_t i = begin; i < end; ++i) {
+      if (packed) __builtin_prefetch(values + packed[std::min(i + kAhead, end - 1)]);
+      *to++ = {static_cast<int32_t>(feature[i] * stride), values[packed ? packed[i] : i]};
+    }
+  }
+};
+
+// The taps of some features at a time: made when they are needed, while they are in the cache, or, where
+// several pieces need them, all beforehand.
 template <class T>
-void multiply(const Matrix<T>& in, const Matrix<T>& out, const Pieces& pieces, const Taps<T>& taps,
+class FeatureTaps {
+ public:
+  FeatureTaps(const Entries<T>& entries, const Pieces& pieces) : entries_(entries) {
+    if (pieces.count == 1) return;
+    all_ = scratch<Tap<T>>(kTapScratch, entries.count());
+    at::parallel_for(0, entries.count(), kTapGrain, [&](int64_t begin, int64_t end) {
+      entries_.make(begin, end, all_ + begin);
+    });
+  }
+
+  // Those of features [begin, end), one feature's after the other's; valid until the next call.
+  const Tap<T>* of(int64_t begin, int64_t end) const {
+    const int64_t first = entries_.start[begin], last = entries_.start[end];
+    if (all_) return all_ + first;
+    Tap<T>* const some = scratch<Tap<T>>(kTapScratch, last - first);
+    entries_.make(first, last, some);
+    return some;
+  }
+  int64_t count(int64_t feature) const { return entries_.count(feature); }
+
+ private:
+  Entries<T> entries_;
+  Tap<T>* all_ = nullptr;
+};
+
+// out = in * entries + bias
+template <class T>
+void multiply(const Matrix<T>& in, const Matrix<T>& out, const Pieces& pieces, const Entries<T>& entries,
               const T* bias) {
+  const FeatureTaps<T> taps(entries, pieces);
   const auto multiply = sparse_kernels<T>().multiply;
   pieces.run([&](int64_t row, int64_t positions, int64_t begin, int64_t end, bool moved) {
     T* const lanes = scratch<T>(kInputScratch, in.features * pieces.stride());
@@ -131,9 +165,10 @@ void multiply(const Matrix<T>& in, const Matrix<T>& out, const Pieces& pieces, c
     if (moved) in.load(pieces, row, positions, 0, in.features, lanes);
     for (int64_t f = begin; f < end; f += kFeatures) {
       const int64_t last = std::min(f + kFeatures, end);
-      for (int64_t o = f; o < last; ++o) {
-        multiply({lanes, 0, taps.of(o), taps.count(o), 1, positions, sums + (o - f) * pieces.stride(), 0,
-                  nullptr, bias ? bias[o] : T(0), -std::numeric_limits<T>::infinity()});
+      const Tap<T>* tap = taps.of(f, last);
+      for (int64_t o = f; o < last; tap += taps.count(o++)) {
+        multiply({lanes, 0, tap, taps.count(o), 1, positions, sums + (o - f) * pieces.stride(), 0, nullptr,
+                  bias ? bias[o] : T(0), -std::numeric_limits<T>::infinity()});
       }
       out.store(pieces, row, positions, f, last, sums);
     }
@@ -168,9 +203,8 @@ at::Tensor forward(const at::Tensor& input, const T* values, const Pattern& patt
     return output;
   }
   const Pieces pieces(input.size(0), input.size(1), features, sizeof(T));
-  const Taps<T> taps = make_taps<T>(pattern.row_start, pattern.column, nullptr, values, features,
-                                    pattern.count, pieces.stride());
-  multiply(matrix<T>(input), matrix<T>(output), pieces, taps, bias);
+  const Entries<T> entries{pattern.row_start, pattern.column, nullptr, values, features, pieces.stride()};
+  multiply(matrix<T>(input), matrix<T>(output), pieces, entries, bias);
   return output;
 }
 
@@ -179,23 +213,24 @@ at::Tensor backward_input(const at::Tensor& grad, const T* values, const Pattern
   at::Tensor output = empty_recycled({grad.size(0), features}, grad.options());
   if (output.numel() == 0) return output;
   const Pieces pieces(grad.size(0), grad.size(1), features, sizeof(T));
-  const Taps<T> taps = make_taps<T>(pattern.column_start, pattern.row, pattern.packed, values, features,
-                                    pattern.count, pieces.stride());
-  multiply<T>(matrix<T>(grad), matrix<T>(output), pieces, taps, nullptr);
+  const Entries<T> entries{pattern.column_start, pattern.row, pattern.packed, values, features,
+                           pieces.stride()};
+  multiply<T>(matrix<T>(grad), matrix<T>(output), pieces, entries, nullptr);
   return output;
 }
 
 // The gradient to the packed values.
 template <class T>
-at::Tensor backward_values(const at::Tensor& grad, const at::Tensor& input, const Pattern& pattern) {
+at::Tensor backward_values(const at::Tensor& grad, const at::Tensor& input, const T* values,
+                           const Pattern& pattern) {
   const Matrix<T> in = matrix<T>(input), out = matrix<T>(grad);
   const Pieces pieces(in.rows, in.features, out.features, sizeof(T));
   // Pieces that differ in their output features only write different sums.
   const int64_t copies = pieces.count == 1 ? 1 : at::get_num_threads();
   at::Tensor sums = at::zeros({copies, pattern.count}, input.options());
   if (input.numel() == 0 || grad.numel() == 0) return sums.sum(0);
-  const Taps<T> taps = make_taps<T>(pattern.row_start, pattern.column, nullptr, nullptr, out.features,
-                                    pattern.count, pieces.stride());
+  const FeatureTaps<T> taps(
+      Entries<T>{pattern.row_start, pattern.column, nullptr, values, out.features, pieces.stride()}, pieces);
   const auto sample = sparse_kernels<T>().sample;
   pieces.run([&](int64_t row, int64_t positions, int64_t begin, int64_t end, bool moved) {
     T* const lanes = scratch<T>(kInputScratch, in.features * pieces.stride());
@@ -205,9 +240,10 @@ at::Tensor backward_values(const at::Tensor& grad, const at::Tensor& input, cons
     for (int64_t f = begin; f < end; f += kFeatures) {
       const int64_t last = std::min(f + kFeatures, end);
       out.load(pieces, row, positions, f, last, grads);
-      for (int64_t o = f; o < last; ++o) {
-        sample({lanes, 0, taps.of(o), taps.count(o), 1, positions, grads + (o - f) * pieces.stride(), 0,
-                mine + taps.start[o]});
+      const Tap<T>* tap = taps.of(f, last);
+      for (int64_t o = f; o < last; tap += taps.count(o++)) {
+        sample({lanes, 0, tap, taps.count(o), 1, positions, grads + (o - f) * pieces.stride(), 0,
+                mine + pattern.row_start[o]});
       }
     }
   });
@@ -274,7 +310,7 @@ Gradients sparse_linear_backward_cpu(const at::Tensor& grad, const at::Tensor& i
       const at::Tensor found = backward_input<scalar_t>(g, v.data_ptr<scalar_t>(), where, shape[1]);
       std::get<0>(gradients) = found.view(input.sizes());
     }
-    if (needed[1]) std::get<1>(gradients) = backward_values<scalar_t>(g, x, where);
+    if (needed[1]) std::get<1>(gradients) = backward_values<scalar_t>(g, x, v.data_ptr<scalar_t>(), where);
   });
   if (needed[2]) std::get<2>(gradients) = g.sum(0);
   return gradients;

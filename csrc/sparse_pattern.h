@@ -72,4 +72,18 @@ inline int64_t channel_grain(int64_t channels, int64_t taps) {
   return std::max<int64_t>(1, channels * kTapGrain / std::max<int64_t>(taps, 1));
 }
 
+// Of the taps' sums [copies, taps], a copy a thread, the totals, tap i's at packed[i].
+template <class T>
+void pack_sums(const at::Tensor& sums, const int32_t* packed, T* to) {
+  const int64_t copies = sums.size(0), count = sums.size(1);
+  const T* const from = sums.data_ptr<T>();
+  at::parallel_for(0, count, kTapGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      T total = 0;
+      for (int64_t t = 0; t < copies; ++t) total += from[t * count + i];
+      to[packed[i]] = total;
+    }
+  });
+}
+
 }  // namespace drive
