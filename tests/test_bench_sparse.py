@@ -1,0 +1,90 @@
+"""The benchmark of sparse layers: what it writes, what it measures again, which measurement it keeps."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+
+import bench_sparse
+import sparse_report
+from bench_sparse import Row
+
+
+def tiny() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Small networks, and three turns a measurement."""
+    monkeypatch.setattr("drive.sparse.measure.MODEL_SECONDS", 0.0)
+    monkeypatch.setattr("drive.sparse.measure.SECONDS", 0.0)
+    monkeypatch.setattr(bench_sparse, "MODEL_SECONDS", 0.0)
+    monkeypatch.setattr(bench_sparse, "version", lambda: "abc1234")
+    monkeypatch.setitem(bench_sparse.NETWORKS, "tiny", (tiny, (3, 8, 8)))
+    monkeypatch.setitem(bench_sparse.NETWORKS, "tiny mlp", (lambda: nn.Sequential(nn.Linear(64, 32)), (64,)))
+
+
+def measure(path: Path, *names: str) -> list[Row]:
+    bench_sparse.networks(bench_sparse.Rows(path), [0.5, 0.98], [16], list(names), [])
+    return bench_sparse.read(path)
+
+
+def test_networks(quick, tmp_path: Path):
+    rows = measure(tmp_path / "rows.jsonl", "tiny", "tiny mlp")
+    found = {(row.name, row.sparsity, row.mode): set(row.seconds) for row in rows}
+    modes = ("inference", "training step")
+    assert list(found) == [(n, s, m) for n in ("tiny", "tiny mlp") for m in modes for s in (0.5, 0.98)]
+    always = {"dense", "again", "ours"}
+    assert found["tiny", 0.98, "inference"] == always | {"dense channels_last"}
+    assert found["tiny mlp", 0.5, "inference"] == always | {"dense oneDNN", "MKL CSR"}
+    assert found["tiny mlp", 0.5, "training step"] == always
+    assert {row.commit for row in rows} == {"abc1234"}
+    half, most = (row.seconds for row in rows[:2])
+    assert half["dense"] == most["dense"] and half["ours"] != most["ours"]  # in the same turns
+
+
+def test_rows_of_another_version_are_replaced(quick, tmp_path: Path, monkeypatch):
+    before = measure(tmp_path / "rows.jsonl", "tiny")
+    assert measure(tmp_path / "rows.jsonl", "tiny") == before
+    monkeypatch.setattr(bench_sparse, "version", lambda: "def5678")
+    after = measure(tmp_path / "rows.jsonl", "tiny")
+    assert [row.key for row in after] == [row.key for row in before]
+    assert {row.commit for row in after} == {"def5678"}
+
+
+def test_steadiest_measurement_is_kept(monkeypatch):
+    def of(*agains: float) -> dict[str, float]:
+        left = iter(agains)
+        monkeypatch.setattr(
+            bench_sparse, "interleaved", lambda runs, seconds: {"dense": 1.0, "again": next(left)}
+        )
+        return bench_sparse.steady({})
+
+    assert of(1.2, 0.95, 1.1)["again"] == 0.95
+    assert of(1.2, 1.01)["again"] == 1.01  # which suffices: there is no third
+
+
+def test_page(tmp_path: Path):
+    dense = {"dense": 2.0, "again": 2.1}
+    linear = {"dense": 1.0, "ours": 0.1, "MKL CSR": 0.2}
+    rows = [
+        Row("network", "net", 32, 0.98, "inference", {**dense, "ours": 0.5}, "sparse chains", "here", "aaa"),
+        Row("network", "net", 32, 0.5, "inference", {**dense, "ours": 2.5}, "dense", "here", "bbb"),
+        Row("linear", "8x8", 32, 0.98, "forward", linear, "", "here", "bbb"),
+    ]
+    page = sparse_report.page(rows, "figure.png")
+    assert "- here, commit aaa: 1 rows\n- here, commit bbb: 2 rows" in page
+    assert "| net, inference | 32 | 0.8 | 4 |" in page
+    assert "1 of 2 figures are below 0.97, 1 of them of networks that it left dense" in page
+    assert "| 8x8, forward | 32 | 5 / - |" in page
+    sparse_report.draw(rows, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+    assert sparse_report.page(rows[1:], "figure.png").split("\n\n")[1] == "here, commit bbb"
