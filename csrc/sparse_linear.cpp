@@ -117,7 +117,7 @@ struct Entries {
   int64_t count() const { return start[features]; }
 
   void make(int64_t begin, int64_t end, Tap<T>* to) const {
-    constexpr int64_t kAhead = 48;  // values that lie anywhere: 1.3 times as fast
+    constexpr int64_t kAhead = 48;  // values that lie anywhere: backward to the input is 1.3 times as fast
     for (int64_t i = begin; i < end; ++i) {
       if (packed) __builtin_prefetch(values + packed[std::min(i + kAhead, end - 1)]);
       *to++ = {static_cast<int32_t>(feature[i] * stride), values[packed ? packed[i] : i]};
