@@ -22,24 +22,19 @@ from __future__ import annotations
 import argparse
 import copy
 import ctypes
-import json
-import subprocess
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import torch
 from sparse_networks import NETWORKS, drive_masks, uniform_masks
+from sparse_rows import Rows
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import drive
-from drive.bench import machine
-from drive.files import write_atomic
 from drive.sparse.laid_out import OneDnnLinear
 from drive.sparse.measure import MODEL_SECONDS, interleaved
 from drive_kernels import sparse
@@ -52,71 +47,6 @@ LAST = torch.channels_last
 
 Run = Callable[[], object]
 Layer = Callable[[Tensor, Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Row:
-    """What was timed, and the seconds a call of each provider; "dense..." are those to beat."""
-
-    what: str
-    name: str
-    batch: int
-    sparsity: float
-    mode: str
-    seconds: dict[str, float] = field(default_factory=dict)
-    chosen: str = ""
-    machine: str = ""
-    commit: str = ""
-
-    @property
-    def key(self) -> tuple[object, ...]:
-        return self.what, self.name, self.batch, self.sparsity, self.mode
-
-    @property
-    def best_dense(self) -> float:
-        """Of the eager ones: torch.compile's is shown apart."""
-        return min(s for name, s in self.seconds.items() if name.startswith("dense"))
-
-    def speedup(self, provider: str = "ours") -> float:
-        return self.best_dense / self.seconds[provider]
-
-
-def read(path: Path) -> list[Row]:
-    return [Row(**json.loads(line)) for line in path.read_text().splitlines()]
-
-
-def version() -> str:
-    """The commit that last changed what is measured here, with a + if something has changed since."""
-    measured = ["csrc", "drive_kernels", "python/drive/sparse", "benchmarks/bench_sparse.py",
-                "benchmarks/sparse_networks.py"]  # fmt: skip
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parents[1]), *arguments, "--", *measured]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    return git("log", "-1", "--format=%h") + ("+" if git("status", "--porcelain") else "")
-
-
-class Rows:
-    """The file: a row a line, written as soon as it is measured."""
-
-    def __init__(self, path: Path):
-        self.path, self.commit = path, version()
-        self.known = {row.key: row for row in read(path)} if path.exists() else {}
-
-    def missing(self, *key: Any) -> bool:
-        return key not in self.known or self.known[key].commit != self.commit
-
-    def add(self, *key: Any, seconds: dict[str, float], chosen: str = "") -> None:
-        row = Row(*key, seconds=seconds, chosen=chosen, machine=machine(), commit=self.commit)
-        self.known.pop(key, None)
-        self.known[key] = row
-        lines = [json.dumps(asdict(row)) + "\n" for row in self.known.values()]
-        write_atomic(self.path, "".join(lines).encode())
-        shown = ", ".join(
-            f"{name} {row.speedup(name):.2f}x" for name in seconds if not name.startswith("dense")
-        )
-        print(f"{key}: dense {row.best_dense * 1e3:.2f} ms; {shown} {chosen}", flush=True)
 
 
 def forward(layer: Layer, x: Tensor, weight: Tensor) -> Run:

@@ -14,7 +14,7 @@ from itertools import groupby
 from pathlib import Path
 from statistics import median
 
-from bench_sparse import Row, read
+from sparse_rows import Row, read
 
 from drive.figures import figure_of, save_figure
 from drive.files import write_atomic

@@ -12,7 +12,8 @@ sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 
 import bench_sparse
 import sparse_report
-from bench_sparse import Row
+import sparse_rows
+from sparse_rows import Row
 
 
 def tiny() -> nn.Module:
@@ -27,14 +28,14 @@ def quick(monkeypatch):
     monkeypatch.setattr("drive.sparse.measure.MODEL_SECONDS", 0.0)
     monkeypatch.setattr("drive.sparse.measure.SECONDS", 0.0)
     monkeypatch.setattr(bench_sparse, "MODEL_SECONDS", 0.0)
-    monkeypatch.setattr(bench_sparse, "version", lambda: "abc1234")
+    monkeypatch.setattr(sparse_rows, "version", lambda: "abc1234")
     monkeypatch.setitem(bench_sparse.NETWORKS, "tiny", (tiny, (3, 8, 8)))
     monkeypatch.setitem(bench_sparse.NETWORKS, "tiny mlp", (lambda: nn.Sequential(nn.Linear(64, 32)), (64,)))
 
 
 def measure(path: Path, *names: str) -> list[Row]:
-    bench_sparse.networks(bench_sparse.Rows(path), [0.5, 0.98], [16], list(names), [])
-    return bench_sparse.read(path)
+    bench_sparse.networks(sparse_rows.Rows(path), [0.5, 0.98], [16], list(names), [])
+    return sparse_rows.read(path)
 
 
 def test_networks(quick, tmp_path: Path):
@@ -54,7 +55,7 @@ def test_networks(quick, tmp_path: Path):
 def test_rows_of_another_version_are_replaced(quick, tmp_path: Path, monkeypatch):
     before = measure(tmp_path / "rows.jsonl", "tiny")
     assert measure(tmp_path / "rows.jsonl", "tiny") == before
-    monkeypatch.setattr(bench_sparse, "version", lambda: "def5678")
+    monkeypatch.setattr(sparse_rows, "version", lambda: "def5678")
     after = measure(tmp_path / "rows.jsonl", "tiny")
     assert [row.key for row in after] == [row.key for row in before]
     assert {row.commit for row in after} == {"def5678"}
