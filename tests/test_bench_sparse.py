@@ -27,7 +27,7 @@ def quick(monkeypatch):
     """Small networks, and three turns a measurement."""
     monkeypatch.setattr("drive.sparse.measure.MODEL_SECONDS", 0.0)
     monkeypatch.setattr("drive.sparse.measure.SECONDS", 0.0)
-    monkeypatch.setattr(bench_sparse, "MODEL_SECONDS", 0.0)
+    monkeypatch.setattr(bench_sparse, "NETWORK_SECONDS", 0.0)
     monkeypatch.setattr(sparse_rows, "version", lambda: "abc1234")
     monkeypatch.setitem(bench_sparse.NETWORKS, "tiny", (tiny, (3, 8, 8)))
     monkeypatch.setitem(bench_sparse.NETWORKS, "tiny mlp", (lambda: nn.Sequential(nn.Linear(64, 32)), (64,)))
@@ -61,16 +61,15 @@ def test_rows_of_another_version_are_replaced(quick, tmp_path: Path, monkeypatch
     assert {row.commit for row in after} == {"def5678"}
 
 
-def test_steadiest_measurement_is_kept(monkeypatch):
-    def of(*agains: float) -> dict[str, float]:
-        left = iter(agains)
-        monkeypatch.setattr(
-            bench_sparse, "interleaved", lambda runs, seconds: {"dense": 1.0, "again": next(left)}
-        )
-        return bench_sparse.steady({})
+def test_csr_is_measured_apart_and_counted_against_the_same_dense_network(quick, tmp_path: Path, monkeypatch):
+    def measured(runs, seconds=0.25):
+        slower = any(who.startswith("MKL CSR") for who in runs)  # the host, meanwhile
+        assert not (slower and any(who.startswith("ours") for who in runs))
+        return {who: (2.0 if slower else 1.0) * (3.0 if who.startswith("MKL CSR") else 1.0) for who in runs}
 
-    assert of(1.2, 0.95, 1.1)["again"] == 0.95
-    assert of(1.2, 1.01)["again"] == 1.01  # which suffices: there is no third
+    monkeypatch.setattr(bench_sparse, "interleaved", measured)
+    rows = [row for row in measure(tmp_path / "rows.jsonl", "tiny mlp") if row.mode == "inference"]
+    assert [row.seconds["MKL CSR"] for row in rows] == [3.0, 3.0]
 
 
 def test_page(tmp_path: Path):
