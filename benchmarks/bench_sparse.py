@@ -45,8 +45,8 @@ LAYERS = ((64, 32), (128, 16), (256, 8), (512, 4))  # channels, side
 FEATURES = 4096
 LAST = torch.channels_last
 
-# Of turns for each layer and each network, 15 turns at most. On a shared host two equal dense networks of 2 s
-# a step came out up to 16 % apart in 3 turns, 3 % in 8.
+# Of turns for each layer and each network, 15 turns at most. On a shared host equal dense networks of 1 to
+# 2 s a call came out up to 16 % off the first in 3 turns, up to 4 % in 8 (four sets of six).
 LAYER_SECONDS, NETWORK_SECONDS = 1.0, 12.0
 
 Run = Callable[[], object]
@@ -287,8 +287,8 @@ def networks(
                 close(of_csr(x).detach(), expected)
                 csr[f"MKL CSR {sparsity}"] = inference(of_csr, x)
         seconds = interleaved({**rivals, **ours, **again}, seconds=NETWORK_SECONDS)
-        if csr:  # takes 30 times as long as dense where nothing is pruned: not in turns with the others
-            apart = interleaved({"dense": rivals["dense"], **csr})
+        if csr:  # up to 39 times as long as dense where nothing is pruned: not in turns with the others
+            apart = interleaved({"dense": rivals["dense"], **csr}, seconds=NETWORK_SECONDS)
             seconds |= {who: seconds["dense"] * apart[who] / apart["dense"] for who in csr}
         for sparsity in wanted:
             found = {who: seconds[who] for who in (*rivals, *again)}

@@ -42,7 +42,7 @@ may choose dense: {lowest}.
 
 Dense networks under `torch.compile` against the same eager ones: {compiled}.
 
-Of those, inference with `torch.sparse` CSR (MKL) in place of Linear, in turns with dense alone:
+Of those, inference with `torch.sparse` CSR (MKL) in place of Linear:
 
 {csr}
 

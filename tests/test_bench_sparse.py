@@ -62,7 +62,7 @@ def test_rows_of_another_version_are_replaced(quick, tmp_path: Path, monkeypatch
 
 
 def test_csr_is_measured_apart_and_counted_against_the_same_dense_network(quick, tmp_path: Path, monkeypatch):
-    def measured(runs, seconds=0.25):
+    def measured(runs, seconds):
         slower = any(who.startswith("MKL CSR") for who in runs)  # the host, meanwhile
         assert not (slower and any(who.startswith("ours") for who in runs))
         return {who: (2.0 if slower else 1.0) * (3.0 if who.startswith("MKL CSR") else 1.0) for who in runs}
