@@ -14,12 +14,10 @@ from itertools import groupby
 from pathlib import Path
 from statistics import median
 
-from sparse_rows import Row, read
+from sparse_rows import TOLERATED, Row, read
 
 from drive.figures import figure_of, save_figure
 from drive.files import write_atomic
-
-TOLERATED = 0.97  # a converted network may be so much slower than the dense one: what two runs differ by
 
 HEAD = """# Sparse layers and networks on CPU
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
+import random
+from functools import partial
 from importlib import import_module
 
 import pytest
@@ -334,6 +337,22 @@ def test_layers_alike_are_measured_once(monkeypatch: pytest.MonkeyPatch):
     ):  # fmt: skip
         costs.of(layer, {}, shape, density)
     assert len(measured) == 6
+
+
+def test_interleaved_calls_all_in_each_turn_in_orders_of_their_own():
+    called: list[str] = []
+    rng = torch.random.get_rng_state(), random.getstate()
+    runs = {name: partial(called.append, name) for name in "abcd"}
+    found = measure.interleaved(runs, seconds=math.inf)
+    assert list(found) == list(runs) and min(found.values()) > 0
+    timed = called[len(runs) :: 2]  # short calls: all once, then each twice a turn, the second one timed
+    turns = [tuple(timed[i : i + 4]) for i in range(0, len(timed), 4)]
+    assert len(turns) == 15 and all(set(turn) == set(runs) for turn in turns)
+    assert len(set(turns)) > 5
+    assert torch.equal(torch.random.get_rng_state(), rng[0]) and random.getstate() == rng[1]
+    called.clear()
+    measure.interleaved(runs, seconds=0.0)
+    assert len(called) == len(runs) * (1 + 2 * 5)
 
 
 def test_refuses():
