@@ -51,13 +51,13 @@ struct Conv {
 // Offsets of the columns of one group's weight in a window on the input.
 inline std::vector<int32_t> column_offsets(const Conv& conv, const Window& window) {
   std::vector<int32_t> offsets(conv.columns());
-  for (int64_t c = 0, i = 0; c < conv.group_channels; ++c) {
-    for (int64_t ky = 0; ky < conv.kernel[0]; ++ky) {
-      for (int64_t kx = 0; kx < conv.kernel[1]; ++kx, ++i) {
-        const int64_t slot = window.slot(conv.phase(0, ky), conv.phase(1, kx));
-        offsets[i] = static_cast<int32_t>(c * window.channel_size() + slot * window.slot_size() +
-                                          conv.shift(0, ky) * window.pitch() +
-                                          conv.shift(1, kx) * window.entry());
+  for (int64_t ky = 0, i = 0; ky < conv.kernel[0]; ++ky) {
+    for (int64_t kx = 0; kx < conv.kernel[1]; ++kx, ++i) {
+      const int64_t slot = window.slot(conv.phase(0, ky), conv.phase(1, kx));
+      const int64_t here = slot * window.slot_size() + conv.shift(0, ky) * window.pitch() +
+                           conv.shift(1, kx) * window.entry();
+      for (int64_t c = 0; c < conv.group_channels; ++c) {
+        offsets[c * conv.area() + i] = static_cast<int32_t>(c * window.channel_size() + here);
       }
     }
   }

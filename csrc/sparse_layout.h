@@ -3,6 +3,8 @@
 //
 //   planes    [N, C, H, W], lanes are images: transposed on the way
 //   pixels    [N, C, H, W], lanes are neighbours in a row of one image: copied as they are
+//   padded    [N, C, H, W], lanes are neighbours in the window on one image, over the ends of its rows: what
+//             they compute between the output's rows is left there
 //   blocked   [ceil(N / 16), C, H, W, 16], lanes are images
 #pragma once
 
@@ -16,7 +18,16 @@
 
 namespace drive {
 
-enum class Layout { planes, pixels, blocked };
+enum class Layout { planes, pixels, padded, blocked };
+
+template <class T>
+void copy_run(const T* from, int64_t count, T* to) {
+  if (count == 1) {  // a call of memcpy would take longer
+    *to = *from;
+  } else {
+    std::memcpy(to, from, count * sizeof(T));
+  }
+}
 
 template <class T>
 struct Images {
@@ -25,8 +36,9 @@ struct Images {
   int64_t batch;  // of a blocked tensor, all lanes
   int64_t channels, height, width;
 
-  explicit Images(const at::Tensor& t, bool pixels = false)
-      : layout(t.dim() == 5 ? Layout::blocked : pixels ? Layout::pixels : Layout::planes),
+  explicit Images(const at::Tensor& t) : Images(t, t.dim() == 5 ? Layout::blocked : Layout::planes) {}
+  Images(const at::Tensor& t, Layout l)
+      : layout(l),
         data(t.data_ptr<T>()),
         batch(t.dim() == 5 ? t.size(0) * kLanes : t.size(0)),
         channels(t.size(1)),
@@ -34,12 +46,21 @@ struct Images {
         width(t.size(3)) {}
 
   // Can the kernels use the memory as it is, without a window?
-  bool direct() const { return layout != Layout::planes; }
+  bool direct() const { return layout == Layout::pixels || layout == Layout::blocked; }
   // What is computed together: images a block, pixels a position, and entries a pixel in a window.
-  int64_t block() const { return layout == Layout::pixels ? 1 : kLanes; }
+  int64_t block() const { return layout == Layout::pixels || layout == Layout::padded ? 1 : kLanes; }
   int64_t blocks() const { return (batch + block() - 1) / block(); }
   int64_t position() const { return kLanes / block(); }
   int64_t entry() const { return block(); }
+  // Where lanes go over the ends of rows: columns that a window on the result has more, to be as wide as that
+  // on the input of taps with this reach, and zeros after the last row.
+  int64_t margin(int64_t reach) const { return layout == Layout::padded ? reach : 0; }
+  int64_t tail(int64_t reach) const { return layout == Layout::padded ? reach + kLanes : 0; }
+  // Rows and positions of so much of a window as the kernels see them.
+  int64_t rows(int64_t rows) const { return layout == Layout::padded ? 1 : rows; }
+  int64_t cols(int64_t rows, int64_t cols, int64_t pitch) const {
+    return layout == Layout::padded ? ((rows - 1) * pitch + cols + kLanes - 1) / kLanes : cols / position();
+  }
   // Rows that are worth going through all output channels with, out of so many: 8 positions of pixels have
   // an input so small that it nearly fits the L1 cache. With few taps a channel, what counts is that the
   // output's cache lines follow one another: whole planes are 1.4 times as fast with 4 taps, as fast with 12.
@@ -68,9 +89,12 @@ struct Images {
         const int cols = static_cast<int>(std::min<int64_t>(kLanes, window.count() - i));
         to_lanes(from + i, channels * plane(), lanes(b), cols, to, offsets + i);
       }
+    } else if (layout == Layout::padded) {
+      const int64_t run = window.run();
+      for (int64_t i = 0; i < window.count(); i += run) copy_run(from + i, run, to + offsets[i]);
     } else {
       const auto& copy = sparse_kernels<T>().copy;
-      const int64_t run = window.whole_rows() ? width : 1;
+      const int64_t run = window.run();
       for (int64_t i = 0; i < window.count(); i += run) {
         if (run == 1 && offsets[i] == window.nowhere()) continue;  // its cache line is not needed
         copy(from + i * entry(), run * entry(), to + offsets[i]);
@@ -87,6 +111,9 @@ struct Images {
         const int cols = static_cast<int>(std::min<int64_t>(kLanes, window.count() - i));
         from_lanes(from, offsets + i, to + i, channels * plane(), lanes(b), cols);
       }
+    } else if (layout == Layout::padded) {
+      const int64_t run = window.run();
+      for (int64_t i = 0; i < window.count(); i += run) copy_run(from + offsets[i], run, to + i);
     } else {
       for (int64_t i = 0; i < window.count(); ++i) {
         std::memcpy(to + i * kLanes, from + offsets[i], kLanes * sizeof(T));
@@ -111,7 +138,7 @@ class Held {
     moved_ = true, row0_ = row0;
     window_.move(row0);
     for (int64_t i = 0; i < channels_; ++i) {
-      for (const int32_t hole : window_.holes()) std::fill_n(at(i) + hole, window_.entry(), T(0));
+      for (const Window::Hole& hole : window_.holes()) std::fill_n(at(i) + hole.begin, hole.size, T(0));
     }
   }
   void load(int64_t block, int64_t channel, int64_t i) { images_.load(block, channel, window_, at(i)); }

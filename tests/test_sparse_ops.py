@@ -129,6 +129,32 @@ def test_conv2d_of_many_channels_works_in_pieces():
     assert_conv_right(Conv(18, 5, 700, 19, 21, stride=(2, 2)), torch.float32, 0.05, blocks=False)
     assert_conv_right(Conv(2, 900, 5, 40, 32), torch.float32, 0.05, blocks=False)
     assert_conv_right(Conv(2, 5, 900, 40, 32), torch.float32, 0.05, blocks=False)
+    assert_conv_right(Conv(2, 1500, 5, 40, 31), torch.float32, 0.05, blocks=False)
+    assert_conv_right(Conv(2, 5, 1500, 40, 31, kernel=(5, 5)), torch.float32, 0.05, blocks=False)
+    assert_conv_right(Conv(1, 900, 5, 61, 63, stride=(2, 2)), torch.float32, 0.05, blocks=False)
+
+
+@pytest.mark.parametrize("size", ((16, 7, 7), (1, 7, 7), (1, 7, 16)), ids=("images", "padded", "pixels"))
+@pytest.mark.parametrize("stride", ((1, 1), (2, 1)))
+def test_what_is_not_finite_stays_where_it_belongs(size: tuple[int, int, int], stride: tuple[int, int]):
+    """Lanes that go on beyond a row or a plane compute nothing that counts."""
+    batch, height, width = size
+    conv = Conv(batch, 4, 3, height, width, stride=stride)
+    x, weight, _, mask = conv.inputs(torch.float32, 1.0)
+    pattern = sparse.pattern_of(mask)
+    for spoilt, of in ((2, "input"), (1, "grad")):
+        x_, values = leaves(x, weight.flatten())
+        with torch.no_grad():
+            x_[:, spoilt if of == "input" else []] = torch.nan
+        found = ops.sparse_conv2d(x_, values, pattern, None, *conv.options)
+        grad = torch.ones_like(found)
+        grad[:, spoilt if of == "grad" else []] = torch.nan
+        found.backward(grad)
+        expected = torch.zeros(conv.shape, dtype=torch.bool)
+        expected[(slice(None), spoilt) if of == "input" else spoilt] = True
+        assert torch.equal(values.grad.isnan().view(conv.shape), expected)
+        assert found.isnan().all() if of == "input" else found.isfinite().all()
+        assert x_.grad.isfinite().all() if of == "input" else x_.grad.isnan().all()
 
 
 @pytest.mark.parametrize("threads", (1, 2, 3))
