@@ -138,25 +138,33 @@ def estimates(
     """What dense and sparse would cost, in cycles of one core, whatever the machine.
 
     Per 16 products: dense half a cycle, two FMAs in each, with a tenth lost; sparse 1.5, as the loads come
-    from the L2 cache, and as many for a lane that holds nothing, or 10 where it gathers along a row. A dense
-    weight comes from memory: 5 for 16 entries. Sparse moves its input and output twice: 6 for 16 entries of
-    both together. A call of it takes longer by 10 us, with its backward by 100.
+    from the L2 cache, and as many for a lane that holds nothing, or 10 where it gathers along a row; 1.5
+    times as many where lanes are an image's pixels, with those between its rows. A dense weight comes from
+    memory: 5 for 16 entries. Sparse moves its input and output twice: 6 for 16 entries of both together. A
+    call of it takes longer by 10 us, with its backward by 100.
     """
     weights, outputs = layer.weight.numel(), layer.weight.shape[0]
-    rows = shape.numel() // max(shape[-1 if isinstance(layer, nn.Linear) else 1], 1)
-    lanes = [rows]
-    if isinstance(layer, nn.Conv2d):
-        lanes = [shape[0] if len(shape) == 4 else 1]
-        if layer.stride == (1, 1) and shape[-1] >= 16:
-            lanes.append(shape[-1])
-        for stride in layer.stride:
-            rows //= stride
-    used = max(0.15, *(size / (16 * math.ceil(size / 16)) for size in lanes if size > 0))
+    if isinstance(layer, nn.Linear):
+        rows = shape.numel() // max(shape[-1], 1)
+        used = _filled(rows, rows)
+    else:
+        images = shape[0] if len(shape) == 4 else 1
+        height, width = (math.ceil(side / s) for side, s in zip(shape[-2:], layer.stride, strict=True))
+        reach = layer.dilation[1] * (layer.kernel_size[1] - 1) // layer.stride[1]
+        rows = images * height * width
+        plane = _filled(height * width, (height - 1) * (width + reach) + width)
+        used = max(_filled(images, images), plane / 1.5)
+    used = max(0.15, used)
     products = weights * rows / 16 * (3 if training else 1)
     moved = (shape.numel() + outputs * rows) / 16 * (3 if training else 1)
     call = 300_000 if training else 30_000
     dense = max(products * 0.55, weights / 16 * 5)
     return {"dense": dense, "sparse": products * density / used * 1.5 + moved * 6 + call}
+
+
+def _filled(useful: int, lanes: int) -> float:
+    """Which share of so many lanes, rounded up to sixteens, computes something useful."""
+    return useful / (16 * max(math.ceil(lanes / 16), 1))
 
 
 def _run(
