@@ -13,6 +13,7 @@ from drive.bench import machine
 from drive.files import write_atomic
 
 TOLERATED = 0.97  # a converted network may be so much slower than the dense one
+DISTURBED = 0.1  # the share by which two copies of the dense network may differ, who ran in the same turns
 
 
 def best_dense(seconds: Mapping[str, float]) -> float:
@@ -41,6 +42,11 @@ class Row:
     def speedup(self, provider: str = "ours") -> float:
         return best_dense(self.seconds) / self.seconds[provider]
 
+    @property
+    def disturbed(self) -> bool:
+        """Whether the machine was too busy with something else for the row to count."""
+        return "again" in self.seconds and abs(self.seconds["dense"] / self.seconds["again"] - 1) > DISTURBED
+
 
 def read(path: Path) -> list[Row]:
     return [Row(**json.loads(line)) for line in path.read_text().splitlines()]
@@ -66,7 +72,8 @@ class Rows:
         self.known = {row.key: row for row in read(path)} if path.exists() else {}
 
     def missing(self, *key: Any) -> bool:
-        return key not in self.known or self.known[key].commit != self.commit
+        row = self.known.get(key)
+        return row is None or row.commit != self.commit or row.disturbed
 
     def add(self, *key: Any, seconds: dict[str, float], chosen: str = "") -> None:
         row = Row(*key, seconds=seconds, chosen=chosen, machine=machine(), commit=self.commit)
