@@ -34,8 +34,8 @@ alike: bench_sparse.py says why. A dash: not measured.
 `drive.sparse.convert` of a network with 3x32x32 images (MLP: 4096-4096-4096, a row an item; transformer
 block: 768 wide, 128 tokens an item), masks uniform over the convolutions or, where it says so, those of DRIVE
 on the untrained network. A training step is forward, backward and SGD with momentum. `convert` measures and
-may choose dense: {lowest}. Rows in which these two differ by more than 10 % are measured again; so is, in 15 turns
-with the dense ones alone, a network that came out below 0.97, and that counts.
+may choose dense: {lowest}. Rows in which these two differ by more than 10 % are measured again; so is, in 15
+turns with the dense ones alone, a network that came out below 0.97, and that counts.
 
 {networks}
 

@@ -13,7 +13,7 @@ from drive.bench import machine
 from drive.files import write_atomic
 
 TOLERATED = 0.97  # a converted network may be so much slower than the dense one
-DISTURBED = 0.1  # the share by which two copies of the dense network may differ, who ran in the same turns
+DISTURBED = 0.1  # by so much may two copies of the dense network differ, timed in the same turns
 
 
 def best_dense(seconds: Mapping[str, float]) -> float:
