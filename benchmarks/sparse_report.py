@@ -14,7 +14,7 @@ from itertools import groupby
 from pathlib import Path
 from statistics import median
 
-from sparse_rows import TOLERATED, Row, read
+from sparse_rows import DISTURBED, TOLERATED, Row, read
 
 from drive.figures import figure_of, save_figure
 from drive.files import write_atomic
@@ -34,8 +34,8 @@ alike: bench_sparse.py says why. A dash: not measured.
 `drive.sparse.convert` of a network with 3x32x32 images (MLP: 4096-4096-4096, a row an item; transformer
 block: 768 wide, 128 tokens an item), masks uniform over the convolutions or, where it says so, those of DRIVE
 on the untrained network. A training step is forward, backward and SGD with momentum. `convert` measures and
-may choose dense: {lowest}. Rows in which these two differ by more than 10 % are measured again; so is, in 15
-turns with the dense ones alone, a network that came out below 0.97, and that counts.
+may choose dense: {lowest}. Rows in which these two differ by more than {disturbed} are measured again by
+the next run; a network below {tolerated} is at once, in 15 turns with the dense ones alone, and that counts.
 
 {networks}
 
@@ -134,7 +134,7 @@ def page(rows: list[Row], figure: str) -> str:
     )
     csr = [row for row in nets if "MKL CSR" in row.seconds]
     return HEAD.format(
-        machines=_machines(rows), lowest=_lowest(nets),
+        machines=_machines(rows), lowest=_lowest(nets), disturbed=f"{DISTURBED:.0%}", tolerated=TOLERATED,
         networks=table(nets, _of("ours")), compiled="; ".join(_compiled(nets)),
         csr=table(csr, _of("MKL CSR")), figure=figure, layers=table(convolutions, _of("ours")),
         linear=table(linear, _of("ours")),

@@ -272,7 +272,7 @@ def test_nearly_even_stays_dense(sparse: float, chosen: str, monkeypatch: pytest
     assert (choice.chosen, found is not None) == (chosen, sparse < 0.97)
 
 
-LAST = "dense channels_last"
+LAST = measure.CHANNELS_LAST
 
 
 @pytest.mark.parametrize(
