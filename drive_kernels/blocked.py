@@ -4,8 +4,6 @@ Sixteen images are innermost, a cache line of float32: whatever the plane's size
 pixel of all of them. Lanes beyond the batch are 0 on the way in and their gradients are 0 on the way back.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -120,34 +118,6 @@ def _norm_backward_fake(
     return input.new_empty(input.shape), to_weight, torch.empty_like(to_weight), to_residual
 
 
-def _norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    input, ctx.batch, weight, _, ctx.eps, residual, ctx.relu = inputs
-    ctx.residual = residual is not None
-    ctx.mark_non_differentiable(output[1], output[2])
-    ctx.save_for_backward(input, weight, output[1], output[2], *([output[0]] if ctx.relu else []))
-
-
-def _norm_autograd(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
-    input, weight, mean, var, *output = ctx.saved_tensors
-    to_input, to_weight, to_bias, to_residual = torch.ops.drive.blocked_norm_backward(
-        grad, input, ctx.batch, weight, ctx.eps, mean, var, output[0] if output else None, ctx.residual
-    )
-    return to_input, None, to_weight, to_bias, None, to_residual if ctx.residual else None, None
-
-
-def _to_blocks_setup(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-    ctx.batch = inputs[0].shape[0]
-
-
-def _to_blocks_autograd(ctx: Any, grad: Tensor) -> Tensor:
-    found: Tensor = torch.ops.drive.from_blocks(grad, ctx.batch)
-    return found
-
-
-def _from_blocks_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-    return torch.ops.drive.to_blocks(grad), None
-
-
 def _to_blocks_fake(input: Tensor) -> Tensor:
     batch, *rest = input.shape
     return input.new_empty([(batch + LANES - 1) // LANES, *rest, LANES])
@@ -166,9 +136,4 @@ for _name, _fake, _reference in (
     torch.library.register_fake(f"drive::{_name}", _fake, lib=_library)
     _library.impl(_name, _reference, "CompositeExplicitAutograd")
 
-for _name, _backward, _setup in (
-    ("to_blocks", _to_blocks_autograd, _to_blocks_setup),
-    ("from_blocks", _from_blocks_autograd, None),
-    ("blocked_norm", _norm_autograd, _norm_setup),
-):
-    torch.library.register_autograd(f"drive::{_name}", _backward, setup_context=_setup, lib=_library)
+# Their gradients are registered in csrc/blocked_autograd.cpp.

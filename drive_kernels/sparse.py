@@ -9,7 +9,6 @@ go as they came; see drive_kernels/blocked.py.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -265,50 +264,6 @@ def _linear_backward_fake(
     return to_input, to_values, to_bias
 
 
-def _conv2d_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    input, values, pattern, bias, shape, stride, padding, dilation, groups, residual, relu = inputs
-    ctx.save_for_backward(input, values, *pattern, *([output] if relu else []))
-    ctx.options = shape, stride, padding, dilation, groups
-    ctx.relu, ctx.residual, ctx.bias = relu, residual is not None, bias is not None
-
-
-def _conv2d_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    input, values, *pattern = ctx.saved_tensors
-    if ctx.relu:
-        grad = grad * (pattern.pop() > 0)
-    needed = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.bias and ctx.needs_input_grad[3]]
-    found = torch.ops.drive.sparse_conv2d_backward(grad, input, values, pattern, *ctx.options, needed)
-    to_input, to_values, to_bias = (g if n else None for g, n in zip(found, needed, strict=True))
-    to_residual = grad if ctx.residual else None
-    found = to_input, to_values, [None] * 5, to_bias, *[None] * 5, to_residual, None
-    return found[: len(ctx.needs_input_grad)]  # before torch 2.15, arguments left to their defaults have none
-
-
-def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    input, values, pattern, bias, shape = inputs
-    ctx.save_for_backward(input, values, *pattern)
-    ctx.shape, ctx.bias = shape, bias is not None
-
-
-def _linear_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    input, values, *pattern = ctx.saved_tensors
-    needed = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.bias and ctx.needs_input_grad[3]]
-    found = torch.ops.drive.sparse_linear_backward(grad, input, values, pattern, ctx.shape, needed)
-    to_input, to_values, to_bias = (g if n else None for g, n in zip(found, needed, strict=True))
-    return to_input, to_values, [None] * 5, to_bias, None
-
-
-def _gather_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    weight, index = inputs
-    ctx.save_for_backward(index)
-    ctx.shape = list(weight.shape)
-
-
-def _gather_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-    (index,) = ctx.saved_tensors
-    return torch.ops.drive.sparse_scatter(grad, index, ctx.shape), None
-
-
 for _name, _fake, _reference in (
     ("sparse_conv2d", _conv2d_fake, conv2d_reference),
     ("sparse_conv2d_backward", _conv2d_backward_fake, conv2d_backward_reference),
@@ -320,12 +275,7 @@ for _name, _fake, _reference in (
     torch.library.register_fake(f"drive::{_name}", _fake, lib=_library)
     _library.impl(_name, _reference, "CompositeExplicitAutograd")
 
-for _name, _backward, _setup in (
-    ("sparse_conv2d", _conv2d_autograd, _conv2d_setup),
-    ("sparse_linear", _linear_autograd, _linear_setup),
-    ("sparse_gather", _gather_autograd, _gather_setup),
-):
-    torch.library.register_autograd(f"drive::{_name}", _backward, setup_context=_setup, lib=_library)
+# Their gradients are registered in csrc/sparse_autograd.cpp.
 
 # Under autocast these are computed in float32: no CPU multiplies 16-bit floats one by one faster.
 for _name in ("sparse_conv2d", "sparse_linear", "to_blocks", "blocked_norm"):
