@@ -423,11 +423,16 @@ DRIVE_TARGET inline void from_lanes_whole(const float* from, const int32_t* offs
 // Entries that a copy looks ahead, 2 KB of float32; twice and four times as many gained less.
 constexpr int kCopyAhead = 512;
 
+// All runs of a plane in one call: where it is 32 wide, a run is two registers.
 template <class T>
-DRIVE_TARGET void copy(const T* from, int64_t count, T* to) {
-  for (int64_t i = 0; i < count; i += Register<T>::N) {
-    __builtin_prefetch(from + i + kCopyAhead);
-    write(to + i, read(from + i));
+DRIVE_TARGET void copy_runs(const T* from, int64_t runs, int64_t size, const int32_t* offsets, int64_t step,
+                            T* to) {
+  for (int64_t r = 0; r < runs; ++r, from += size) {
+    T* const at = to + offsets[r * step];
+    for (int64_t i = 0; i < size; i += Register<T>::N) {
+      __builtin_prefetch(from + i + kCopyAhead);
+      write(at + i, read(from + i));
+    }
   }
 }
 
@@ -461,7 +466,7 @@ DRIVE_TARGET void from_lanes(const T* from, const int32_t* offsets, T* to, int64
 
 template <class T>
 SparseKernels<T> sparse_kernels_of() {
-  return {&multiply<T>, &sample<T>, &dot<T>, &copy<T>, &to_lanes<T>, &from_lanes<T>};
+  return {&multiply<T>, &sample<T>, &dot<T>, &copy_runs<T>, &to_lanes<T>, &from_lanes<T>};
 }
 
 }  // namespace DRIVE_ISA
