@@ -51,9 +51,10 @@ struct SparseKernels {
   void (*sample)(const Sampled<T>&);
   // Sum of values[i] * x[at[i]].
   T (*dot)(const T* values, const int32_t* at, int64_t count, const T* x);
-  // Runs of `size` entries, whole positions, that follow one another: run r goes to offsets[r * step]. The
-  // cache lines behind them are fetched ahead.
-  void (*copy_runs)(const T* from, int64_t runs, int64_t size, const int32_t* offsets, int64_t step, T* to);
+  // Runs of `size` entries, whole positions, that follow one another: run r goes to offsets[r * step], unless
+  // that is `nowhere`. The cache lines behind them are fetched ahead.
+  void (*copy_runs)(const T* from, int64_t runs, int64_t size, const int32_t* offsets, int64_t step,
+                    int32_t nowhere, T* to);
   // Entry j of row i goes to lane i at offsets[j]; lanes without a row become 0.
   void (*to_lanes)(const T* from, int64_t row_stride, int rows, int cols, T* to, const int32_t* offsets);
   void (*from_lanes)(const T* from, const int32_t* offsets, T* to, int64_t row_stride, int rows, int cols);

@@ -426,8 +426,9 @@ constexpr int kCopyAhead = 512;
 // All runs of a plane in one call: where it is 32 wide, a run is two registers.
 template <class T>
 DRIVE_TARGET void copy_runs(const T* from, int64_t runs, int64_t size, const int32_t* offsets, int64_t step,
-                            T* to) {
+                            int32_t nowhere, T* to) {
   for (int64_t r = 0; r < runs; ++r, from += size) {
+    if (offsets[r * step] == nowhere) continue;  // no room for it there, and its cache lines are not needed
     T* const at = to + offsets[r * step];
     for (int64_t i = 0; i < size; i += Register<T>::N) {
       __builtin_prefetch(from + i + kCopyAhead);

@@ -91,15 +91,13 @@ struct Images {
       }
     } else if (layout == Layout::padded) {
       const int64_t run = window.run();
-      for (int64_t i = 0; i < window.count(); i += run) copy_run(from + i, run, to + offsets[i]);
-    } else {
-      const auto& copy_runs = sparse_kernels<T>().copy_runs;
-      const int64_t run = window.run();
-      if (run > 1) return copy_runs(from, window.count() / run, run * entry(), offsets, run, to);
-      for (int64_t i = 0; i < window.count(); ++i) {
-        if (offsets[i] == window.nowhere()) continue;  // its cache line is not needed
-        copy_runs(from + i * entry(), 1, entry(), offsets + i, 1, to);
+      for (int64_t i = 0; i < window.count(); i += run) {
+        if (offsets[i] != window.nowhere()) copy_run(from + i, run, to + offsets[i]);
       }
+    } else {
+      const int64_t run = window.run();
+      sparse_kernels<T>().copy_runs(from, window.count() / run, run * entry(), offsets, run, window.nowhere(),
+                                    to);
     }
   }
 

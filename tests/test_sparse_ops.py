@@ -68,6 +68,11 @@ CONVS = (
     Conv(4, 4, 4, 12, 12, padding=(4, 4)),
     Conv(4, 4, 4, 12, 12, kernel=(1, 1), padding=(2, 2)),
     Conv(18, 3, 4, 13, 17, stride=(1, 2), padding=(0, 2)),
+    # rows that no entry of the kernel meets
+    Conv(18, 4, 3, 9, 10, kernel=(1, 3), stride=(2, 1), padding=(0, 1)),
+    Conv(2, 4, 3, 9, 16, kernel=(1, 3), stride=(2, 1), padding=(1, 1)),
+    Conv(1, 4, 3, 12, 12, kernel=(2, 3), stride=(3, 1), padding=(0, 1)),
+    Conv(3, 4, 3, 10, 16, kernel=(1, 1), stride=(3, 1), padding=(0, 0)),
     Conv(0, 3, 4, 8, 8),
     # rows of 16 n pixels, which are lanes as they are
     Conv(3, 4, 6, 20, 16),
