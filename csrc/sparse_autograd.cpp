@@ -1,4 +1,4 @@
-// Gradients of drive::sparse_conv2d, sparse_linear and sparse_gather: what they keep, and which op computes them.
+// Gradients of drive::sparse_conv2d, sparse_linear and sparse_gather: what they keep, which op computes them.
 #include <array>
 #include <tuple>
 #include <vector>
@@ -54,7 +54,8 @@ struct SparseConv2d : Function<SparseConv2d> {
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     static const auto backward_op =
         op<Gradients(const Tensor&, const Tensor&, const Tensor&, at::TensorList, IntArrayRef, IntArrayRef,
-                     IntArrayRef, IntArrayRef, int64_t, std::array<bool, 3>)>("drive::sparse_conv2d_backward");
+                     IntArrayRef, IntArrayRef, int64_t, std::array<bool, 3>)>(
+            "drive::sparse_conv2d_backward");
     variable_list kept = ctx->get_saved_variables();
     Tensor grad = grads[0];
     auto& data = ctx->saved_data;

@@ -151,30 +151,37 @@ at::Tensor convolve(const Conv& conv, const at::Tensor& input, const Pattern& pa
   check_reach(kOp, in_window, in.channels);
   const Taps<T> taps = forward_taps(conv, pattern, values, in_window);
   const auto multiply = sparse_kernels<T>().multiply;
-  const double taps_a_channel = static_cast<double>(pattern.count) / conv.out_channels;
 
   pieces.run([&] {
     const Window plane(out.entry(), {height}, {width}, pieces.rows, width + out.margin(reach), 0, {true},
                        tail);
     return [&, source = Held<T>(in, in_window, kInputScratch, in.channels),
             target = Held<T>(out, plane, kOutputScratch, 1)](const Pieces::Piece& piece) mutable {
-      const int64_t y0 = piece.tile * pieces.rows, end = std::min(y0 + pieces.rows, height);
+      const int64_t y0 = piece.tile * pieces.rows, rows = std::min(pieces.rows, height - y0);
       if (piece.moved) {
         source.move(y0);
         source.load_used(piece.block, pattern.column_start, conv.area());
         target.move(y0);
       }
-      for (int64_t y = y0, step = out.strip(end - y0, taps_a_channel); y < end; y += step) {
-        const T* const from = source.at(0) + (y - y0) * in_window.pitch();
-        for (int64_t o = piece.begin; o < piece.end; ++o) {
-          T* const to = out.direct() ? out.at(piece.block, o) + y * width * out.stored() : target.at(0);
-          const int64_t rows = std::min(step, end - y);
-          multiply({from, in_window.pitch(), taps.of(o), taps.count(o), out.rows(rows),
-                    out.cols(rows, width, in_window.pitch()), to, width * out.entry(),
-                    epilogue.residual ? epilogue.residual + (to - out.data) : nullptr,
-                    epilogue.bias ? epilogue.bias[o] : T(0), epilogue.floor, out.ahead(o, piece.end)});
-          if (!out.direct()) out.store(piece.block, o, target.window(), to);
-        }
+      const int64_t at_once = out.direct() ? piece.end - piece.begin : 1;
+      for (int64_t o = piece.begin; o < piece.end; o += at_once) {
+        T* const to = out.direct() ? out.at(piece.block, o) + y0 * width * out.stored() : target.at(0);
+        multiply({.in = source.at(0),
+                  .in_pitch = in_window.pitch(),
+                  .taps = taps.of(o),
+                  .start = taps.start.data() + o,
+                  .outputs = at_once,
+                  .rows = out.rows(rows),
+                  .cols = out.cols(rows, width, in_window.pitch()),
+                  .out = to,
+                  .out_pitch = width * out.entry(),
+                  .out_size = out.plane() * out.stored(),
+                  .residual = epilogue.residual ? epilogue.residual + (to - out.data) : nullptr,
+                  .bias = epilogue.bias ? epilogue.bias + o : nullptr,
+                  .floor = epilogue.floor,
+                  .strip = out.strip(),
+                  .ahead = out.ahead()});
+        if (!out.direct()) out.store(piece.block, o, target.window(), to);
       }
     };
   });
@@ -261,22 +268,35 @@ void backward(const Conv& conv, const at::Tensor& grad, const at::Tensor& input,
         plane_out.move(y0);
       }
       const Window& window = plane_in.window();
-      for (int64_t c = piece.begin; c < piece.end; ++c) {
-        const int64_t here = window.first() * x.stored();
+      // Strips of all channels, then the samples. Without strips one channel at a time: its samples find in
+      // the cache what its taps have just seen.
+      const int64_t at_once = direct && x.strip() ? piece.end - piece.begin : 1;
+      const int64_t here = window.first() * x.stored();
+      for (int64_t c = piece.begin; c < piece.end; c += at_once) {
+        const bool used = taps.start[c * phases] < taps.start[(c + at_once) * phases];
+        if (mine && !direct && used) plane_in.load(piece.block, c, 0);
         T* const from = direct ? x.at(piece.block, c) + here : plane_in.at(0);
         T* const to = direct ? out.at(piece.block, c) + here : plane_out.at(0);
-        const bool used = taps.start[c * phases] < taps.start[(c + 1) * phases];
-        if (mine && !direct && used) plane_in.load(piece.block, c, 0);
         for (int64_t p = 0, v = c * phases; p < phases; ++p, ++v) {
           const int64_t at = p * window.slot_size();
           if (to_input) {
-            kernels.multiply({source.at(0), in_window.pitch(), taps.of(v), taps.count(v), rows,
-                              positions, to + at, window.pitch(), nullptr, T(0),
-                              -std::numeric_limits<T>::infinity(), direct ? out.ahead(c, piece.end) : 0});
+            kernels.multiply({.in = source.at(0),
+                              .in_pitch = in_window.pitch(),
+                              .taps = taps.of(v),
+                              .start = taps.start.data() + v,
+                              .outputs = at_once,
+                              .rows = rows,
+                              .cols = positions,
+                              .out = to + at,
+                              .out_pitch = window.pitch(),
+                              .out_size = out.plane() * out.stored(),
+                              .strip = out.strip(),
+                              .ahead = direct ? out.ahead() : 0});
           }
-          if (mine) {
-            kernels.sample({source.at(0), in_window.pitch(), taps.of(v), taps.count(v), rows,
-                            positions, from + at, window.pitch(), mine + taps.start[v]});
+          for (int64_t i = 0; mine && i < at_once; ++i) {
+            kernels.sample({source.at(0), in_window.pitch(), taps.of(v + i), taps.count(v + i), rows,
+                            positions, from + at + i * x.plane() * x.stored(), window.pitch(),
+                            mine + taps.start[v + i]});
           }
         }
         if (to_input && !direct) out.store(piece.block, c, window, to);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 namespace drive {
 
@@ -17,19 +18,25 @@ struct Tap {
   T value;
 };
 
-// out[y][x] = max(floor, start[y][x] + bias + sum over taps of value * in[y][x + offset])
+// Of each of several outputs (channels, features):
+// out[y][x] = max(floor, residual[y][x] + bias + sum over its taps of value * in[y][x + offset])
 template <class T>
 struct Product {
   const T* in;
-  int64_t in_pitch;  // entries from one row of positions to the next
-  const Tap<T>* taps;
-  int64_t count;
+  int64_t in_pitch;      // entries from one row of positions to the next
+  const Tap<T>* taps;    // one output's after the other's
+  const int32_t* start;  // [outputs + 1]: output o has start[o + 1] - start[o] of them
+  int64_t outputs;
   int64_t rows, cols;
   T* out;
-  int64_t out_pitch;
-  const T* start;  // null: zeros; laid out as `out`
-  T bias, floor;
-  int64_t ahead = 0;  // entries from `out` to where the next call writes: fetched meanwhile; 0: nowhere
+  int64_t out_pitch, out_size;  // entries from one row, and from one output, to the next
+  const T* residual = nullptr;  // null: zeros; laid out as `out`
+  const T* bias = nullptr;      // [outputs]; null: zeros
+  T floor = -std::numeric_limits<T>::infinity();
+  int64_t strip = 0;            // rows of which all outputs are made before the next rows; 0: all rows
+  // While an output is made, the cache lines of the one so many later are fetched, be it the next call's;
+  // 0: none.
+  int64_t ahead = 0;
 };
 
 // sums[k] += sum over positions and lanes of grad[y][x] * in[y][x + offset of tap k]

@@ -27,7 +27,7 @@ DRIVE_INLINE void write(T* to, V<T> v) {
 
 template <class T>
 DRIVE_INLINE V<T> fill(T value) {
-  return V<T>{} + value;
+  return value - V<T>{};  // a broadcast: 0 + value would be an addition, for the sign of zeros
 }
 
 DRIVE_INLINE V<float> fma(V<float> a, V<float> b, V<float> c) {
@@ -59,12 +59,13 @@ constexpr int kTile = DRIVE_REGISTERS == 32 ? 16 / Register<T>::kParts
 // Sums that must be in flight for two FMAs a cycle, each taking four cycles.
 constexpr int kInFlight = 8;
 
-// One tile of RY x RX positions. Tiles with few positions keep several sums a position.
+// One tile of RY x RX positions, `at` entries behind p.out, of an output with the taps from `tap` to `end`.
+// Tiles with few positions keep several sums a position.
 template <class T, int RY, int RX>
-DRIVE_TARGET void multiply_tile(const Product<T>& p, int64_t y, int64_t x) {
+DRIVE_TARGET void multiply_tile(const Product<T>& p, const Tap<T>* tap, const Tap<T>* const end, T bias,
+                                const T* in, int64_t at) {
   constexpr int L = Register<T>::kParts, N = Register<T>::N, S = RX * L;
   constexpr int kSums = RY * S >= kInFlight ? 1 : kInFlight / (RY * S);
-  const T* const in = p.in + y * p.in_pitch + x * kLanes;
   const int64_t pitch = p.in_pitch;
   V<T> sum[kSums][RY][S];
 #pragma GCC unroll 16
@@ -72,27 +73,17 @@ DRIVE_TARGET void multiply_tile(const Product<T>& p, int64_t y, int64_t x) {
 #pragma GCC unroll 16
     for (int r = 0; r < RY; ++r) {
 #pragma GCC unroll 32
-      for (int s = 0; s < S; ++s) sum[u][r][s] = fill<T>(u == 0 ? p.bias : T(0));
+      for (int s = 0; s < S; ++s) sum[u][r][s] = fill<T>(u == 0 ? bias : T(0));
     }
   }
-  if (p.start) {
-    const T* start = p.start + y * p.out_pitch + x * kLanes;
+  if (p.residual) {
+    const T* residual = p.residual + at;
 #pragma GCC unroll 16
     for (int r = 0; r < RY; ++r) {
 #pragma GCC unroll 32
-      for (int s = 0; s < S; ++s) sum[0][r][s] += read(start + r * p.out_pitch + s * N);
+      for (int s = 0; s < S; ++s) sum[0][r][s] += read(residual + r * p.out_pitch + s * N);
     }
   }
-  if (p.ahead) {
-    const T* const next = p.out + p.ahead + y * p.out_pitch + x * kLanes;
-#pragma GCC unroll 16
-    for (int r = 0; r < RY; ++r) {
-#pragma GCC unroll 32
-      for (int s = 0; s < S; ++s) __builtin_prefetch(next + r * p.out_pitch + s * N, 1);
-    }
-  }
-  const Tap<T>* tap = p.taps;
-  const Tap<T>* const end = tap + p.count;
   for (; tap + kSums <= end; tap += kSums) {
 #pragma GCC unroll 16
     for (int u = 0; u < kSums; ++u) {
@@ -116,7 +107,8 @@ DRIVE_TARGET void multiply_tile(const Product<T>& p, int64_t y, int64_t x) {
       }
     }
   }
-  T* out = p.out + y * p.out_pitch + x * kLanes;
+  T* const out = p.out + at;
+  const int64_t out_pitch = p.out_pitch;  // else read again after each write
   const V<T> floor = fill(p.floor);
 #pragma GCC unroll 16
   for (int r = 0; r < RY; ++r) {
@@ -125,8 +117,19 @@ DRIVE_TARGET void multiply_tile(const Product<T>& p, int64_t y, int64_t x) {
       V<T> total = sum[0][r][s];
 #pragma GCC unroll 16
       for (int u = 1; u < kSums; ++u) total += sum[u][r][s];
-      write(out + r * p.out_pitch + s * N, total < floor ? floor : total);
+      write(out + r * out_pitch + s * N, total < floor ? floor : total);
     }
+  }
+}
+
+// The cache lines of such a tile, to be written soon.
+template <class T, int RY, int RX>
+DRIVE_INLINE void fetch_tile(const Product<T>& p, int64_t at) {
+  constexpr int kLine = 64 / sizeof(T);
+#pragma GCC unroll 16
+  for (int r = 0; r < RY; ++r) {
+#pragma GCC unroll 32
+    for (int i = 0; i < RX * kLanes; i += kLine) __builtin_prefetch(p.out + at + r * p.out_pitch + i, 1);
   }
 }
 
@@ -134,13 +137,34 @@ DRIVE_TARGET void multiply_tile(const Product<T>& p, int64_t y, int64_t x) {
 // column overlap their neighbours: computing a position twice is cheaper than a narrow tile.
 template <class T, int RX, int RY>
 DRIVE_TARGET void multiply_with(const Product<T>& p) {
-  if (p.rows < RY) {
+  // Copies: what the tiles write might be `p` for all the compiler knows (1.07 times as fast with 4 taps).
+  const int64_t rows = p.rows, cols = p.cols, outputs = p.outputs, ahead = p.ahead;
+  const int64_t in_pitch = p.in_pitch, out_pitch = p.out_pitch, out_size = p.out_size;
+  const int64_t strip = p.strip ? std::min(p.strip, rows) : rows;
+  const int32_t* const start = p.start;
+  if (strip < RY) {
     if constexpr (RY > 1) multiply_with<T, RX, RY / 2>(p);
     return;
   }
-  for (int64_t y = 0; y < p.rows; y += RY) {
-    for (int64_t x = 0; x < p.cols; x += RX) {
-      multiply_tile<T, RY, RX>(p, std::min(y, p.rows - RY), std::min(x, p.cols - RX));
+  for (int64_t top = 0; top < rows; top += strip) {
+    const int64_t bottom = std::min(top + strip, rows);
+    const Tap<T>* tap = p.taps;
+    for (int64_t o = 0; o < outputs; ++o) {
+      const Tap<T>* const end = tap + (start[o + 1] - start[o]);
+      const T bias = p.bias ? p.bias[o] : T(0);
+      // After the last output of this strip comes the first one of the next.
+      const bool wraps = o + ahead >= outputs && bottom < rows;
+      const int64_t later = ahead * out_size + (wraps ? strip * out_pitch - outputs * out_size : 0);
+      for (int64_t y = top; y < bottom; y += RY) {
+        const int64_t row = std::min(y, rows - RY);
+        for (int64_t x = 0; x < cols; x += RX) {
+          const int64_t col = std::min(x, cols - RX) * kLanes;
+          const int64_t at = o * out_size + row * out_pitch + col;
+          if (ahead) fetch_tile<T, RY, RX>(p, at + later);
+          multiply_tile<T, RY, RX>(p, tap, end, bias, p.in + row * in_pitch + col, at);
+        }
+      }
+      tap = end;
     }
   }
 }

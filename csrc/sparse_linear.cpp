@@ -147,6 +147,7 @@ class FeatureTaps {
     return some;
   }
   int64_t count(int64_t feature) const { return entries_.count(feature); }
+  const int32_t* start(int64_t feature) const { return entries_.start + feature; }
 
  private:
   Entries<T> entries_;
@@ -165,11 +166,17 @@ void multiply(const Matrix<T>& in, const Matrix<T>& out, const Pieces& pieces, c
     if (moved) in.load(pieces, row, positions, 0, in.features, lanes);
     for (int64_t f = begin; f < end; f += kFeatures) {
       const int64_t last = std::min(f + kFeatures, end);
-      const Tap<T>* tap = taps.of(f, last);
-      for (int64_t o = f; o < last; tap += taps.count(o++)) {
-        multiply({lanes, 0, tap, taps.count(o), 1, positions, sums + (o - f) * pieces.stride(), 0, nullptr,
-                  bias ? bias[o] : T(0), -std::numeric_limits<T>::infinity()});
-      }
+      multiply({.in = lanes,
+                .in_pitch = 0,
+                .taps = taps.of(f, last),
+                .start = taps.start(f),
+                .outputs = last - f,
+                .rows = 1,
+                .cols = positions,
+                .out = sums,
+                .out_pitch = 0,
+                .out_size = pieces.stride(),
+                .bias = bias ? bias + f : nullptr});
       out.store(pieces, row, positions, f, last, sums);
     }
   });

@@ -121,20 +121,37 @@ at::Tensor convolve_twice(const Stage<T>& first, const Stage<T>& second, const a
         source.load_used(block, first.pattern.column_start, a.area());
         for (int64_t c = 0; c < a.out_channels; ++c) {
           if (!second.uses(c)) continue;
-          multiply({source.at(0), in_window.pitch(), taps.of(c), taps.count(c), y_end - y, width,
-                    between.at(c, y + above - top) + left, pitch, nullptr,
-                    first.epilogue.bias[c], first.epilogue.floor});
+          multiply({.in = source.at(0),
+                    .in_pitch = in_window.pitch(),
+                    .taps = taps.of(c),
+                    .start = taps.start.data() + c,
+                    .outputs = 1,
+                    .rows = y_end - y,
+                    .cols = width,
+                    .out = between.at(c, y + above - top) + left,
+                    .out_pitch = pitch,
+                    .out_size = size,
+                    .bias = first.epilogue.bias + c,
+                    .floor = first.epilogue.floor});
         }
         const bool last = y_end == places;
         if (last) between.clear(places + above - top, out_height + reach - top);
         const int64_t next = last ? out_height : std::max(top, y_end + above - reach);
-        for (int64_t o = 0; o < b.out_channels; ++o) {
-          T* const to = out.at(block, o) + top * out_width * kLanes;
-          multiply({between.at(0, 0), pitch, more.of(o), more.count(o), next - top, out_width, to,
-                    out_width * kLanes,
-                    second.epilogue.residual ? second.epilogue.residual + (to - out.data) : nullptr,
-                    second.epilogue.bias[o], second.epilogue.floor, out.ahead(o, b.out_channels)});
-        }
+        T* const to = out.at(block, 0) + top * out_width * kLanes;
+        multiply({.in = between.at(0, 0),
+                  .in_pitch = pitch,
+                  .taps = more.of(0),
+                  .start = more.start.data(),
+                  .outputs = b.out_channels,
+                  .rows = next - top,
+                  .cols = out_width,
+                  .out = to,
+                  .out_pitch = out_width * kLanes,
+                  .out_size = out.plane() * kLanes,
+                  .residual = second.epilogue.residual ? second.epilogue.residual + (to - out.data) : nullptr,
+                  .bias = second.epilogue.bias,
+                  .floor = second.epilogue.floor,
+                  .ahead = out.ahead()});
         if (!last) between.move_up(next - top, y_end + above - next);
         top = next;
       }

@@ -51,7 +51,7 @@ class Window {
     end_ = y_.first_pixel(row0 + rows_);
     std::vector<int64_t> phase(x_.size), col(x_.size);  // divisions, once a column instead of once a pixel
     for (int64_t x = 0; x < x_.size; ++x) phase[x] = x_.phase(x), col[x] = x_.place(x) - col0_;
-    std::vector<bool> filled(slot_count_ * pixels_a_slot());
+    std::vector<char> filled(slot_count_ * pixels_a_slot());
     offsets_.assign((end_ - begin_) * x_.size, nowhere());
     for (int64_t y = begin_; y < end_; ++y) {
       const int64_t* const slots = slots_.data() + y_.phase(y) * x_.stride;

@@ -27,9 +27,9 @@ inline int64_t l2_bytes() {
 }
 
 // Memory of the calling thread that stays allocated between calls: fresh pages would cost a page fault
-// each, more than the work on them. What fills a quarter of a huge page gets one: the L2 cache goes by
+// each, more than the work on them. What fills 64 KB gets a huge page: the L2 cache goes by
 // physical addresses, and small pages, which lie anywhere, leave some of its sets with too much to hold
-// (1.07 times as fast in the median of 48 cases).
+// (64 channels of 32x32, a window of 300 KB: 1.1 times as fast at 99.3 % zeros, 1.15 times at 98 %).
 enum ScratchSlot {
   kInputScratch,
   kOutputScratch,
@@ -51,7 +51,7 @@ T* scratch(ScratchSlot slot, int64_t entries) {
   };
   thread_local Room rooms[kScratchSlots];
   Room& room = rooms[slot];
-  const size_t needed = entries * sizeof(T), page = needed < kHugePage / 4 ? 4096 : kHugePage;
+  const size_t needed = entries * sizeof(T), page = needed < kHugePage / 32 ? 4096 : kHugePage;
   const size_t bytes = (needed + page - 1) / page * page;
   if (bytes > room.bytes) {
     room.memory.reset();
