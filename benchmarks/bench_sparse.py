@@ -8,8 +8,8 @@ networks    whole networks, converted: inference, and a training step with its o
 
 Everything is validated before it is timed. Providers run in turns in one process
 (drive.sparse.measure.interleaved), those of a network at all sparsities in the same turns. Two threads. Rows
-name the commit that last changed what they measure: those of this version are not measured again, those of
-another are replaced.
+name the commit that last changed what they measure: those of this version are measured again only
+where something else disturbed them (sparse_rows.py), those of another are replaced.
 
 The allocator keeps what is freed. With glibc's habit of handing large pieces back, pages are mapped and
 zeroed anew in each training step: 33,000 of a dense MLP, 400,000 of a ResNet-18 at batch 128, some hundreds
