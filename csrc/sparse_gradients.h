@@ -1,0 +1,86 @@
+// Gradients to the non-zeros of a weight. Part of sparse_kernels.h.
+
+namespace drive {
+namespace DRIVE_ISA {
+
+template <class T, int G>
+DRIVE_INLINE void add_sums(const V<T> (&v)[G], T* to) {
+  for (int g = 0; g < G; ++g) {
+    T total = 0;
+    for (int i = 0; i < Register<T>::N; ++i) total += v[g][i];
+    to[g] += total;
+  }
+}
+
+#if DRIVE_WIDTH == 64
+// Sums of eight registers: 15 shuffles together, where one at a time would take 32.
+DRIVE_INLINE void add_sums(const V<float> (&v)[8], float* to) {
+  __m512 pair[4], four[2];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    pair[i] = _mm512_add_ps(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]),
+                            _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    const __m512d a = _mm512_castps_pd(pair[2 * i]), b = _mm512_castps_pd(pair[2 * i + 1]);
+    four[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)),
+                            _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+  }
+  const __m512 halves = _mm512_add_ps(_mm512_shuffle_f32x4(four[0], four[1], 0x44),
+                                      _mm512_shuffle_f32x4(four[0], four[1], 0xee));
+  const __m256 lo = _mm512_castps512_ps256(halves), hi = _mm512_extractf32x8_ps(halves, 1);
+  const __m256 sums = _mm256_add_ps(_mm256_permute2f128_ps(lo, hi, 0x20),
+                                    _mm256_permute2f128_ps(lo, hi, 0x31));
+  _mm256_storeu_ps(to, _mm256_add_ps(_mm256_loadu_ps(to), sums));
+}
+#elif DRIVE_WIDTH == 32
+DRIVE_INLINE void add_sums(const V<float> (&v)[8], float* to) {
+  __m256 four[2];
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    four[i] = _mm256_hadd_ps(_mm256_hadd_ps(v[4 * i], v[4 * i + 1]),
+                             _mm256_hadd_ps(v[4 * i + 2], v[4 * i + 3]));
+  }
+  const __m256 sums = _mm256_add_ps(_mm256_permute2f128_ps(four[0], four[1], 0x20),
+                                    _mm256_permute2f128_ps(four[0], four[1], 0x31));
+  _mm256_storeu_ps(to, _mm256_add_ps(_mm256_loadu_ps(to), sums));
+}
+#endif
+
+// G taps at once: G sums in flight, one load of the gradient for all of them.
+template <class T, int G>
+DRIVE_TARGET int64_t sample_group(const Sampled<T>& p, int64_t k) {
+  constexpr int L = Register<T>::kParts, N = Register<T>::N;
+  for (; k + G <= p.count; k += G) {
+    V<T> sum[G];
+    const T* from[G];
+#pragma GCC unroll 8
+    for (int g = 0; g < G; ++g) {
+      sum[g] = V<T>{};
+      from[g] = p.in + p.taps[k + g].offset;
+    }
+    for (int64_t y = 0; y < p.rows; ++y) {
+      const T* const grad = p.grad + y * p.grad_pitch;
+      const int64_t row = y * p.in_pitch;
+      for (int64_t i = 0; i < p.cols * L; ++i) {
+        const V<T> v = read(grad + i * N);
+#pragma GCC unroll 8
+        for (int g = 0; g < G; ++g) sum[g] = fma(v, read(from[g] + row + i * N), sum[g]);
+      }
+    }
+    add_sums(sum, p.sums + k);
+  }
+  return k;
+}
+
+template <class T>
+DRIVE_TARGET void sample(const Sampled<T>& p) {
+  int64_t k = sample_group<T, 8>(p, 0);
+  k = sample_group<T, 4>(p, k);
+  k = sample_group<T, 2>(p, k);
+  sample_group<T, 1>(p, k);
+}
+
+}  // namespace DRIVE_ISA
+}  // namespace drive
