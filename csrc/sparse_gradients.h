@@ -1,4 +1,4 @@
-// Gradients to the non-zeros of a weight. Part of sparse_kernels.h.
+// Gradients to the non-zeros of a weight, alone and with that to the input. Part of sparse_kernels.h.
 
 namespace drive {
 namespace DRIVE_ISA {
@@ -80,6 +80,75 @@ DRIVE_TARGET void sample(const Sampled<T>& p) {
   k = sample_group<T, 4>(p, k);
   k = sample_group<T, 2>(p, k);
   sample_group<T, 1>(p, k);
+}
+
+// Both gradients of a tile: what a tap sees of the gradient is loaded once for two FMAs. The tile's sums and
+// its input share the registers; a tap's products stay a register wide in memory, from tile to tile.
+template <class T>
+struct Gradients {
+  static constexpr int kPositions = kTile<T> > 1 ? kTile<T> / 2 : 1;
+
+  const T* x;   // laid out as p.out
+  T* products;  // a register a tap
+
+  template <int RY, int RX>
+  DRIVE_TARGET void tile(const Product<T>& p, const Place<T>& place) const {
+    constexpr int L = Register<T>::kParts, N = Register<T>::N, S = RX * L;
+    const int64_t pitch = p.out_pitch, in_pitch = p.in_pitch;
+    V<T> sum[RY][S], here[RY][S];
+#pragma GCC unroll 16
+    for (int r = 0; r < RY; ++r) {
+#pragma GCC unroll 32
+      for (int s = 0; s < S; ++s) sum[r][s] = V<T>{}, here[r][s] = read(x + place.at + r * pitch + s * N);
+    }
+    if (place.above || place.left) {  // these positions' products have been added before
+#pragma GCC unroll 16
+      for (int r = 0; r < RY; ++r) {
+#pragma GCC unroll 32
+        for (int s = 0; s < S; ++s) {
+          if (r < place.above || s < place.left * L) here[r][s] = V<T>{};
+        }
+      }
+    }
+    T* to = products + (place.tap - p.taps) * N;
+    for (const Tap<T>* tap = place.tap; tap < place.end; ++tap, to += N) {
+      const T* const from = place.in + tap->offset;
+      const V<T> value = fill(tap->value);
+      V<T> product = read(to);
+#pragma GCC unroll 16
+      for (int r = 0; r < RY; ++r) {
+#pragma GCC unroll 32
+        for (int s = 0; s < S; ++s) {
+          const V<T> grad = read(from + r * in_pitch + s * N);
+          sum[r][s] = fma(value, grad, sum[r][s]);
+          product = fma(here[r][s], grad, product);
+        }
+      }
+      write(to, product);
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < RY; ++r) {
+#pragma GCC unroll 32
+      for (int s = 0; s < S; ++s) write(p.out + place.at + r * pitch + s * N, sum[r][s]);
+    }
+  }
+};
+
+template <class T>
+DRIVE_TARGET void multiply_and_sample(const Product<T>& p, const T* x, T* products, T* sums) {
+  constexpr int N = Register<T>::N, G = kTapsTogether;
+  const int64_t count = p.start[p.outputs] - p.start[0];
+  std::fill_n(products, (count + G - 1) / G * G * N, T(0));
+  cover(p, Gradients<T>{x, products});
+  for (int64_t k = 0; k < count; k += G) {
+    V<T> sum[G];
+#pragma GCC unroll 8
+    for (int g = 0; g < G; ++g) sum[g] = read(products + (k + g) * N);
+    T totals[G] = {};
+    T* const to = k + G <= count ? sums + k : totals;
+    add_sums(sum, to);
+    for (int64_t i = 0; to == totals && k + i < count; ++i) sums[k + i] += totals[i];
+  }
 }
 
 }  // namespace DRIVE_ISA

@@ -52,10 +52,17 @@ struct Sampled {
   T* sums;
 };
 
+// Taps whose sums over lanes are made together.
+constexpr int kTapsTogether = 8;
+
 template <class T>
 struct SparseKernels {
   void (*multiply)(const Product<T>&);
   void (*sample)(const Sampled<T>&);
+  // Both at once: p's outputs (without residual, bias and floor), and, of the same taps, sums[k] += sum over
+  // positions and lanes of x[y][x] * in[y][x + offset of tap k]; x is laid out as p.out. `products`: room for
+  // kLanes entries a tap, for taps up to a multiple of kTapsTogether.
+  void (*multiply_and_sample)(const Product<T>& p, const T* x, T* products, T* sums);
   // Sum of values[i] * x[at[i]].
   T (*dot)(const T* values, const int32_t* at, int64_t count, const T* x);
   // Runs of `size` entries, whole positions, that follow one another: run r goes to offsets[r * step], unless

@@ -14,7 +14,8 @@ namespace DRIVE_ISA {
 
 template <class T>
 SparseKernels<T> sparse_kernels_of() {
-  return {&multiply<T>, &sample<T>, &dot<T>, &copy_runs<T>, &to_lanes<T>, &from_lanes<T>};
+  return {&multiply<T>,  &sample<T>,   &multiply_and_sample<T>, &dot<T>,
+          &copy_runs<T>, &to_lanes<T>, &from_lanes<T>};
 }
 
 }  // namespace DRIVE_ISA

@@ -12,91 +12,38 @@ constexpr int kTile = DRIVE_REGISTERS == 32 ? 16 / Register<T>::kParts
 // Sums that must be in flight for two FMAs a cycle, each taking four cycles.
 constexpr int kInFlight = 8;
 
-// One tile of RY x RX positions, `at` entries behind p.out, of an output with the taps from `tap` to `end`.
-// Tiles with few positions keep several sums a position.
-template <class T, int RY, int RX>
-DRIVE_TARGET void multiply_tile(const Product<T>& p, const Tap<T>* tap, const Tap<T>* const end, T bias,
-                                const T* in, int64_t at) {
-  constexpr int L = Register<T>::kParts, N = Register<T>::N, S = RX * L;
-  constexpr int kSums = RY * S >= kInFlight ? 1 : kInFlight / (RY * S);
-  const int64_t pitch = p.in_pitch;
-  V<T> sum[kSums][RY][S];
-#pragma GCC unroll 16
-  for (int u = 0; u < kSums; ++u) {
-#pragma GCC unroll 16
-    for (int r = 0; r < RY; ++r) {
-#pragma GCC unroll 32
-      for (int s = 0; s < S; ++s) sum[u][r][s] = fill<T>(u == 0 ? bias : T(0));
-    }
-  }
-  if (p.residual) {
-    const T* residual = p.residual + at;
-#pragma GCC unroll 16
-    for (int r = 0; r < RY; ++r) {
-#pragma GCC unroll 32
-      for (int s = 0; s < S; ++s) sum[0][r][s] += read(residual + r * p.out_pitch + s * N);
-    }
-  }
-  for (; tap + kSums <= end; tap += kSums) {
-#pragma GCC unroll 16
-    for (int u = 0; u < kSums; ++u) {
-      const T* const from = in + tap[u].offset;
-      const V<T> value = fill(tap[u].value);
-#pragma GCC unroll 16
-      for (int r = 0; r < RY; ++r) {
-#pragma GCC unroll 32
-        for (int s = 0; s < S; ++s) sum[u][r][s] = fma(value, read(from + r * pitch + s * N), sum[u][r][s]);
-      }
-    }
-  }
-  if constexpr (kSums > 1) {
-    for (; tap < end; ++tap) {
-      const T* const from = in + tap->offset;
-      const V<T> value = fill(tap->value);
-#pragma GCC unroll 16
-      for (int r = 0; r < RY; ++r) {
-#pragma GCC unroll 32
-        for (int s = 0; s < S; ++s) sum[0][r][s] = fma(value, read(from + r * pitch + s * N), sum[0][r][s]);
-      }
-    }
-  }
-  T* const out = p.out + at;
-  const int64_t out_pitch = p.out_pitch;  // else read again after each write
-  const V<T> floor = fill(p.floor);
-#pragma GCC unroll 16
-  for (int r = 0; r < RY; ++r) {
-#pragma GCC unroll 32
-    for (int s = 0; s < S; ++s) {
-      V<T> total = sum[0][r][s];
-#pragma GCC unroll 16
-      for (int u = 1; u < kSums; ++u) total += sum[u][r][s];
-      write(out + r * out_pitch + s * N, total < floor ? floor : total);
-    }
-  }
-}
+// Where a tile lies, and the taps of its output.
+template <class T>
+struct Place {
+  const Tap<T>*tap, *end;
+  int64_t output;
+  const T* in;          // its first position's input
+  int64_t at;           // entries from p.out to its first position
+  int64_t above, left;  // rows and columns of it that tiles before it have made too
+};
 
-// The cache lines of such a tile, to be written soon.
+// The cache lines of a tile, to be written soon.
 template <class T, int RY, int RX>
-DRIVE_INLINE void fetch_tile(const Product<T>& p, int64_t at) {
+DRIVE_INLINE void fetch_tile(const T* tile, int64_t pitch) {
   constexpr int kLine = 64 / sizeof(T);
 #pragma GCC unroll 16
   for (int r = 0; r < RY; ++r) {
 #pragma GCC unroll 32
-    for (int i = 0; i < RX * kLanes; i += kLine) __builtin_prefetch(p.out + at + r * p.out_pitch + i, 1);
+    for (int i = 0; i < RX * kLanes; i += kLine) __builtin_prefetch(tile + r * pitch + i, 1);
   }
 }
 
-// Covers rows x cols with tiles RX wide and as high as the registers allow. The last ones of a row or
-// column overlap their neighbours: computing a position twice is cheaper than a narrow tile.
-template <class T, int RX, int RY>
-DRIVE_TARGET void multiply_with(const Product<T>& p) {
+// Covers rows x cols of each output with tiles. The last ones of a row or column overlap their neighbours:
+// computing a position twice is cheaper than a narrow tile.
+template <class T, class Work, int RX, int RY>
+DRIVE_TARGET void cover_with(const Product<T>& p, const Work& work) {
   // Copies: what the tiles write might be `p` for all the compiler knows (1.07 times as fast with 4 taps).
   const int64_t rows = p.rows, cols = p.cols, outputs = p.outputs, ahead = p.ahead;
   const int64_t in_pitch = p.in_pitch, out_pitch = p.out_pitch, out_size = p.out_size;
   const int64_t strip = p.strip ? std::min(p.strip, rows) : rows;
   const int32_t* const start = p.start;
   if (strip < RY) {
-    if constexpr (RY > 1) multiply_with<T, RX, RY / 2>(p);
+    if constexpr (RY > 1) cover_with<T, Work, RX, RY / 2>(p, work);
     return;
   }
   for (int64_t top = 0; top < rows; top += strip) {
@@ -104,17 +51,17 @@ DRIVE_TARGET void multiply_with(const Product<T>& p) {
     const Tap<T>* tap = p.taps;
     for (int64_t o = 0; o < outputs; ++o) {
       const Tap<T>* const end = tap + (start[o + 1] - start[o]);
-      const T bias = p.bias ? p.bias[o] : T(0);
       // After the last output of this strip comes the first one of the next.
       const bool wraps = o + ahead >= outputs && bottom < rows;
       const int64_t later = ahead * out_size + (wraps ? strip * out_pitch - outputs * out_size : 0);
       for (int64_t y = top; y < bottom; y += RY) {
-        const int64_t row = std::min(y, rows - RY);
+        const int64_t row = std::min(y, bottom - RY);
         for (int64_t x = 0; x < cols; x += RX) {
-          const int64_t col = std::min(x, cols - RX) * kLanes;
-          const int64_t at = o * out_size + row * out_pitch + col;
-          if (ahead) fetch_tile<T, RY, RX>(p, at + later);
-          multiply_tile<T, RY, RX>(p, tap, end, bias, p.in + row * in_pitch + col, at);
+          const int64_t col = std::min(x, cols - RX);
+          const int64_t at = o * out_size + row * out_pitch + col * kLanes;
+          if (ahead) fetch_tile<T, RY, RX>(p.out + at + later, out_pitch);
+          const T* const in = p.in + row * in_pitch + col * kLanes;
+          work.template tile<RY, RX>(p, Place<T>{tap, end, o, in, at, y - row, x - col});
         }
       }
       tap = end;
@@ -124,19 +71,94 @@ DRIVE_TARGET void multiply_with(const Product<T>& p) {
 
 constexpr int power_of_two_up_to(int n) { return n < 2 ? 1 : 2 * power_of_two_up_to(n / 2); }
 
-template <class T, int RX>
-DRIVE_TARGET void multiply_by_width(const Product<T>& p, int64_t width) {
+template <class T, class Work, int RX>
+DRIVE_TARGET void cover_by_width(const Product<T>& p, const Work& work, int64_t width) {
   if (width == RX) {
-    multiply_with<T, RX, power_of_two_up_to(kTile<T> / RX)>(p);
+    cover_with<T, Work, RX, power_of_two_up_to(Work::kPositions / RX)>(p, work);
   } else if constexpr (RX > 1) {
-    multiply_by_width<T, RX - 1>(p, width);
+    cover_by_width<T, Work, RX - 1>(p, work, width);
   }
 }
 
+// Tiles RX wide, whose widths are as even as can be, and as high as the registers allow.
+template <class T, class Work>
+DRIVE_TARGET void cover(const Product<T>& p, const Work& work) {
+  const int64_t tiles = (p.cols + Work::kPositions - 1) / Work::kPositions;
+  cover_by_width<T, Work, Work::kPositions>(p, work, (p.cols + tiles - 1) / tiles);
+}
+
+// Tiles with few positions keep several sums a position.
+template <class T>
+struct Multiply {
+  static constexpr int kPositions = kTile<T>;
+
+  template <int RY, int RX>
+  DRIVE_TARGET void tile(const Product<T>& p, const Place<T>& place) const {
+    constexpr int L = Register<T>::kParts, N = Register<T>::N, S = RX * L;
+    constexpr int kSums = RY * S >= kInFlight ? 1 : kInFlight / (RY * S);
+    const T *const in = place.in, bias = p.bias ? p.bias[place.output] : T(0);
+    const int64_t at = place.at, pitch = p.in_pitch;
+    const Tap<T>* tap = place.tap;
+    const Tap<T>* const end = place.end;
+    V<T> sum[kSums][RY][S];
+#pragma GCC unroll 16
+    for (int u = 0; u < kSums; ++u) {
+#pragma GCC unroll 16
+      for (int r = 0; r < RY; ++r) {
+#pragma GCC unroll 32
+        for (int s = 0; s < S; ++s) sum[u][r][s] = fill<T>(u == 0 ? bias : T(0));
+      }
+    }
+    if (p.residual) {
+      const T* residual = p.residual + at;
+#pragma GCC unroll 16
+      for (int r = 0; r < RY; ++r) {
+#pragma GCC unroll 32
+        for (int s = 0; s < S; ++s) sum[0][r][s] += read(residual + r * p.out_pitch + s * N);
+      }
+    }
+    for (; tap + kSums <= end; tap += kSums) {
+#pragma GCC unroll 16
+      for (int u = 0; u < kSums; ++u) {
+        const T* const from = in + tap[u].offset;
+        const V<T> value = fill(tap[u].value);
+#pragma GCC unroll 16
+        for (int r = 0; r < RY; ++r) {
+#pragma GCC unroll 32
+          for (int s = 0; s < S; ++s) sum[u][r][s] = fma(value, read(from + r * pitch + s * N), sum[u][r][s]);
+        }
+      }
+    }
+    if constexpr (kSums > 1) {
+      for (; tap < end; ++tap) {
+        const T* const from = in + tap->offset;
+        const V<T> value = fill(tap->value);
+#pragma GCC unroll 16
+        for (int r = 0; r < RY; ++r) {
+#pragma GCC unroll 32
+          for (int s = 0; s < S; ++s) sum[0][r][s] = fma(value, read(from + r * pitch + s * N), sum[0][r][s]);
+        }
+      }
+    }
+    T* const out = p.out + at;
+    const int64_t out_pitch = p.out_pitch;  // else read again after each write
+    const V<T> floor = fill(p.floor);
+#pragma GCC unroll 16
+    for (int r = 0; r < RY; ++r) {
+#pragma GCC unroll 32
+      for (int s = 0; s < S; ++s) {
+        V<T> total = sum[0][r][s];
+#pragma GCC unroll 16
+        for (int u = 1; u < kSums; ++u) total += sum[u][r][s];
+        write(out + r * out_pitch + s * N, total < floor ? floor : total);
+      }
+    }
+  }
+};
+
 template <class T>
 DRIVE_TARGET void multiply(const Product<T>& p) {
-  const int64_t tiles = (p.cols + kTile<T> - 1) / kTile<T>;
-  multiply_by_width<T, kTile<T>>(p, (p.cols + tiles - 1) / tiles);
+  cover(p, Multiply<T>());
 }
 
 }  // namespace DRIVE_ISA

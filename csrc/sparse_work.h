@@ -37,6 +37,7 @@ enum ScratchSlot {
   kBetweenScratch,
   kTapScratch,
   kSecondTapScratch,
+  kProductScratch,
   kScratchSlots
 };
 
