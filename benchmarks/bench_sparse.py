@@ -2,7 +2,8 @@
 
 python benchmarks/bench_sparse.py --out docs/results/sparse-cpu.jsonl [layers] [linear] [networks]
 
-layers      3x3 convolutions called with [N, C, H, W], and in blocks
+layers      3x3 convolutions called with [N, C, H, W], and in blocks; beside them a copy of their input, whose
+            time no forward that reads its input and writes its output undercuts
 linear      4096 x 4096, against oneDNN's packed weight and MKL's CSR too
 networks    whole networks, converted: inference, and a training step with its optimizer
 
@@ -148,7 +149,9 @@ def layers(rows: Rows, sparsities: list[float], batches: list[int]) -> None:
         for mode, way in MODES.items():
             seconds = interleaved({
                 "dense": way(dense_conv, x, weight),
+                "again": way(dense_conv, x, weight),
                 "dense channels_last": way(dense_conv, *last),
+                "copy": partial(torch.empty_like(x).copy_, x),
                 "ours": way(ours, x, values),
                 "ours, blocked": way(ours, blocks, values),
                 **{name: rival(module, x, mode) for name, module in rivals.items()},

@@ -57,7 +57,7 @@ convolutions have stride 1. Backward: to input and weight.
 {linear}
 
 The same convolutions by our op on images in blocks, as inside a converted network / by SparseProp's faster
-kernel (arXiv 2302.04852):
+kernel (arXiv 2302.04852) / a plain copy of their input to memory of the output's size, in place of them:
 
 {layer_rivals}
 
@@ -138,7 +138,7 @@ def page(rows: list[Row], figure: str) -> str:
         networks=table(nets, _of("ours")), compiled="; ".join(_compiled(nets)),
         csr=table(csr, _of("MKL CSR")), figure=figure, layers=table(convolutions, _of("ours")),
         linear=table(linear, _of("ours")),
-        layer_rivals=table(convolutions, _of("ours, blocked", "SparseProp")),
+        layer_rivals=table(convolutions, _of("ours, blocked", "SparseProp", "copy")),
         linear_rivals=table(linear, _of("MKL CSR", "SparseProp")),
     )  # fmt: skip
 

@@ -54,6 +54,17 @@ def test_networks(quick, tmp_path: Path):
     assert half["dense"] == most["dense"] and half["ours"] != most["ours"]  # in the same turns
 
 
+def test_layers(quick, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(bench_sparse, "LAYERS", ((8, 8),))
+    monkeypatch.setattr(bench_sparse, "LAYER_SECONDS", 0.0)
+    bench_sparse.layers(sparse_rows.Rows(tmp_path / "rows.jsonl"), [0.5], [16])
+    rows = sparse_rows.read(tmp_path / "rows.jsonl")
+    assert [row.mode for row in rows] == ["forward", "forward + backward"]
+    timed = {"dense", "again", "dense channels_last", "ours", "ours, blocked", "copy"}
+    assert all(set(row.seconds) - {"SparseProp"} == timed for row in rows)
+    assert all(seconds > 0 for row in rows for seconds in row.seconds.values())
+
+
 def test_rows_of_another_version_are_replaced(quick, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(bench_sparse, "interleaved", lambda runs, seconds: {who: next(clock) for who in runs})
     clock = itertools.count(100.0, 0.1)
