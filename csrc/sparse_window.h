@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "sparse_isa.h"
@@ -24,6 +25,15 @@ struct Axis {
   int64_t place(int64_t pixel) const { return (pixel + shift) / stride; }
   int64_t phase(int64_t pixel) const { return (pixel + shift) % stride; }
   int64_t first_pixel(int64_t place) const { return std::clamp<int64_t>(place * stride - shift, 0, size); }
+  bool has(int64_t place, int64_t phase) const {
+    const int64_t pixel = place * stride + phase - shift;
+    return pixel >= 0 && pixel < size;
+  }
+  // The places that a phase has, from the first to behind the last.
+  std::pair<int64_t, int64_t> places(int64_t phase) const {
+    const auto up = [&](int64_t pixel) { return (pixel + shift - phase + stride - 1) / stride; };
+    return {up(0), up(size)};
+  }
 };
 
 class Window {
@@ -49,28 +59,15 @@ class Window {
   void move(int64_t row0) {
     begin_ = y_.first_pixel(row0);
     end_ = y_.first_pixel(row0 + rows_);
-    std::vector<int64_t> phase(x_.size), col(x_.size);  // divisions, once a column instead of once a pixel
-    for (int64_t x = 0; x < x_.size; ++x) phase[x] = x_.phase(x), col[x] = x_.place(x) - col0_;
-    std::vector<char> filled(slot_count_ * pixels_a_slot());
-    offsets_.assign((end_ - begin_) * x_.size, nowhere());
+    if (columns_.empty()) find_columns();
+    offsets_.resize((end_ - begin_) * x_.size);
     for (int64_t y = begin_; y < end_; ++y) {
-      const int64_t* const slots = slots_.data() + y_.phase(y) * x_.stride;
-      const int64_t row = (y_.place(y) - row0) * cols_;
-      for (int64_t x = 0; x < x_.size; ++x) {
-        const int64_t where = slots[phase[x]];
-        if (where < 0 || col[x] < 0 || col[x] >= cols_) continue;
-        const int64_t position = where * pixels_a_slot() + row + col[x];
-        filled[position] = true;
-        offsets_[(y - begin_) * x_.size + x] = static_cast<int32_t>(position * entry_);
-      }
+      const int32_t* const column = columns_.data() + y_.phase(y) * x_.size;
+      int32_t* const to = offsets_.data() + (y - begin_) * x_.size;
+      const int32_t row = static_cast<int32_t>((y_.place(y) - row0) * pitch()), none = nowhere();
+      for (int64_t x = 0; x < x_.size; ++x) to[x] = column[x] < 0 ? none : column[x] + row;
     }
-    holes_.clear();
-    for (size_t p = 0; p < filled.size(); ++p) {
-      if (filled[p]) continue;
-      const size_t begin = p;
-      while (p < filled.size() && !filled[p]) ++p;
-      holes_.push_back({static_cast<int64_t>(begin) * entry_, static_cast<int64_t>(p - begin) * entry_});
-    }
+    find_holes(row0);
   }
 
   // The pixels inside, in row-major order of their plane: their first, their number, where they lie.
@@ -91,13 +88,47 @@ class Window {
  private:
   int64_t pixels_a_slot() const { return rows_ * cols_ + tail_; }
 
+  // Offsets of the pixels of a row, as the window's first, for each phase of rows; below 0: not inside.
+  void find_columns() {
+    for (int64_t phase = 0; phase < y_.stride; ++phase) {
+      for (int64_t x = 0; x < x_.size; ++x) {
+        const int64_t where = slot(phase, x_.phase(x)), col = x_.place(x) - col0_;
+        const bool inside = where >= 0 && col >= 0 && col < cols_;
+        columns_.push_back(inside ? static_cast<int32_t>(where * slot_size() + col * entry_) : -1);
+      }
+    }
+  }
+
+  // All but the pixels: these are neighbours in each row of a slot.
+  void find_holes(int64_t row0) {
+    holes_.clear();
+    int64_t begin = 0;
+    const auto fill_to = [&](int64_t end) {
+      if (begin < end) holes_.push_back({begin * entry_, (end - begin) * entry_});
+    };
+    for (int64_t phase_y = 0; phase_y < y_.stride; ++phase_y) {
+      for (int64_t phase_x = 0; phase_x < x_.stride; ++phase_x) {
+        const int64_t where = slot(phase_y, phase_x);
+        const auto [first, last] = x_.places(phase_x);
+        const int64_t from = std::max(first - col0_, int64_t{0}), to = std::min(last - col0_, cols_);
+        for (int64_t row = 0; where >= 0 && from < to && row < rows_; ++row) {
+          if (!y_.has(row0 + row, phase_y)) continue;
+          const int64_t position = where * pixels_a_slot() + row * cols_;
+          fill_to(position + from);
+          begin = position + to;
+        }
+      }
+    }
+    fill_to(slot_count_ * pixels_a_slot());
+  }
+
   int64_t entry_;
   Axis y_, x_;
   int64_t rows_, cols_, col0_, tail_;
   std::vector<int64_t> slots_;
   int64_t slot_count_ = 0;
   int64_t begin_ = 0, end_ = 0;
-  std::vector<int32_t> offsets_;
+  std::vector<int32_t> columns_, offsets_;
   std::vector<Hole> holes_;
 };
 
