@@ -92,14 +92,18 @@ struct Gradients {
   T* products;  // a register a tap
 
   template <int RY, int RX>
-  DRIVE_TARGET void tile(const Product<T>& p, const Place<T>& place) const {
+  DRIVE_TARGET __attribute__((noinline)) void tile(const Product<T>& p, const Tap<T>* tap,
+                                                   const Tap<T>* const end, const T* in, int64_t at,
+                                                   Place place) const {
     constexpr int L = Register<T>::kParts, N = Register<T>::N, S = RX * L;
+    const T* const input = x + at;
+    T *const out = p.out + at, *to = products + (tap - p.taps) * N;
     const int64_t pitch = p.out_pitch, in_pitch = p.in_pitch;
     V<T> sum[RY][S], here[RY][S];
 #pragma GCC unroll 16
     for (int r = 0; r < RY; ++r) {
 #pragma GCC unroll 32
-      for (int s = 0; s < S; ++s) sum[r][s] = V<T>{}, here[r][s] = read(x + place.at + r * pitch + s * N);
+      for (int s = 0; s < S; ++s) sum[r][s] = V<T>{}, here[r][s] = read(input + r * pitch + s * N);
     }
     if (place.above || place.left) {  // these positions' products have been added before
 #pragma GCC unroll 16
@@ -110,16 +114,16 @@ struct Gradients {
         }
       }
     }
-    T* to = products + (place.tap - p.taps) * N;
-    for (const Tap<T>* tap = place.tap; tap < place.end; ++tap, to += N) {
-      const T* const from = place.in + tap->offset;
+    for (; tap < end; ++tap, to += N) {
+      const T* const from = in + tap->offset;
       const V<T> value = fill(tap->value);
       V<T> product = read(to);
 #pragma GCC unroll 16
       for (int r = 0; r < RY; ++r) {
 #pragma GCC unroll 32
         for (int s = 0; s < S; ++s) {
-          const V<T> grad = read(from + r * in_pitch + s * N);
+          V<T> grad = read(from + r * in_pitch + s * N);
+          keep_in_register(grad);
           sum[r][s] = fma(value, grad, sum[r][s]);
           product = fma(here[r][s], grad, product);
         }
@@ -129,7 +133,7 @@ struct Gradients {
 #pragma GCC unroll 16
     for (int r = 0; r < RY; ++r) {
 #pragma GCC unroll 32
-      for (int s = 0; s < S; ++s) write(p.out + place.at + r * pitch + s * N, sum[r][s]);
+      for (int s = 0; s < S; ++s) write(out + r * pitch + s * N, sum[r][s]);
     }
   }
 };

@@ -12,14 +12,9 @@ constexpr int kTile = DRIVE_REGISTERS == 32 ? 16 / Register<T>::kParts
 // Sums that must be in flight for two FMAs a cycle, each taking four cycles.
 constexpr int kInFlight = 8;
 
-// Where a tile lies, and the taps of its output.
-template <class T>
+// Of which output a tile is, and how many of its rows and columns tiles before it have made too.
 struct Place {
-  const Tap<T>*tap, *end;
-  int64_t output;
-  const T* in;          // its first position's input
-  int64_t at;           // entries from p.out to its first position
-  int64_t above, left;  // rows and columns of it that tiles before it have made too
+  int64_t output, above, left;
 };
 
 // The cache lines of a tile, to be written soon.
@@ -33,8 +28,9 @@ DRIVE_INLINE void fetch_tile(const T* tile, int64_t pitch) {
   }
 }
 
-// Covers rows x cols of each output with tiles. The last ones of a row or column overlap their neighbours:
-// computing a position twice is cheaper than a narrow tile.
+// Covers rows x cols of each output with tiles: work.tile<RY, RX>(p, an output's taps, their end, the tile's
+// input, where it lies behind p.out, its place), not inlined, so that its loops have all registers. The last
+// tiles of a row or column overlap their neighbours: computing one twice is cheaper than a narrow tile.
 template <class T, class Work, int RX, int RY>
 DRIVE_TARGET void cover_with(const Product<T>& p, const Work& work) {
   // Copies: what the tiles write might be `p` for all the compiler knows (1.07 times as fast with 4 taps).
@@ -61,7 +57,7 @@ DRIVE_TARGET void cover_with(const Product<T>& p, const Work& work) {
           const int64_t at = o * out_size + row * out_pitch + col * kLanes;
           if (ahead) fetch_tile<T, RY, RX>(p.out + at + later, out_pitch);
           const T* const in = p.in + row * in_pitch + col * kLanes;
-          work.template tile<RY, RX>(p, Place<T>{tap, end, o, in, at, y - row, x - col});
+          work.template tile<RY, RX>(p, tap, end, in, at, Place{o, y - row, x - col});
         }
       }
       tap = end;
@@ -93,13 +89,13 @@ struct Multiply {
   static constexpr int kPositions = kTile<T>;
 
   template <int RY, int RX>
-  DRIVE_TARGET void tile(const Product<T>& p, const Place<T>& place) const {
+  DRIVE_TARGET __attribute__((noinline)) void tile(const Product<T>& p, const Tap<T>* tap,
+                                                   const Tap<T>* const end, const T* in, int64_t at,
+                                                   Place place) const {
     constexpr int L = Register<T>::kParts, N = Register<T>::N, S = RX * L;
     constexpr int kSums = RY * S >= kInFlight ? 1 : kInFlight / (RY * S);
-    const T *const in = place.in, bias = p.bias ? p.bias[place.output] : T(0);
-    const int64_t at = place.at, pitch = p.in_pitch;
-    const Tap<T>* tap = place.tap;
-    const Tap<T>* const end = place.end;
+    const T bias = p.bias ? p.bias[place.output] : T(0);
+    const int64_t pitch = p.in_pitch;
     V<T> sum[kSums][RY][S];
 #pragma GCC unroll 16
     for (int u = 0; u < kSums; ++u) {

@@ -28,6 +28,14 @@ DRIVE_INLINE V<T> fill(T value) {
   return value - V<T>{};  // a broadcast: 0 + value would be an addition, for the sign of zeros
 }
 
+// What is used twice the compiler would rather read twice, as memory operands.
+template <class Vector>
+DRIVE_INLINE void keep_in_register(Vector& v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#endif
+}
+
 DRIVE_INLINE V<float> fma(V<float> a, V<float> b, V<float> c) {
 #if DRIVE_WIDTH == 64
   return _mm512_fmadd_ps(a, b, c);
