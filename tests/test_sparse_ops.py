@@ -79,6 +79,8 @@ CONVS = (
     Conv(2, 4, 6, 11, 48, kernel=(5, 3), padding=(1, 2), dilation=(2, 2), groups=2),
     Conv(1, 6, 4, 7, 32, kernel=(1, 1), padding=(0, 0)),
     Conv(1, 3, 4, 3, 256, kernel=(2, 1), padding=(3, 0)),
+    # gradients in several calls: of two channels each at a density of 0.3, of one at 1.0
+    Conv(17, 12, 32, 5, 16),
 )
 
 
