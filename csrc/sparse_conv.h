@@ -1,7 +1,6 @@
-// What the convolutions by non-zeros share: their geometry, and the taps that a weight becomes.
+// What the convolutions by non-zeros share: their geometry, and their checks.
 #pragma once
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 
 #include <array>
@@ -10,7 +9,6 @@
 
 #include "sparse_pattern.h"
 #include "sparse_window.h"
-#include "sparse_work.h"
 
 namespace drive {
 
@@ -47,41 +45,6 @@ struct Conv {
     return used;
   }
 };
-
-// Offsets of the columns of one group's weight in a window on the input.
-inline std::vector<int32_t> column_offsets(const Conv& conv, const Window& window) {
-  std::vector<int32_t> offsets(conv.columns());
-  for (int64_t ky = 0, i = 0; ky < conv.kernel[0]; ++ky) {
-    for (int64_t kx = 0; kx < conv.kernel[1]; ++kx, ++i) {
-      const int64_t slot = window.slot(conv.phase(0, ky), conv.phase(1, kx));
-      const int64_t here = slot * window.slot_size() + conv.shift(0, ky) * window.pitch() +
-                           conv.shift(1, kx) * window.entry();
-      for (int64_t c = 0; c < conv.group_channels; ++c) {
-        offsets[c * conv.area() + i] = static_cast<int32_t>(c * window.channel_size() + here);
-      }
-    }
-  }
-  return offsets;
-}
-
-template <class T>
-Taps<T> forward_taps(const Conv& conv, const Pattern& pattern, const T* values, const Window& window,
-                     ScratchSlot slot = kTapScratch) {
-  const std::vector<int32_t> offsets = column_offsets(conv, window);
-  Taps<T> taps(pattern.count, slot);
-  taps.start.assign(pattern.row_start, pattern.row_start + conv.out_channels + 1);
-  const int64_t group_size = conv.group_channels * window.channel_size();
-  const int64_t grain = channel_grain(conv.out_channels, pattern.count);
-  at::parallel_for(0, conv.out_channels, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t o = begin; o < end; ++o) {
-      const int32_t base = static_cast<int32_t>(o / (conv.out_channels / conv.groups) * group_size);
-      for (int32_t i = pattern.row_start[o]; i < pattern.row_start[o + 1]; ++i) {
-        taps.taps[i] = {base + offsets[pattern.column[i]], values[i]};
-      }
-    }
-  });
-  return taps;
-}
 
 inline void check_reach(const char* op, const Window& window, int64_t channels) {
   TORCH_CHECK_VALUE(window.channel_size() * channels < std::numeric_limits<int32_t>::max(), op,

@@ -12,6 +12,7 @@
 #include "recycle.h"
 #include "sparse_conv.h"
 #include "sparse_layout.h"
+#include "sparse_taps.h"
 
 namespace drive {
 namespace {

@@ -1,0 +1,91 @@
+// The taps of a convolution: its weight's non-zeros as the loops walk them, in a window on the input and, backward,
+// in one on the gradient to the output.
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <vector>
+
+#include "sparse_conv.h"
+#include "sparse_pattern.h"
+#include "sparse_window.h"
+
+namespace drive {
+
+// Offsets of the columns of one group's weight in a window on the input.
+inline std::vector<int32_t> column_offsets(const Conv& conv, const Window& window) {
+  std::vector<int32_t> offsets(conv.columns());
+  for (int64_t ky = 0, i = 0; ky < conv.kernel[0]; ++ky) {
+    for (int64_t kx = 0; kx < conv.kernel[1]; ++kx, ++i) {
+      const int64_t slot = window.slot(conv.phase(0, ky), conv.phase(1, kx));
+      const int64_t here = slot * window.slot_size() + conv.shift(0, ky) * window.pitch() +
+                           conv.shift(1, kx) * window.entry();
+      for (int64_t c = 0; c < conv.group_channels; ++c) {
+        offsets[c * conv.area() + i] = static_cast<int32_t>(c * window.channel_size() + here);
+      }
+    }
+  }
+  return offsets;
+}
+
+template <class T>
+Taps<T> forward_taps(const Conv& conv, const Pattern& pattern, const T* values, const Window& window,
+                     ScratchSlot slot = kTapScratch) {
+  const std::vector<int32_t> offsets = column_offsets(conv, window);
+  Taps<T> taps(pattern.count, slot);
+  taps.start.assign(pattern.row_start, pattern.row_start + conv.out_channels + 1);
+  const int64_t group_size = conv.group_channels * window.channel_size();
+  const int64_t grain = channel_grain(conv.out_channels, pattern.count);
+  at::parallel_for(0, conv.out_channels, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t o = begin; o < end; ++o) {
+      const int32_t base = static_cast<int32_t>(o / (conv.out_channels / conv.groups) * group_size);
+      for (int32_t i = pattern.row_start[o]; i < pattern.row_start[o + 1]; ++i) {
+        taps.taps[i] = {base + offsets[pattern.column[i]], values[i]};
+      }
+    }
+  });
+  return taps;
+}
+
+// Taps of each input channel's phases, in a window on the gradient to the output; `packed`: which of the
+// packed values each is.
+template <class T>
+Taps<T> backward_taps(const Conv& conv, const Pattern& pattern, const T* values, const Window& window,
+                      std::vector<int32_t>& packed) {
+  const int64_t phases = conv.stride[0] * conv.stride[1], area = conv.area();
+  std::vector<int32_t> offset(area), phase(area);
+  for (int64_t ky = 0, i = 0; ky < conv.kernel[0]; ++ky) {
+    for (int64_t kx = 0; kx < conv.kernel[1]; ++kx, ++i) {
+      offset[i] = static_cast<int32_t>((conv.reach(0) - conv.shift(0, ky)) * window.pitch() +
+                                       (conv.reach(1) - conv.shift(1, kx)) * window.entry());
+      phase[i] = static_cast<int32_t>(conv.phase(0, ky) * conv.stride[1] + conv.phase(1, kx));
+    }
+  }
+  Taps<T> taps(pattern.count);
+  packed.resize(pattern.count);
+  taps.start.assign(conv.in_channels() * phases + 1, 0);
+  for (int64_t c = 0; c < conv.in_channels(); ++c) {
+    const int32_t* start = pattern.column_start + c * area;
+    for (int64_t k = 0; k < area; ++k) taps.start[c * phases + phase[k] + 1] += start[k + 1] - start[k];
+  }
+  for (size_t i = 1; i < taps.start.size(); ++i) taps.start[i] += taps.start[i - 1];
+  const int64_t grain = channel_grain(conv.in_channels(), pattern.count);
+  at::parallel_for(0, conv.in_channels(), grain, [&](int64_t begin, int64_t end) {
+    std::vector<Tap<T>*> next(phases);
+    for (int64_t c = begin; c < end; ++c) {
+      for (int64_t p = 0; p < phases; ++p) next[p] = taps.taps + taps.start[c * phases + p];
+      for (int64_t k = 0; k < area; ++k) {
+        Tap<T>*& tap = next[phase[k]];
+        const int32_t* const range = pattern.column_start + c * area + k;
+        for (int32_t i = range[0]; i < range[1]; ++i) {
+          packed[tap - taps.taps] = pattern.packed[i];
+          *tap++ = {static_cast<int32_t>(pattern.row[i] * window.channel_size()) + offset[k],
+                    values[pattern.packed[i]]};
+        }
+      }
+    }
+  });
+  return taps;
+}
+
+}  // namespace drive
