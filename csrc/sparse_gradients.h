@@ -84,7 +84,7 @@ DRIVE_TARGET void sample(const Sampled<T>& p) {
 
 // Both gradients of a tile: what a tap sees of the gradient is loaded once for two FMAs. The tile's sums and
 // its input share the registers; a tap's products stay a register wide in memory, from tile to tile.
-template <class T>
+template <class T, bool kClip>
 struct Gradients {
   static constexpr int kPositions = kTile<T> > 1 ? kTile<T> / 2 : 1;
 
@@ -114,27 +114,38 @@ struct Gradients {
         }
       }
     }
-    for (; tap < end; ++tap, to += N) {
-      const T* const from = in + tap->offset;
-      const V<T> value = fill(tap->value);
-      V<T> product = read(to);
-#pragma GCC unroll 16
-      for (int r = 0; r < RY; ++r) {
-#pragma GCC unroll 32
-        for (int s = 0; s < S; ++s) {
-          V<T> grad = read(from + r * in_pitch + s * N);
-          keep_in_register(grad);
-          sum[r][s] = fma(value, grad, sum[r][s]);
-          product = fma(here[r][s], grad, product);
-        }
-      }
-      write(to, product);
+    const auto more = [&](Look look) { return tap < end && (!kClip || looks(look, tap->offset)); };
+    for (; more(Look::straight); ++tap, to += N) add<Look::straight>(*tap, in, in_pitch, here, sum, to);
+    if constexpr (kClip) {
+      for (; more(Look::left); ++tap, to += N) add<Look::left>(*tap, in, in_pitch, here, sum, to);
+      for (; more(Look::right); ++tap, to += N) add<Look::right>(*tap, in, in_pitch, here, sum, to);
     }
 #pragma GCC unroll 16
     for (int r = 0; r < RY; ++r) {
 #pragma GCC unroll 32
       for (int s = 0; s < S; ++s) write(out + r * pitch + s * N, sum[r][s]);
     }
+  }
+
+ private:
+  template <Look look, int RY, int S>
+  DRIVE_INLINE void add(const Tap<T>& tap, const T* in, int64_t pitch, const V<T> (&here)[RY][S],
+                        V<T> (&sum)[RY][S], T* to) {
+    const T* from = first_read<look>(in + tap.offset, tap.offset);
+    const V<T> value = fill(tap.value);
+    V<T> product = read(to);
+#pragma GCC unroll 16
+    for (int r = 0; r < RY; ++r, from += pitch) {
+      V<T> grad[S];
+      see<look>(from, tap.offset, grad);
+#pragma GCC unroll 32
+      for (int s = 0; s < S; ++s) {
+        keep_in_register(grad[s]);
+        sum[r][s] = fma(value, grad[s], sum[r][s]);
+        product = fma(here[r][s], grad[s], product);
+      }
+    }
+    write(to, product);
   }
 };
 
@@ -143,7 +154,11 @@ DRIVE_TARGET void multiply_and_sample(const Product<T>& p, const T* x, T* produc
   constexpr int N = Register<T>::N, G = kTapsTogether;
   const int64_t count = p.start[p.outputs] - p.start[0];
   std::fill_n(products, (count + G - 1) / G * G * N, T(0));
-  cover(p, Gradients<T>{x, products});
+  if (p.clip) {
+    cover(p, Gradients<T, true>{x, products});
+  } else {
+    cover(p, Gradients<T, false>{x, products});
+  }
   for (int64_t k = 0; k < count; k += G) {
     V<T> sum[G];
 #pragma GCC unroll 8

@@ -18,6 +18,16 @@ struct Tap {
   T value;
 };
 
+// Which way a tap looks from its output. Where rows are clipped (Product) they lie multiples of kLanes apart,
+// so the lowest bits of a tap's offset tell: below kLanes / 2 it looks so far to the right, from there on to
+// the left.
+enum class Look { straight, left, right };
+
+constexpr bool looks(Look look, int32_t offset) {
+  const bool straight = (offset & (kLanes - 1)) == 0, left = (offset & kLanes / 2) != 0;
+  return look == Look::straight ? straight : look == Look::left ? left : !straight && !left;
+}
+
 // Of each of several outputs (channels, features):
 // out[y][x] = max(floor, residual[y][x] + bias + sum over its taps of value * in[y][x + offset])
 template <class T>
@@ -33,7 +43,10 @@ struct Product {
   const T* residual = nullptr;  // null: zeros; laid out as `out`
   const T* bias = nullptr;      // [outputs]; null: zeros
   T floor = -std::numeric_limits<T>::infinity();
-  int64_t strip = 0;            // rows of which all outputs are made before the next rows; 0: all rows
+  // Are rows of the input whole rows of positions, as those of the outputs are? Then taps see zeros beyond
+  // their ends, and an output's come in the order of Look.
+  bool clip = false;
+  int64_t strip = 0;  // rows of which all outputs are made before the next rows; 0: all rows
   // While an output is made, the cache lines of the one so many later are fetched, be it the next call's;
   // 0: none.
   int64_t ahead = 0;
@@ -57,6 +70,9 @@ constexpr int kTapsTogether = 8;
 
 template <class T>
 struct SparseKernels {
+  // Of Products with `clip`: most positions a row, for `multiply` and for `multiply_and_sample`, and most
+  // entries that taps may look to the left or right.
+  int64_t clipped, clipped_for_both, sight;
   void (*multiply)(const Product<T>&);
   void (*sample)(const Sampled<T>&);
   // Both at once: p's outputs (without residual, bias and floor), and, of the same taps, sums[k] += sum over

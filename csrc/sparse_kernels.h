@@ -3,6 +3,7 @@
 // and DRIVE_REGISTERS (their number) set.
 
 #include "sparse_register.h"
+#include "sparse_clip.h"
 
 #include "sparse_multiply.h"
 #include "sparse_gradients.h"
@@ -14,8 +15,16 @@ namespace DRIVE_ISA {
 
 template <class T>
 SparseKernels<T> sparse_kernels_of() {
-  return {&multiply<T>,  &sample<T>,   &multiply_and_sample<T>, &dot<T>,
-          &copy_runs<T>, &to_lanes<T>, &from_lanes<T>};
+  return {Multiply<T, true>::kPositions,
+          Gradients<T, true>::kPositions,
+          kSight<T>,
+          &multiply<T>,
+          &sample<T>,
+          &multiply_and_sample<T>,
+          &dot<T>,
+          &copy_runs<T>,
+          &to_lanes<T>,
+          &from_lanes<T>};
 }
 
 }  // namespace DRIVE_ISA

@@ -2,7 +2,9 @@
 // between memory and a Window.
 //
 //   planes    [N, C, H, W], lanes are images: transposed on the way
-//   pixels    [N, C, H, W], lanes are neighbours in a row of one image: copied as they are
+//   rows      [N, C, H, W], lanes are neighbours in a row of one image: whole planes are copied as they are
+//             (Product::clip)
+//   pixels    the same, for rows too long to be clipped: copied with zeros between them
 //   padded    [N, C, H, W], lanes are neighbours in the window on one image, over the ends of its rows: what
 //             they compute between the output's rows is left there
 //   blocked   [ceil(N / 16), C, H, W, 16], lanes are images
@@ -18,7 +20,7 @@
 
 namespace drive {
 
-enum class Layout { planes, pixels, padded, blocked };
+enum class Layout { planes, rows, pixels, padded, blocked };
 
 template <class T>
 void copy_run(const T* from, int64_t count, T* to) {
@@ -45,27 +47,35 @@ struct Images {
         height(t.size(2)),
         width(t.size(3)) {}
 
+  // Is a row of memory a row of positions?
+  bool in_rows() const { return layout == Layout::rows || layout == Layout::pixels; }
   // Can the kernels use the memory as it is, without a window?
-  bool direct() const { return layout == Layout::pixels || layout == Layout::blocked; }
+  bool direct() const { return in_rows() || layout == Layout::blocked; }
   // What is computed together: images a block, pixels a position, and entries a pixel in a window.
-  int64_t block() const { return layout == Layout::pixels || layout == Layout::padded ? 1 : kLanes; }
+  int64_t block() const { return in_rows() || layout == Layout::padded ? 1 : kLanes; }
   int64_t blocks() const { return (batch + block() - 1) / block(); }
   int64_t position() const { return kLanes / block(); }
   int64_t entry() const { return block(); }
+  // Are rows no longer in a window either?
+  bool clip() const { return layout == Layout::rows; }
   // Where lanes go over the ends of rows: columns that a window on the result has more, to be as wide as that
-  // on the input of taps with this reach, and zeros after the last row.
+  // on the input of taps with this reach.
   int64_t margin(int64_t reach) const { return layout == Layout::padded ? reach : 0; }
-  int64_t tail(int64_t reach) const { return layout == Layout::padded ? reach + kLanes : 0; }
+  // Entries after the pixels of a window: zeros for lanes that go over the last row's end; where rows are
+  // clipped so many that channels are an odd number of kLanes apart, and so in different sets of the caches.
+  int64_t tail(int64_t pixels, int64_t reach) const {
+    if (clip()) return ((pixels / kLanes + 1) | 1) * kLanes - pixels - entry();
+    return layout == Layout::padded ? reach + kLanes : 0;
+  }
   // Rows and positions of so much of a window as the kernels see them.
   int64_t rows(int64_t rows) const { return layout == Layout::padded ? 1 : rows; }
   int64_t cols(int64_t rows, int64_t cols, int64_t pitch) const {
     return layout == Layout::padded ? ((rows - 1) * pitch + cols + kLanes - 1) / kLanes : cols / position();
   }
-  // Rows that are worth going through all output channels with (0: all): 8 positions of pixels have an input
-  // so small that it nearly fits the L1 cache. 64 channels of 32x32: 1.09 times as fast as whole planes with
-  // 4 taps a channel, 1.2 times with 11.
+  // Rows that are worth going through all output channels with (0: all): 8 positions have an input so small
+  // that it nearly fits the L1 cache. 64 channels of 32x32, 4 taps each: 1.2 times as fast as whole planes.
   int64_t strip() const {
-    return layout == Layout::pixels ? std::max<int64_t>(8 * kLanes / width, 1) : 0;
+    return in_rows() ? std::max<int64_t>(8 * kLanes / width, 1) : 0;
   }
   // So many channels ahead of the kernels cache lines are fetched, where they write to memory: of strips,
   // too small for the hardware to foresee, several.
@@ -120,8 +130,8 @@ struct Images {
   }
 };
 
-// A window on some channels, in the calling thread's scratch memory. Where it lies outside the planes is
-// cleared only when it has moved.
+// A window on some channels, in the calling thread's scratch memory, behind what is read and clipped before
+// its first row. Where it lies outside the planes is cleared only when it has moved.
 template <class T>
 class Held {
  public:
@@ -129,7 +139,7 @@ class Held {
       : images_(images),
         window_(window),
         channels_(channels),
-        data_(scratch<T>(slot, channels * window.channel_size())) {}
+        data_(scratch<T>(slot, channels * window.channel_size() + kLanes) + kLanes) {}
 
   void move(int64_t row0) {
     if (moved_ && row0 == row0_) return;

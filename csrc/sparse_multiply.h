@@ -84,7 +84,7 @@ DRIVE_TARGET void cover(const Product<T>& p, const Work& work) {
 }
 
 // Tiles with few positions keep several sums a position.
-template <class T>
+template <class T, bool kClip>
 struct Multiply {
   static constexpr int kPositions = kTile<T>;
 
@@ -113,28 +113,18 @@ struct Multiply {
         for (int s = 0; s < S; ++s) sum[0][r][s] += read(residual + r * p.out_pitch + s * N);
       }
     }
-    for (; tap + kSums <= end; tap += kSums) {
-#pragma GCC unroll 16
-      for (int u = 0; u < kSums; ++u) {
-        const T* const from = in + tap[u].offset;
-        const V<T> value = fill(tap[u].value);
-#pragma GCC unroll 16
-        for (int r = 0; r < RY; ++r) {
-#pragma GCC unroll 32
-          for (int s = 0; s < S; ++s) sum[u][r][s] = fma(value, read(from + r * pitch + s * N), sum[u][r][s]);
-        }
+    if constexpr (kClip) {
+      for (; tap < end && looks(Look::straight, tap->offset); ++tap) {
+        add<Look::straight>(*tap, in, pitch, sum[0]);
       }
-    }
-    if constexpr (kSums > 1) {
-      for (; tap < end; ++tap) {
-        const T* const from = in + tap->offset;
-        const V<T> value = fill(tap->value);
+      for (; tap < end && looks(Look::left, tap->offset); ++tap) add<Look::left>(*tap, in, pitch, sum[0]);
+      for (; tap < end; ++tap) add<Look::right>(*tap, in, pitch, sum[0]);
+    } else {
+      for (; kSums > 1 && tap + kSums <= end; tap += kSums) {
 #pragma GCC unroll 16
-        for (int r = 0; r < RY; ++r) {
-#pragma GCC unroll 32
-          for (int s = 0; s < S; ++s) sum[0][r][s] = fma(value, read(from + r * pitch + s * N), sum[0][r][s]);
-        }
+        for (int u = 0; u < kSums; ++u) add<Look::straight>(tap[u], in, pitch, sum[u]);
       }
+      for (; tap < end; ++tap) add<Look::straight>(*tap, in, pitch, sum[0]);
     }
     T* const out = p.out + at;
     const int64_t out_pitch = p.out_pitch;  // else read again after each write
@@ -150,11 +140,29 @@ struct Multiply {
       }
     }
   }
+
+ private:
+  template <Look look, int RY, int S>
+  DRIVE_INLINE void add(const Tap<T>& tap, const T* in, int64_t pitch, V<T> (&sum)[RY][S]) {
+    const T* from = first_read<look>(in + tap.offset, tap.offset);
+    const V<T> value = fill(tap.value);
+#pragma GCC unroll 16
+    for (int r = 0; r < RY; ++r, from += pitch) {
+      V<T> seen[S];
+      see<look>(from, tap.offset, seen);
+#pragma GCC unroll 32
+      for (int s = 0; s < S; ++s) sum[r][s] = fma(value, seen[s], sum[r][s]);
+    }
+  }
 };
 
 template <class T>
 DRIVE_TARGET void multiply(const Product<T>& p) {
-  cover(p, Multiply<T>());
+  if (p.clip) {
+    cover(p, Multiply<T, true>());
+  } else {
+    cover(p, Multiply<T, false>());
+  }
 }
 
 }  // namespace DRIVE_ISA

@@ -103,7 +103,8 @@ at::Tensor convolve_twice(const Stage<T>& first, const Stage<T>& second, const a
   check_reach(kOp, in_window, in.channels);
   check_reach(kOp, between_window, a.out_channels);
   const Taps<T> taps = forward_taps(a, first.pattern, first.values, in_window);
-  const Taps<T> more = forward_taps(b, second.pattern, second.values, between_window, kSecondTapScratch);
+  const Taps<T> more =
+      forward_taps(b, second.pattern, second.values, between_window, false, kSecondTapScratch);
   const auto multiply = sparse_kernels<T>().multiply;
 
   at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {

@@ -47,6 +47,7 @@ class Window {
   }
 
   int64_t entry() const { return entry_; }
+  int64_t col0() const { return col0_; }
   int64_t pitch() const { return cols_ * entry_; }
   int64_t slot(int64_t phase_y, int64_t phase_x) const { return slots_[phase_y * x_.stride + phase_x]; }
   int64_t slot_size() const { return pixels_a_slot() * entry_; }
@@ -79,9 +80,10 @@ class Window {
     int64_t begin, size;
   };
   const std::vector<Hole>& holes() const { return holes_; }
-  // Of the plane's pixels, so many at a time are neighbours in the window too: whole rows, or single ones.
+  // Of the plane's pixels, so many at a time are neighbours in the window too: all rows, one, or single ones.
   int64_t run() const {
     const bool whole = x_.stride == 1 && x_.place(0) >= col0_ && x_.place(x_.size - 1) < col0_ + cols_;
+    if (whole && y_.stride == 1 && cols_ == x_.size) return std::max<int64_t>(count(), 1);
     return whole ? x_.size : 1;
   }
 

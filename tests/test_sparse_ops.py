@@ -79,6 +79,11 @@ CONVS = (
     Conv(2, 4, 6, 11, 48, kernel=(5, 3), padding=(1, 2), dilation=(2, 2), groups=2),
     Conv(1, 6, 4, 7, 32, kernel=(1, 1), padding=(0, 0)),
     Conv(1, 3, 4, 3, 256, kernel=(2, 1), padding=(3, 0)),
+    # taps that look as far as where rows are clipped, and farther; the longest such rows, there and back
+    Conv(2, 3, 4, 6, 32, kernel=(1, 15), padding=(0, 7)),
+    Conv(2, 3, 4, 5, 32, kernel=(3, 3), padding=(1, 8), dilation=(1, 8)),
+    Conv(1, 3, 4, 5, 128),
+    Conv(1, 3, 4, 5, 144),
     # gradients in several calls: of two channels each at a density of 0.3, of one at 1.0
     Conv(17, 12, 32, 5, 16),
 )
@@ -141,7 +146,7 @@ def test_conv2d_of_many_channels_works_in_pieces():
     assert_conv_right(Conv(1, 900, 5, 61, 63, stride=(2, 2)), torch.float32, 0.05, blocks=False)
 
 
-@pytest.mark.parametrize("size", ((16, 7, 7), (1, 7, 7), (1, 7, 16)), ids=("images", "padded", "pixels"))
+@pytest.mark.parametrize("size", ((16, 7, 7), (1, 7, 7), (1, 7, 16)), ids=("images", "padded", "rows"))
 @pytest.mark.parametrize("stride", ((1, 1), (2, 1)))
 def test_what_is_not_finite_stays_where_it_belongs(size: tuple[int, int, int], stride: tuple[int, int]):
     """Lanes that go on beyond a row or a plane compute nothing that counts."""
@@ -164,6 +169,27 @@ def test_what_is_not_finite_stays_where_it_belongs(size: tuple[int, int, int], s
         assert x_.grad.isfinite().all() if of == "input" else x_.grad.isnan().all()
 
 
+@pytest.mark.parametrize("width", (7, 16, 32, 144))
+def test_rows_see_nothing_beyond_their_ends(width: int):
+    """What is not finite at one row's end stays away from the next one's beginning, and the other way."""
+    conv = Conv(2, 2, 3, 5, width)
+    x, weight, _, mask = conv.inputs(torch.float32, 1.0)
+    pattern = sparse.pattern_of(mask)
+    for column in (0, -1):
+        for spoilt in (torch.nan, torch.inf):
+            x_ = x.clone()
+            x_[..., column] = spoilt
+            found = ops.sparse_conv2d(x_, weight.flatten(), pattern, None, *conv.options)
+            expected = F.conv2d(x_.double(), weight.double(), padding=1)
+            assert torch.equal(found.isfinite(), expected.isfinite())
+            grad = torch.randn_like(found)
+            grad[..., column] = spoilt
+            needed = [True, True, False]
+            back, *_ = ops.sparse_conv2d_backward(grad, x, weight.flatten(), pattern, *conv.options, needed)
+            expected = F.conv_transpose2d(grad.double(), weight.double(), padding=1)
+            assert torch.equal(back.isfinite(), expected.isfinite())
+
+
 @pytest.mark.parametrize("threads", (1, 2, 3))
 def test_threads(threads: int):
     before = torch.get_num_threads()
@@ -181,6 +207,7 @@ def check_variant() -> None:
         for dtype in TOLERANCE:
             for blocks in (False, True):
                 assert_conv_right(conv, dtype, 0.3, blocks)
+    test_rows_see_nothing_beyond_their_ends(32)
     for dtype in TOLERANCE:
         assert_linear_right(300, 70, 33, dtype, 0.3)
         assert_norm_right(17, dtype, residual=True, relu=True)
