@@ -205,7 +205,7 @@ template <class T>
 void backward(const Conv& conv, const at::Tensor& grad, const at::Tensor& input, const Pattern& pattern,
               const T* values, at::Tensor* to_input, at::Tensor* to_values) {
   const auto& kernels = sparse_kernels<T>();
-  const int64_t clipped = to_input ? kernels.clipped_for_both : 0;
+  const int64_t clipped = to_input ? kernels.clipped_for_both : 0;  // `sample` does not clip
   const Layout lanes = lanes_for<T>(conv, input, grad.size(2), grad.size(3), pattern.count, clipped);
   const Images<T> in(grad, lanes), x(input, lanes), out(to_input ? *to_input : input, lanes);
   const int64_t phases = conv.stride[0] * conv.stride[1];
@@ -213,10 +213,10 @@ void backward(const Conv& conv, const at::Tensor& grad, const at::Tensor& input,
   const int64_t y_first = y_axis.place(0), places = y_axis.place(x.height - 1) + 1 - y_first;
   const int64_t x_first = x_axis.place(0), cols = x_axis.place(x.width - 1) + 1 - x_first;
   const int64_t reach = conv.reach(1);
-  const int64_t left = in.clip() ? x_first : reach, wide = in.clip() ? cols : cols + reach;
+  const int64_t wide = in.clip() ? cols : cols + reach, col0 = in.clip() ? 0 : x_first - reach;
   const auto window_of = [&](int64_t rows) {
     const int64_t held = rows + conv.reach(0);
-    return Window(in.entry(), {in.height}, {in.width}, held, wide, x_first - left, {true},
+    return Window(in.entry(), {in.height}, {in.width}, held, wide, col0, {true},
                   in.tail(held * wide, reach));
   };
   const Window row = window_of(1 - conv.reach(0));
@@ -225,7 +225,7 @@ void backward(const Conv& conv, const at::Tensor& grad, const at::Tensor& input,
   const Window in_window = window_of(pieces.rows);
   check_reach(kOp, in_window, in.channels);
   std::vector<int32_t> packed;
-  const Taps<T> taps = backward_taps(conv, pattern, values, in_window, left, in.clip(), packed);
+  const Taps<T> taps = backward_taps(conv, pattern, values, in_window, in.clip(), packed);
   const int64_t copies = to_values ? at::get_num_threads() : 0;
   const at::Tensor sums = at::zeros({copies, pattern.count}, input.options());
   const bool direct = x.direct() && phases == 1;

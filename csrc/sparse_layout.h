@@ -4,7 +4,8 @@
 //   planes    [N, C, H, W], lanes are images: transposed on the way
 //   rows      [N, C, H, W], lanes are neighbours in a row of one image: whole planes are copied as they are
 //             (Product::clip)
-//   pixels    the same, for rows too long to be clipped: copied with zeros between them
+//   pixels    the same, copied with zeros between rows: where these are too long to be clipped, taps look too
+//             far, or only the gradient to the values is made
 //   padded    [N, C, H, W], lanes are neighbours in the window on one image, over the ends of its rows: what
 //             they compute between the output's rows is left there
 //   blocked   [ceil(N / 16), C, H, W, 16], lanes are images

@@ -75,12 +75,13 @@ Taps<T> forward_taps(const Conv& conv, const Pattern& pattern, const T* values, 
   return taps;
 }
 
-// Taps of each input channel's phases, in a window on the gradient to the output that begins so many columns
-// left of the first place; `packed`: which of the packed values each is.
+// Taps of each input channel's phases, in a window on the gradient to the output; `packed`: which of the
+// packed values each is.
 template <class T>
 Taps<T> backward_taps(const Conv& conv, const Pattern& pattern, const T* values, const Window& window,
-                      int64_t left, bool clip, std::vector<int32_t>& packed) {
+                      bool clip, std::vector<int32_t>& packed) {
   const int64_t phases = conv.stride[0] * conv.stride[1], area = conv.area();
+  const int64_t left = conv.padding[1] / conv.stride[1] - window.col0();  // columns before the first place
   std::vector<int32_t> offset(area), phase(area);
   for (int64_t ky = 0, i = 0; ky < conv.kernel[0]; ++ky) {
     for (int64_t kx = 0; kx < conv.kernel[1]; ++kx, ++i) {
