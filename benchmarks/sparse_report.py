@@ -14,7 +14,7 @@ from itertools import groupby
 from pathlib import Path
 from statistics import median
 
-from sparse_rows import DISTURBED, TOLERATED, Row, read
+from sparse_rows import CONVOLUTION, DISTURBED, IN_A_ROW, LINEAR, NETWORK, TOLERATED, Row, read
 
 from drive.figures import figure_of, save_figure
 from drive.files import write_atomic
@@ -50,9 +50,15 @@ Of those, inference with `torch.sparse` CSR (MKL) in place of Linear, in turns w
 ## Single layers
 
 The ops themselves, also where `convert` would choose dense, called with ordinary tensors, [N, C, H, W]; 3x3
-convolutions have stride 1. Backward: to input and weight.
+convolutions have stride 1. Backward: to input and weight. Called in turns with all others, a call a turn:
 
 {layers}
+
+There each call finds its tensors where the others' calls, dense ones among them, have left them: where little
+is computed, in memory. In turns of many calls in a row (a tenth of a second of each; the mean of a turn), as
+kernels are commonly timed, they lie in the caches as far as these hold them, for all alike:
+
+{repeated}
 
 {linear}
 
@@ -60,6 +66,10 @@ The same convolutions by our op on images in blocks, as inside a converted netwo
 kernel (arXiv 2302.04852) / a plain copy of their input to memory of the output's size, in place of them:
 
 {layer_rivals}
+
+And in a row:
+
+{repeated_rivals}
 
 The same Linear by `torch.sparse` CSR (MKL), whose backward is dense / by SparseProp:
 
@@ -129,23 +139,24 @@ def _compiled(rows: list[Row]) -> Iterator[str]:
 
 
 def page(rows: list[Row], figure: str) -> str:
-    nets, convolutions, linear = (
-        [row for row in rows if row.what == what] for what in ("network", "3x3 convolution", "linear")
+    nets, convolutions, repeated, linear = (
+        [row for row in rows if row.what == what] for what in (NETWORK, CONVOLUTION, IN_A_ROW, LINEAR)
     )
+    others = _of("ours, blocked", "SparseProp", "copy")
     csr = [row for row in nets if "MKL CSR" in row.seconds]
     return HEAD.format(
         machines=_machines(rows), lowest=_lowest(nets), disturbed=f"{DISTURBED:.0%}", tolerated=TOLERATED,
         networks=table(nets, _of("ours")), compiled="; ".join(_compiled(nets)),
         csr=table(csr, _of("MKL CSR")), figure=figure, layers=table(convolutions, _of("ours")),
-        linear=table(linear, _of("ours")),
-        layer_rivals=table(convolutions, _of("ours, blocked", "SparseProp", "copy")),
+        repeated=table(repeated, _of("ours")), layer_rivals=table(convolutions, others),
+        repeated_rivals=table(repeated, others), linear=table(linear, _of("ours")),
         linear_rivals=table(linear, _of("MKL CSR", "SparseProp")),
     )  # fmt: skip
 
 
 def draw(rows: list[Row], path: Path) -> None:
     """Speed-up against sparsity, both on a logarithmic axis, with the ideal line 1 / density."""
-    rows = [row for row in rows if row.what == "network" and row.sparsity > 0]
+    rows = [row for row in rows if row.what == NETWORK and row.sparsity > 0]
     modes = list(dict.fromkeys(row.mode for row in rows))
     figure = figure_of(12.0, 5.0)
     panels = figure.subplots(1, len(modes), sharey=True, squeeze=False).flatten()

@@ -12,6 +12,9 @@ from typing import Any
 from drive.bench import machine
 from drive.files import write_atomic
 
+# What a row is of; IN_A_ROW: the same convolutions, called many times in a row.
+NETWORK, CONVOLUTION, IN_A_ROW, LINEAR = "network", "3x3 convolution", "3x3 convolution, in a row", "linear"
+
 TOLERATED = 0.97  # a converted network may be so much slower than the dense one
 DISTURBED = 0.1  # by so much may two copies of the dense network differ, timed in the same turns
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -57,12 +58,28 @@ def test_networks(quick, tmp_path: Path):
 def test_layers(quick, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(bench_sparse, "LAYERS", ((8, 8),))
     monkeypatch.setattr(bench_sparse, "LAYER_SECONDS", 0.0)
+    monkeypatch.setattr(bench_sparse, "TURN_SECONDS", 0.0)
     bench_sparse.layers(sparse_rows.Rows(tmp_path / "rows.jsonl"), [0.5], [16])
     rows = sparse_rows.read(tmp_path / "rows.jsonl")
-    assert [row.mode for row in rows] == ["forward", "forward + backward"]
+    whats, modes = ["3x3 convolution", "3x3 convolution, in a row"], ["forward", "forward + backward"]
+    assert [(row.what, row.mode) for row in rows] == [(what, mode) for mode in modes for what in whats]
     timed = {"dense", "again", "dense channels_last", "ours", "ours, blocked", "copy"}
     assert all(set(row.seconds) - {"SparseProp"} == timed for row in rows)
     assert all(seconds > 0 for row in rows for seconds in row.seconds.values())
+
+
+def test_calls_in_a_row(monkeypatch):
+    called: list[str] = []
+
+    def measured(runs, seconds):
+        for run in runs.values():
+            run()
+        return {"a": 6.0, "b": 1.0}
+
+    monkeypatch.setattr(bench_sparse, "interleaved", measured)
+    runs = {who: partial(called.append, who) for who in "ab"}
+    assert bench_sparse.in_a_row(runs, {"a": 3, "b": 1}) == {"a": 2.0, "b": 1.0}
+    assert called == ["a", "a", "a", "b"]
 
 
 def test_rows_of_another_version_are_replaced(quick, tmp_path: Path, monkeypatch):
