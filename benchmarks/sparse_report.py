@@ -14,7 +14,7 @@ from itertools import groupby
 from pathlib import Path
 from statistics import median
 
-from sparse_rows import CONVOLUTION, DISTURBED, IN_A_ROW, LINEAR, NETWORK, TOLERATED, Row, read
+from sparse_rows import CONVOLUTION, DISTURBED, FIRST, IN_A_ROW, LINEAR, NETWORK, TOLERATED, Row, read
 
 from drive.figures import figure_of, save_figure
 from drive.files import write_atomic
@@ -35,7 +35,8 @@ alike: bench_sparse.py says why. A dash: not measured.
 block: 768 wide, 128 tokens an item), masks uniform over the convolutions or, where it says so, those of DRIVE
 on the untrained network. A training step is forward, backward and SGD with momentum. `convert` measures and
 may choose dense: {lowest}. Rows in which these two differ by more than {disturbed} are measured again by
-the next run; a network below {tolerated} is at once, in 15 turns with the dense ones alone, and that counts.
+the next run; a network below {tolerated} is at once, in 15 turns with the dense ones alone, and that counts
+({repeats}).
 
 {networks}
 
@@ -129,6 +130,14 @@ def _lowest(rows: list[Row]) -> str:
     )
 
 
+def _repeats(rows: list[Row]) -> str:
+    """What was low at first."""
+    first = sorted(row.speedup(FIRST) for row in rows if FIRST in row.seconds)
+    if not first:
+        return "none was"
+    return f"{len(first)} were, at first at {first[0]:.3f} to {first[-1]:.3f}; the `.jsonl` has both figures"
+
+
 def _compiled(rows: list[Row]) -> Iterator[str]:
     """Of torch.compile, whose speed does not depend on the sparsity."""
     rows = sorted(rows, key=lambda row: (row.name, row.mode, row.batch))
@@ -148,8 +157,8 @@ def page(rows: list[Row], figure: str) -> str:
         machines=_machines(rows), lowest=_lowest(nets), disturbed=f"{DISTURBED:.0%}", tolerated=TOLERATED,
         networks=table(nets, _of("ours")), compiled="; ".join(_compiled(nets)),
         csr=table(csr, _of("MKL CSR")), figure=figure, layers=table(convolutions, _of("ours")),
-        repeated=table(repeated, _of("ours")), layer_rivals=table(convolutions, others),
-        repeated_rivals=table(repeated, others), linear=table(linear, _of("ours")),
+        repeats=_repeats(nets), repeated=table(repeated, _of("ours")), linear=table(linear, _of("ours")),
+        layer_rivals=table(convolutions, others), repeated_rivals=table(repeated, others),
         linear_rivals=table(linear, _of("MKL CSR", "SparseProp")),
     )  # fmt: skip
 
