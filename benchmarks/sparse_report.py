@@ -124,7 +124,7 @@ def _lowest(rows: list[Row]) -> str:
     whose = f", {dense} of them of networks that it left dense" if below else ""
     return (
         f"{len(below)} of {len(rows)} figures are below {TOLERATED}{whose}; the lowest is "
-        f"{lowest.speedup():.2f} ({where}). A second copy of the dense network, measured in the same turns, "
+        f"{lowest.speedup():.3f} ({where}). A second copy of the dense network, measured in the same turns, "
         f"ran at {again[0]:.2f} to {again[-1]:.2f} times the speed of the first, in the middle half of the "
         f"cases at {again[quarter]:.3f} to {again[-quarter - 1]:.3f}"
     )
@@ -134,8 +134,8 @@ def _repeats(rows: list[Row]) -> str:
     """What was low at first."""
     first = sorted(row.speedup(FIRST) for row in rows if FIRST in row.seconds)
     if not first:
-        return "none was"
-    return f"{len(first)} were, at first at {first[0]:.3f} to {first[-1]:.3f}; the `.jsonl` has both figures"
+        return "none of these"
+    return f"{len(first)} of these, {first[0]:.3f} to {first[-1]:.3f} at first: the `.jsonl` has both figures"
 
 
 def _compiled(rows: list[Row]) -> Iterator[str]:

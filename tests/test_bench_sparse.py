@@ -131,7 +131,7 @@ def test_what_is_slower_than_dense_is_measured_again_and_that_counts(quick, tmp_
     assert [row.speedup() for row in rows] == pytest.approx([1.6 / 1.8, 1, 1.6 / 1.8, 1])
     assert [row.seconds.get("ours, first") for row in rows] == [1.1, None, 1.1, None]
     page = sparse_report.page(rows, "figure.png")
-    assert "that counts\n(2 were, at first at 0.909 to 0.909; the" in page
+    assert "that counts\n(2 of these, 0.909 to 0.909 at first: the" in page
     assert [runs for seconds, runs in asked if math.isinf(seconds)] == [
         {"dense", "dense channels_last", "ours"}
     ] * 2
