@@ -43,7 +43,7 @@ def measure(path: Path, *names: str) -> list[Row]:
 
 def test_networks(quick, tmp_path: Path):
     rows = measure(tmp_path / "rows.jsonl", "tiny", "tiny mlp")
-    found = {(row.name, row.sparsity, row.mode): set(row.seconds) for row in rows}
+    found = {(row.name, row.sparsity, row.mode): set(row.seconds) - {"ours, first"} for row in rows}
     modes = ("inference", "training step")
     assert list(found) == [(n, s, m) for n in ("tiny", "tiny mlp") for m in modes for s in (0.5, 0.98)]
     always = {"dense", "again", "ours"}
