@@ -83,8 +83,8 @@ struct Search {
 
 // One digit more, from the histogram of that digit among the keys that share the prefix. All threads of
 // the block return the same.
-template <class Key>
-__device__ Search<Key> pick(const Counter* histogram, const Search<Key>& search, int digit) {
+template <class Key, class T>
+__device__ Search<Key> pick(const T* histogram, const Search<Key>& search, int digit) {
   using Bits = typename KeyTraits<Key>::Bits;
   constexpr int kEach = kBuckets / kThreads;
   __shared__ Search<Key> found;

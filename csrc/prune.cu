@@ -15,13 +15,14 @@
 //      the bracket's edge or outside; writes theta, mask).
 //
 // Where min_keep is given and a tensor would fall below it, steps 3 and 4 run twice more before step 5:
-// for every tensor by itself (its guard), and for all entries that no guard keeps.
+// for every tensor by itself (its guard; a small tensor's by one block), and for all entries that no guard keeps.
 //
 // A digit's bucket is chosen by every block of the next launch for itself (pick): a histogram is complete
 // when its launch is, and an all-reduce can go between.
 //
 // Bytes an entry, float32: read 8, written 1/8; read 4 1/8, written 4 + 1: 17.3, where torch.mul moves 12.
-// Scratch: 0.23 byte an entry (bits 0.125, list 0.094, counts 0.01) and less than 1 MB.
+// Scratch: 0.23 byte an entry (bits 0.125, list 0.094, counts 0.01; of 64-bit keys 0.3) and less than 1 MB, or for
+// ten thousand tensors 4 MB.
 //
 // work_list.cuh: the host side. prune_work.cuh: entries and their keys. block.cuh: what a block does together.
 // prune_step.cuh: what launches leave to each other. prune_search.cuh: steps 1, 3, 4. prune_passes.cuh: steps 2, 5.
@@ -59,6 +60,13 @@ constexpr int64_t kManyEntries = 1 << 20;
 constexpr int64_t kEntriesPerPlace = 64;
 constexpr int64_t kMinPlaces = 1 << 16;
 
+// Counters of a segment. Tensors of 2^18 entries (of 64-bit keys 2^19) or more have one in the selection of guards:
+// 0.19 byte an entry, no more than the bits and the list whose memory they take over.
+template <class Key>
+constexpr int64_t kHistograms = kDigits<Key> * kBuckets;
+template <class Key>
+constexpr int64_t kSegment = (int64_t{1} << 18) * kDigits<Key> / kDigits<int32_t>;
+
 // ---- Launchers ----
 
 // Where everything lies in the scratch memory; what must start at zero comes first.
@@ -71,55 +79,86 @@ Layout lay_out(Step<Key>& step, const WorkList& list, int64_t survey_blocks, cha
   Arena arena{memory};
   const auto items = static_cast<int64_t>(list.items.size());
   const bool guards = step.min_keep > 0;
-  const auto take_zeros = [&](Selection<Key>& selection, int64_t segments) {
-    arena.take(selection.histograms, segments * kDigits<Key> * kBuckets);
-    arena.take(selection.ties, list.chunks);
-  };
-  const auto take_others = [&](Selection<Key>& selection, int64_t segments) {
-    arena.take(selection.searches, segments * (kDigits<Key> + 1));
-    arena.take(selection.cuts, segments);
-  };
   arena.take(step.totals, 1);
   arena.take(step.guarded, 1);
   arena.take(step.alive, items);
   arena.take(step.nonfinite, items);
   arena.take(step.kept, items);
-  arena.take(step.bracket.histograms, 2 * kDigits<Key> * kBuckets);
-  take_zeros(step.all, 1);
-  if (guards) take_zeros(step.guards, items), take_zeros(step.rest, 1);
+  arena.take(step.bracket.histograms, 2 * kHistograms<Key>);
+  arena.take(step.all.histograms, kHistograms<Key>);
+  arena.take(step.all.ties, list.chunks);
+  if (guards) {
+    arena.take(step.rest.histograms, kHistograms<Key>);
+    arena.take(step.rest.ties, list.chunks);
+    arena.take(step.guards.ties, list.chunks);
+  }
   Layout layout{arena.used, 0};
 
   arena.take(step.work.items, items);
   arena.take(step.work.dims, static_cast<int64_t>(list.dims.size()));
   arena.take(step.bracket.searches, 2 * (kDigits<Key> + 1));
-  take_others(step.all, 1);
-  if (guards) take_others(step.guards, items), take_others(step.rest, 1);
+  arena.take(step.all.searches, kDigits<Key> + 1);
+  arena.take(step.all.cuts, 1);
+  if (guards) {
+    arena.take(step.rest.searches, kDigits<Key> + 1);
+    arena.take(step.rest.cuts, 1);
+    arena.take(step.guards.searches, step.segments * (kDigits<Key> + 1));
+    arena.take(step.guards.cuts, items);
+  }
   arena.take(step.sums, survey_blocks);
   arena.take(step.chunks, list.chunks);
-  Arena sample = arena;
+  // One after the other: the sample, the survey's findings, the guards' histograms.
+  Arena sample = arena, guarding = arena;
   sample.take(step.sample, step.samples);
-  arena.take(step.bits, list.chunks * kWords);
+  guarding.take(step.guards.histograms, step.segments * kHistograms<Key>);
+  arena.take(step.bits, list.words);
   arena.take(step.list, step.places);
   arena.take(step.positions, step.places);
-  layout.bytes = std::max(arena.used, sample.used);
+  layout.bytes = std::max({arena.used, sample.used, guarding.used});
   return layout;
 }
 
 // Steps 3 and 4.
 template <class Key, Stage kStage>
-void select(const Step<Key>& step, int64_t segments, int64_t blocks, cudaStream_t stream) {
+void select(const Step<Key>& step, int64_t tensors, int64_t blocks, cudaStream_t stream) {
   for (int digit = 0; digit < kDigits<Key>; ++digit) {
     launch(count<Key, kStage>, blocks, kThreads, stream, step, digit);
   }
   launch(ties<Key, kStage>, blocks, kThreads, stream, step);
-  launch(cut<Key, kStage>, segments, kThreads, stream, step);
+  launch(cut<Key, kStage>, tensors, kThreads, stream, step);
 }
 
 using Outputs = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
+// Everything about a step that the host decides.
+template <class Key>
+Step<Key> planned(const PruneArguments& arguments, WorkList& list) {
+  Step<Key> step{};
+  step.work.count = static_cast<int32_t>(list.items.size());
+  step.work.fresh = arguments.fresh;
+  step.work.alone = arguments.grads.empty();
+  step.work.three = !arguments.mask_grads.empty();
+  step.work.squared = arguments.squared();
+  step.work.entries = list.entries;
+  step.work.chunks = list.chunks;
+  step.keep = std::max<int64_t>(0, list.entries - arguments.prune);
+  step.min_keep = arguments.min_keep;
+  for (Item& item : list.items) {
+    const bool own = step.min_keep > 0 && item.numel >= kSegment<Key>;
+    item.segment = own ? static_cast<int32_t>(step.segments++) : -1;
+  }
+  if (list.entries > kMinSample) {
+    step.samples = list.entries > kManyEntries ? kMaxSample : kMinSample;
+    step.ranks = bracket_ranks(step.keep, list.entries, step.samples);
+  }
+  step.places = std::max(list.entries / kEntriesPerPlace, std::min(list.entries, kMinPlaces));
+  return step;
+}
+
 template <class Key>
 Outputs run(const PruneArguments& arguments) {
-  const WorkList list(arguments);
+  WorkList list(arguments);
+  Step<Key> step = planned<Key>(arguments, list);
   const auto items = static_cast<int64_t>(list.items.size());
   const at::TensorOptions device = arguments.weights[0].options();
   const at::Tensor kept = at::empty({items}, device.dtype(at::kLong));
@@ -134,23 +173,6 @@ Outputs run(const PruneArguments& arguments) {
   };
   constexpr Tuning kTuned = kTuning<Key>;
   const int64_t survey_blocks = blocks(kTuned.survey), count_blocks = blocks(kTuned.count);
-  const bool guards = arguments.min_keep > 0;
-
-  Step<Key> step{};
-  step.work.count = static_cast<int32_t>(items);
-  step.work.fresh = arguments.fresh;
-  step.work.alone = arguments.grads.empty();
-  step.work.three = !arguments.mask_grads.empty();
-  step.work.squared = arguments.squared();
-  step.work.entries = list.entries;
-  step.work.chunks = list.chunks;
-  step.keep = std::max<int64_t>(0, list.entries - arguments.prune);
-  step.min_keep = arguments.min_keep;
-  if (list.entries > kMinSample) {
-    step.samples = list.entries > kManyEntries ? kMaxSample : kMinSample;
-    step.ranks = bracket_ranks(step.keep, list.entries, step.samples);
-  }
-  step.places = std::max(list.entries / kEntriesPerPlace, std::min(list.entries, kMinPlaces));
   step.kept_out = kept.data_ptr<int64_t>();
   step.nonfinite_out = nonfinite.data_ptr<int64_t>();
   step.scores_out = scores.data_ptr<double>();
@@ -169,10 +191,14 @@ Outputs run(const PruneArguments& arguments) {
   }
   launch(survey<Key>, survey_blocks, kThreads, stream, step);
   select<Key, Stage::all>(step, 1, count_blocks, stream);
-  if (guards) {
+  if (step.min_keep > 0) {
     launch(tally<Key>, count_blocks, kThreads, stream, step);
     launch(judge<Key>, 1, kThreads, stream, step);
-    select<Key, Stage::guards>(step, items, count_blocks, stream);
+    if (step.segments > 0) {
+      launch(clear<Key>, count_blocks, kThreads, stream, step);
+      select<Key, Stage::guards>(step, items, count_blocks, stream);
+    }
+    launch(guard<Key>, std::min<int64_t>(items, processors * kTuned.count), kThreads, stream, step);
     select<Key, Stage::rest>(step, 1, count_blocks, stream);
   }
   launch(apply_list<Key>, blocks(kTuned.list), kThreads, stream, step);

@@ -28,9 +28,11 @@ template <class Key>
 __global__ void __launch_bounds__(kThreads, kTuning<Key>.survey)
 survey(const __grid_constant__ Step<Key> step) {
   using Bits = typename KeyTraits<Key>::Bits;
-  __shared__ Key list[kChunk];
-  __shared__ uint16_t positions[kChunk];
+  constexpr uint32_t kHeld = (16 << 10) / sizeof(Key);
+  __shared__ Key list[kHeld];  // the others are read once more
+  __shared__ uint16_t positions[kMaxChunk];
   __shared__ ChunkSums sums;
+  __shared__ Totals totals;  // of the block; thread 0's
   const Work& work = step.work;
   const Key hi = max(bracket_search(step, 0, kDigits<Key>).prefix, kDead<Key> + 1);  // above what is dead
   const Key lo = min(bracket_search(step, 1, kDigits<Key>).prefix, hi - 1);
@@ -39,11 +41,12 @@ survey(const __grid_constant__ Step<Key> step) {
     step.bracket.search(0, kDigits<Key>).prefix = hi;
     step.bracket.search(1, kDigits<Key>).prefix = lo;
   }
-  Totals totals{};  // thread 0's are the block's
+  if (threadIdx.x == 0) totals = {};
   double sum = 0;
   for (int64_t c = blockIdx.x; c < work.chunks; c += gridDim.x) {
     const Chunk chunk = chunk_at(work, c);
-    const Item item = work.items[chunk.item];
+    const Item& item = work.items[chunk.item];
+    uint32_t* const words = words_of(step.bits, item, chunk);
     if (threadIdx.x == 0) sums = {};
     __syncthreads();
 
@@ -60,54 +63,59 @@ survey(const __grid_constant__ Step<Key> step) {
       at_lo += key == lo;
       if (key == hi || key == lo) return;
       const uint32_t place = atomicAdd(&sums.inside, 1u);
-      list[place] = key;
+      if (place < kHeld) list[place] = key;
       positions[place] = static_cast<uint16_t>(i);
     };
     if (in_vectors(item, chunk)) {
-      with_type<Key>(item, [&](auto type) {
+      with_vectors<Key>(item, [&](auto type, auto aligned, const Item& item) {
         using T = decltype(type);
-        uint32_t near = 0;
-        for_each_vector<T>(
-            [&](int v) { return load<Key, T>(work, item, chunk.begin + v * kLanes<T>); },
-            [&](int v, const Entries<T>& e) {
-              uint32_t top_here = 0, near_here = 0;
+        constexpr bool kAligned = decltype(aligned)::value;
+        uint32_t above = 0, near = 0;
+        for_each_vector<T, kAligned>(
+            [&](int i) { return load<Key, T, kAligned>(work, item, chunk.begin + i); },
+            [&](int u, int, const Entries<T>& e) {
+              const uint32_t alive_here = e.alive();
+              uint32_t above_here = 0, near_here = 0;
 #pragma unroll
               for (int j = 0; j < kLanes<T>; ++j) {
-                const Key key = key_of<Key>(work, e, j);
+                const Key key = key_of<Key>(work, e, alive_here, j);
                 see(key);
-                top_here |= static_cast<uint32_t>(key >= hi) << j;
+                above_here |= static_cast<uint32_t>(key >= hi) << j;
                 near_here |= static_cast<uint32_t>(is_near(key)) << j;
               }
-              top |= top_here << v / kThreads * kLanes<T>;
-              near |= (near_here & e.alive) << v / kThreads * kLanes<T>;
-              alive += __popc(e.alive);
+              above |= above_here << u * kLanes<T>;
+              near |= (near_here & alive_here) << u * kLanes<T>;
+              alive += __popc(alive_here);
             });
-        // Few are near: loaded again rather than picked from 16 registers by an index that is not a constant.
+        own_bits<T>(words) = static_cast<OwnBits<T>>(above);
+        top = __popc(above);
+        // Few are near: loaded again rather than picked from 32 registers by an index that is not a constant.
 #pragma unroll 1
         for (; near; near &= near - 1) {
           const int i = chunk_index(__ffs(near) - 1, kLanes<T>);
-          take(living_key_at<Key, T>(work, item, chunk.begin + i), i);
+          take(key_at<Key>(work, item, chunk.begin + i), i);
         }
       });
     } else {
       for_each_entry(chunk, [&](int i, bool exists) {
         const Key key = exists ? key_at<Key>(work, item, chunk.begin + i) : kDead<Key>;
         see(key);
-        top |= static_cast<uint32_t>(key >= hi) << own_index(i, 1);
+        const uint32_t word = __ballot_sync(kFull, key >= hi);
+        if (lane() == 0 && i < chunk.to) words[i / 32] = word;
+        top += key >= hi;
         alive += key != kDead<Key>;
         if (key != kDead<Key> && is_near(key)) take(key, i);
       });
     }
-    reinterpret_cast<OwnBits*>(step.bits + c * kWords)[threadIdx.x] = static_cast<OwnBits>(top);
     if (largest >= static_cast<Bits>(kTop<Key>)) {  // the rare case gets a look of its own
 #pragma unroll 1
-      for (int own = 0; own < kOwn; ++own) {
+      for (int own = 0; own * kThreads < 1 << item.chunk_bits; ++own) {
         const int i = chunk_index(own, lanes_of(item, chunk));
-        if (i >= chunk.count || is_finite(key_at<Key>(work, item, chunk.begin + i))) continue;
+        if (!chunk.has(i) || is_finite(key_at<Key>(work, item, chunk.begin + i))) continue;
         atomicAdd(&sums.nonfinite, 1u);
       }
     }
-    top = __reduce_add_sync(kFull, static_cast<unsigned>(__popc(top)));
+    top = __reduce_add_sync(kFull, top);
     at_hi = __reduce_add_sync(kFull, at_hi);
     at_lo = __reduce_add_sync(kFull, at_lo);
     alive = __reduce_add_sync(kFull, alive);
@@ -137,8 +145,9 @@ survey(const __grid_constant__ Step<Key> step) {
     __syncthreads();
     if (sums.begin + inside <= step.places) {
       for (uint32_t i = threadIdx.x; i < inside; i += kThreads) {
-        step.list[sums.begin + i] = list[i];
-        step.positions[sums.begin + i] = positions[i];
+        const int at = positions[i];
+        step.list[sums.begin + i] = i < kHeld ? list[i] : key_at<Key>(work, item, chunk.begin + at);
+        step.positions[sums.begin + i] = static_cast<uint16_t>(at);
       }
     }
     __syncthreads();
@@ -158,21 +167,17 @@ survey(const __grid_constant__ Step<Key> step) {
 
 // The weights that stay, +0 for the others (never a product: -0.0 and inf * 0), and the mask. Weights are
 // written only where one changes: in a model pruned before, most vectors stay as they are.
-template <class T>
-__device__ void write(const Item& item, int64_t position, const Vec<T>& weight, uint32_t keep) {
-  using Bits = std::conditional_t<sizeof(T) == 8, uint64_t,
-                                  std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>>;
-  Vec<Bits> bits;
-  memcpy(&bits, &weight, sizeof(bits));
-  Bits lost = 0;
+template <class T, bool kAligned>
+__device__ void write_vector(const Item& item, int64_t position, Vector weight, uint32_t keep) {
+  uint32_t lost = 0;
 #pragma unroll
-  for (int j = 0; j < kLanes<T>; ++j) {
-    if (keep >> j & 1) continue;
-    lost |= bits.at[j];
-    bits.at[j] = 0;
+  for (int w = 0; w < 4; ++w) {
+    const uint32_t stays = weight.word[w] & bits_kept<T>(keep, w);
+    lost |= weight.word[w] ^ stays;
+    weight.word[w] = stays;
   }
-  if (lost) vector_at<Bits>(item, kWeight, position) = bits;
-  mask_at<T>(item, position) = MaskBytes<T>::of(keep);
+  if (lost) write<sizeof(T), kAligned>(item, kWeight, position, weight);
+  write<1, kAligned>(item, kMask, position, bytes_of_bits<kLanes<T>>(keep));
 }
 
 // Adds a block's survivors in one chunk up.
@@ -191,7 +196,7 @@ __device__ inline void add_kept(uint32_t own, uint32_t* shared, Counter* kept) {
 template <class Key>
 __global__ void __launch_bounds__(kThreads, kTuning<Key>.list)
 apply_list(const __grid_constant__ Step<Key> step) {
-  __shared__ uint32_t words[kWords];
+  __shared__ uint32_t words[kMaxWords];
   __shared__ uint32_t kept;
   if (plan(step).where != Where::list || *step.guarded) return;
   const Work& work = step.work;
@@ -199,35 +204,38 @@ apply_list(const __grid_constant__ Step<Key> step) {
   if (threadIdx.x == 0) kept = 0;
   for (int64_t c = blockIdx.x; c < work.chunks; c += gridDim.x) {
     const Chunk chunk = chunk_at(work, c);
-    const Item item = work.items[chunk.item];
+    const Item& item = work.items[chunk.item];
     const ChunkCounts counts = step.chunks[c];
-    if (threadIdx.x < kWords) words[threadIdx.x] = step.bits[c * kWords + threadIdx.x];
+    const bool has_word = static_cast<int>(threadIdx.x) < count_words(chunk);
+    if (has_word) words[threadIdx.x] = words_of(step.bits, item, chunk)[threadIdx.x];
     __syncthreads();
     const int lanes = lanes_of(item, chunk);
 #pragma unroll 1
     for (int i = threadIdx.x; i < counts.inside; i += kThreads) {
       const Key key = step.list[counts.list + i];
-      if (key < cut.key) continue;
       const int at = step.positions[counts.list + i];
-      if (key > cut.key || global_index(work, item, chunk.begin + at) <= cut.last) set_bit(words, lanes, at);
+      if (key < cut.key || (key == cut.key && global_index(work, item, chunk.begin + at) > cut.last)) continue;
+      const int bit = bit_of(at, lanes);
+      atomicOr(&words[bit / 32], 1u << bit % 32);
     }
     __syncthreads();
-    const uint32_t keep = reinterpret_cast<const OwnBits*>(words)[threadIdx.x];
     if (in_vectors(item, chunk)) {
-      with_type<Key>(item, [&](auto type) {
+      with_vectors<Key>(item, [&](auto type, auto aligned, const Item& item) {
         using T = decltype(type);
-        for_each_vector<T>(
-            [&](int v) { return vector_at<T>(item, kWeight, chunk.begin + v * kLanes<T>); },
-            [&](int v, const Vec<T>& weight) {
-              write<T>(item, chunk.begin + v * kLanes<T>, weight, keep >> v / kThreads * kLanes<T>);
+        constexpr bool kAligned = decltype(aligned)::value;
+        const uint32_t keep = own_bits<T>(words);
+        for_each_vector<T, kAligned>(
+            [&](int i) { return read<kVectorBytes, sizeof(T), kAligned>(item, kWeight, chunk.begin + i); },
+            [&](int u, int i, const Vector& weight) {
+              write_vector<T, kAligned>(item, chunk.begin + i, weight, keep >> u * kLanes<T>);
             });
       });
     } else {
       for_each_entry(chunk, [&](int i, bool exists) {
-        if (exists) write_at(work, item, chunk.begin + i, keep >> own_index(i, 1) & 1);
+        if (exists) write_at(work, item, chunk.begin + i, words[i / 32] >> i % 32 & 1);
       });
     }
-    add_kept(__popc(keep), &kept, &step.kept[chunk.item]);
+    add_kept(has_word ? __popc(words[threadIdx.x]) : 0, &kept, &step.kept[chunk.item]);
   }
 }
 
@@ -244,9 +252,11 @@ apply_keys(const __grid_constant__ Step<Key> step) {
   if (threadIdx.x == 0) kept = 0;
   for (int64_t c = blockIdx.x; c < work.chunks; c += gridDim.x) {
     const Chunk chunk = chunk_at(work, c);
-    const Item item = work.items[chunk.item];
+    const Item& item = work.items[chunk.item];
     if (source == Where::refused) {  // new masks, of a step that does nothing
-      for (int i = threadIdx.x; i < chunk.count; i += kThreads) write_at(work, item, chunk.begin + i, true);
+      for_each_entry(chunk, [&](int i, bool exists) {
+        if (exists) write_at(work, item, chunk.begin + i, true);
+      });
       continue;
     }
     const Cut<Key> guard = guarded ? step.guards.cuts[chunk.item] : Cut<Key>{kTop<Key>, -1};
@@ -266,22 +276,24 @@ apply_keys(const __grid_constant__ Step<Key> step) {
     __syncthreads();
     uint32_t own = 0;
     if (in_vectors(item, chunk)) {
-      with_type<Key>(item, [&](auto type) {
+      with_vectors<Key>(item, [&](auto type, auto aligned, const Item& item) {
         using T = decltype(type);
-        for_each_vector<T>(
-            [&](int v) { return load<Key, T>(work, item, chunk.begin + v * kLanes<T>); },
-            [&](int v, const Entries<T>& e) {
+        constexpr bool kAligned = decltype(aligned)::value;
+        for_each_vector<T, kAligned>(
+            [&](int i) { return load<Key, T, kAligned>(work, item, chunk.begin + i); },
+            [&](int, int i, const Entries<T>& e) {
+              const uint32_t alive = e.alive();
               uint32_t keep = 0, at_cut = 0, at_guard = 0;
 #pragma unroll
               for (int j = 0; j < kLanes<T>; ++j) {
-                const Key key = key_of<Key>(work, e, j);
+                const Key key = key_of<Key>(work, e, alive, j);
                 keep |= static_cast<uint32_t>(key > cut.key || key > guard.key) << j;
                 at_cut |= static_cast<uint32_t>(key == cut.key) << j;
                 at_guard |= static_cast<uint32_t>(key == guard.key) << j;
               }
-              keep |= settle(v * kLanes<T>, at_cut, at_guard);
+              keep |= settle(i, at_cut, at_guard);
               own += __popc(keep);
-              write<T>(item, chunk.begin + v * kLanes<T>, e.weight, keep);
+              write_vector<T, kAligned>(item, chunk.begin + i, e.weight, keep);
             });
       });
     } else {

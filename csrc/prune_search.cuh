@@ -81,21 +81,33 @@ __device__ Search<Key> search_before(const Step<Key>& step, int segment, int dig
   return search;
 }
 
+// Where a chunk's entries are counted; -1: not by many blocks.
 template <Stage kStage>
-__device__ int segment_of(const Chunk& chunk) {
-  return kStage == Stage::guards ? chunk.item : 0;
+__device__ int segment_of(const Item& item) {
+  return kStage == Stage::guards ? item.segment : 0;
 }
 
-// The key of a chunk's entry as a stage sees it: what a guard keeps is not chosen from again.
+// The key of an entry of a tensor as a stage sees it: what a guard keeps is not chosen from again.
 template <class Key, Stage kStage>
-__device__ Key key_for(const Step<Key>& step, const Item& item, const Chunk& chunk, int i) {
-  const Key key = key_at<Key>(step.work, item, chunk.begin + i);
+__device__ Key key_for(const Step<Key>& step, int tensor, int64_t position) {
+  const Item& item = step.work.items[tensor];
+  const Key key = key_at<Key>(step.work, item, position);
   if constexpr (kStage == Stage::rest) {
-    const Cut<Key>& guard = step.guards.cuts[chunk.item];
+    const Cut<Key>& guard = step.guards.cuts[tensor];
     if (key > guard.key) return kDead<Key>;
-    if (key == guard.key && global_index(step.work, item, chunk.begin + i) <= guard.last) return kDead<Key>;
+    if (key == guard.key && global_index(step.work, item, position) <= guard.last) return kDead<Key>;
   }
   return key;
+}
+
+template <class Key, Stage kStage>
+__device__ void count_chunk(const Step<Key>& step, const Chunk& chunk, const Search<Key>& search, int digit,
+                            Histogram& histogram) {
+  for_each_entry(chunk, [&](int i, bool exists) {
+    const Key key = exists ? key_for<Key, kStage>(step, chunk.item, chunk.begin + i) : kDead<Key>;
+    const bool counts = key != kDead<Key> && has_prefix(key, search.prefix, digit);
+    histogram.add(counts ? bucket(key, digit) : -1);
+  });
 }
 
 // The histogram of one digit among the keys that share the digits before.
@@ -122,19 +134,15 @@ __global__ void __launch_bounds__(kThreads) count(const __grid_constant__ Step<K
   Search<Key> search{};
   for (int64_t c = blockIdx.x; c < work.chunks; c += gridDim.x) {
     const Chunk chunk = chunk_at(work, c);
-    const Item item = work.items[chunk.item];
-    if (segment != segment_of<kStage>(chunk)) {
+    const int own = segment_of<kStage>(work.items[chunk.item]);
+    if (own < 0) continue;
+    if (segment != own) {
       if (segment >= 0) histogram.add_to(selection.histogram(segment, digit));
       histogram.clear();
-      segment = segment_of<kStage>(chunk);
+      segment = own;
       search = search_before<Key, kStage>(step, segment, digit);
     }
-    if (search.k == 0) continue;
-    for_each_entry(chunk, [&](int i, bool exists) {
-      const Key key = exists ? key_for<Key, kStage>(step, item, chunk, i) : kDead<Key>;
-      const bool counts = key != kDead<Key> && has_prefix(key, search.prefix, digit);
-      histogram.add(counts ? bucket(key, digit) : -1);
-    });
+    if (search.k > 0) count_chunk<Key, kStage>(step, chunk, search, digit, histogram);
   }
   if (segment >= 0) histogram.add_to(selection.histogram(segment, digit));
 }
@@ -144,7 +152,17 @@ __global__ void __launch_bounds__(kThreads) count(const __grid_constant__ Step<K
 // The chunk, by row-major index, in which an entry is counted as a tie.
 __device__ inline int tie_chunk(const Work& work, const Item& item, int64_t position) {
   const int64_t index = global_index(work, item, position) - item.first_entry;
-  return static_cast<int>(item.first_chunk + index / kChunk);
+  return static_cast<int>(item.first_chunk + ((index + item.missing) >> item.chunk_bits));
+}
+
+template <class Key, Stage kStage>
+__device__ void count_ties(const Step<Key>& step, const Chunk& chunk, Key threshold) {
+  const Item& item = step.work.items[chunk.item];
+  for_each_entry(chunk, [&](int i, bool exists) {
+    const bool tie = exists && key_for<Key, kStage>(step, chunk.item, chunk.begin + i) == threshold;
+    count_up(step.template selection<kStage>().ties,
+             tie ? tie_chunk(step.work, item, chunk.begin + i) : -1);
+  });
 }
 
 template <class Key, Stage kStage>
@@ -154,8 +172,9 @@ __global__ void __launch_bounds__(kThreads) ties(const __grid_constant__ Step<Ke
   const Selection<Key>& selection = step.template selection<kStage>();
   const Work& work = step.work;
   const int last = source == Where::edge ? 0 : kDigits<Key>;
-  Search<Key> search = search_before<Key, kStage>(step, 0, last);
-  int segment = 0;
+  int segment = kStage == Stage::guards ? -1 : 0;
+  Search<Key> search{};
+  if (segment == 0) search = search_before<Key, kStage>(step, 0, last);
 
   if (source == Where::list) {  // a warp for each chunk's part of the list
     if (search.k == search.equal) return;
@@ -173,9 +192,11 @@ __global__ void __launch_bounds__(kThreads) ties(const __grid_constant__ Step<Ke
   }
   for (int64_t c = blockIdx.x; c < work.chunks; c += gridDim.x) {
     const Chunk chunk = chunk_at(work, c);
-    const Item item = work.items[chunk.item];
-    if (segment != segment_of<kStage>(chunk)) {
-      segment = segment_of<kStage>(chunk);
+    const Item& item = work.items[chunk.item];
+    const int own = segment_of<kStage>(item);
+    if (own < 0) continue;
+    if (segment != own) {
+      segment = own;
       search = search_before<Key, kStage>(step, segment, last);
     }
     if (search.k == search.equal) continue;  // all of them survive (or, of no entries, none)
@@ -186,33 +207,21 @@ __global__ void __launch_bounds__(kThreads) ties(const __grid_constant__ Step<Ke
       }
       continue;
     }
-    for_each_entry(chunk, [&](int i, bool exists) {
-      const bool tie = exists && key_for<Key, kStage>(step, item, chunk, i) == search.prefix;
-      count_up(selection.ties, tie ? tie_chunk(work, item, chunk.begin + i) : -1);
-    });
+    count_ties<Key, kStage>(step, chunk, search.prefix);
   }
 }
 
-// One block a segment: the last of its ties that survives.
+// The last survivor of a finished search's ties, which are counted by chunk in [begin, begin + size).
 template <class Key, Stage kStage>
-__global__ void __launch_bounds__(kThreads) cut(const __grid_constant__ Step<Key> step) {
+__device__ Cut<Key> cut_in(const Step<Key>& step, const Search<Key>& search, int64_t begin, int64_t size) {
   __shared__ struct { int64_t chunk, k; } end;
-  __shared__ uint32_t flags[kChunk / kWarp];
-  const Where source = where<Key, kStage>(step);
-  if (source == Where::refused) return;
+  __shared__ uint32_t flags[kMaxWords];
+  __shared__ int64_t last;
+  if (search.k == 0) return {kTop<Key>, INT64_MAX};
+  if (search.k == search.equal) return {search.prefix, INT64_MAX};
   const Selection<Key>& selection = step.template selection<kStage>();
   const Work& work = step.work;
-  const int segment = static_cast<int>(blockIdx.x);
-  const bool none = selection.search(segment, 0).k == 0;
-  const Search<Key> search = selection.search(segment, source == Where::edge || none ? 0 : kDigits<Key>);
-  if (none || search.k == search.equal) {
-    if (threadIdx.x == 0) selection.cuts[segment] = {none ? kTop<Key> : search.prefix, INT64_MAX};
-    return;
-  }
   // The chunk of the last survivor: every thread adds up a run of chunks, one of them looks closer.
-  const bool one = kStage == Stage::guards;
-  const int64_t begin = one ? work.items[segment].first_chunk : 0;
-  const int64_t size = one ? (work.items[segment].numel + kChunk - 1) / kChunk : work.chunks;
   const int64_t run = (size + kThreads - 1) / kThreads;
   const int64_t from = begin + min(size, threadIdx.x * run), to = begin + min(size, (threadIdx.x + 1) * run);
   int64_t own = 0, total;
@@ -227,26 +236,40 @@ __global__ void __launch_bounds__(kThreads) cut(const __grid_constant__ Step<Key
 
   // Its entries in row-major order: a flag for each tie, then a scan of the flags.
   const Chunk chunk = chunk_at(work, end.chunk);
-  const Item item = work.items[chunk.item];
-#pragma unroll 1
-  for (int first = 0; first < kChunk; first += kThreads) {
-    const int i = first + static_cast<int>(threadIdx.x);
-    bool tie = false;
-    if (i < chunk.count) {
-      const auto in_walk = static_cast<int>(position_of(work, item, chunk.begin + i) - chunk.begin);
-      tie = key_for<Key, kStage>(step, item, chunk, in_walk) == search.prefix;
-    }
+  const Item& item = work.items[chunk.item];
+  for_each_entry(chunk, [&](int i, bool exists) {
+    const bool tie = exists &&
+        key_for<Key, kStage>(step, chunk.item, position_of(work, item, chunk.begin + i)) == search.prefix;
     const uint32_t word = __ballot_sync(kFull, tie);
-    if (lane() == 0) flags[i / kWarp] = word;
-  }
+    if (lane() == 0 && i < chunk.to) flags[i / kWarp] = word;
+  });
   __syncthreads();
-  uint32_t word = threadIdx.x < kChunk / kWarp ? flags[threadIdx.x] : 0;
+  uint32_t word = static_cast<int>(threadIdx.x) < count_words(chunk) ? flags[threadIdx.x] : 0;
   k = end.k - scan(__popc(word), &total);
   if (k >= 1 && k <= __popc(word)) {
     for (; k > 1; --k) word &= word - 1;
-    const int64_t index = chunk.begin + threadIdx.x * kWarp + __ffs(word) - 1;
-    selection.cuts[segment] = {search.prefix, item.first_entry + index};
+    last = item.first_entry + chunk.begin + threadIdx.x * kWarp + __ffs(word) - 1;
   }
+  __syncthreads();
+  return {search.prefix, last};
+}
+
+// One block, or one for each tensor.
+template <class Key, Stage kStage>
+__global__ void __launch_bounds__(kThreads) cut(const __grid_constant__ Step<Key> step) {
+  const Where source = where<Key, kStage>(step);
+  if (source == Where::refused) return;
+  const Selection<Key>& selection = step.template selection<kStage>();
+  const int tensor = static_cast<int>(blockIdx.x);
+  const Item& item = step.work.items[tensor];
+  const int segment = segment_of<kStage>(item);
+  if (segment < 0) return;
+  const bool none = selection.search(segment, 0).k == 0;
+  const Search<Key> search = selection.search(segment, source == Where::edge || none ? 0 : kDigits<Key>);
+  const bool one = kStage == Stage::guards;
+  const int64_t begin = one ? item.first_chunk : 0, size = one ? chunks_of(item) : step.work.chunks;
+  const Cut<Key> found = cut_in<Key, kStage>(step, search, begin, size);
+  if (threadIdx.x == 0) selection.cuts[tensor] = found;
 }
 
 // ---- min_keep: does any tensor fall below its guard? ----
@@ -260,19 +283,20 @@ __global__ void __launch_bounds__(kThreads) tally(const __grid_constant__ Step<K
   const Cut<Key> cut = step.all.cuts[0];
   for (int64_t c = blockIdx.x * kWarps + warp(); c < work.chunks; c += gridDim.x * kWarps) {
     const Chunk chunk = chunk_at(work, c);
-    const Item item = work.items[chunk.item];
+    const Item& item = work.items[chunk.item];
     const auto keeps = [&](Key key, int i) {
       return cut.keeps(key, global_index(work, item, chunk.begin + i));
     };
     uint32_t kept = 0;
     if (source == Where::list) {
       const ChunkCounts counts = step.chunks[c];
-      for (int w = lane(); w < kWords; w += kWarp) kept += __popc(step.bits[c * kWords + w]);
+      const uint32_t* words = words_of(step.bits, item, chunk);
+      for (int w = lane(); w < count_words(chunk); w += kWarp) kept += __popc(words[w]);
       for (int i = lane(); i < counts.inside; i += kWarp) {
         kept += keeps(step.list[counts.list + i], step.positions[counts.list + i]);
       }
     } else {
-      for (int i = lane(); i < chunk.count; i += kWarp) {
+      for (int i = chunk.from + lane(); i < chunk.to; i += kWarp) {
         const Key key = key_at<Key>(work, item, chunk.begin + i);
         kept += key != kDead<Key> && keeps(key, i);
       }
@@ -280,6 +304,13 @@ __global__ void __launch_bounds__(kThreads) tally(const __grid_constant__ Step<K
     kept = __reduce_add_sync(kFull, kept);
     if (lane() == 0) atomicAdd(&step.kept[chunk.item], static_cast<Counter>(kept));
   }
+}
+
+// The search for what a tensor keeps in any case.
+template <class Key>
+__device__ Search<Key> guard_of(const Step<Key>& step, int tensor) {
+  const auto alive = static_cast<int64_t>(step.alive[tensor]);
+  return {kDead<Key>, min(step.min_keep, alive), alive};
 }
 
 // How many each guard keeps, and how many are left to be chosen. One block.
@@ -290,12 +321,12 @@ __global__ void __launch_bounds__(kThreads) judge(const __grid_constant__ Step<K
   bool below = false;
   int64_t kept = 0, total;
   for (int i = threadIdx.x; i < step.work.count; i += kThreads) {
-    const auto alive = static_cast<int64_t>(step.alive[i]);
-    const int64_t guard = min(step.min_keep, alive);
-    step.guards.search(i, 0) = {kDead<Key>, guard, alive};
-    below |= static_cast<int64_t>(step.kept[i]) < guard;
+    const Search<Key> guard = guard_of(step, i);
+    const int segment = step.work.items[i].segment;
+    if (segment >= 0) step.guards.search(segment, 0) = guard;
+    below |= static_cast<int64_t>(step.kept[i]) < guard.k;
     step.kept[i] = 0;
-    kept += guard;
+    kept += guard.k;
   }
   below = __syncthreads_or(below);
   scan(kept, &total);
@@ -303,6 +334,43 @@ __global__ void __launch_bounds__(kThreads) judge(const __grid_constant__ Step<K
     const auto alive = static_cast<int64_t>(t.alive);
     *step.guarded = below;
     step.rest.search(0, 0) = {kDead<Key>, max(int64_t{0}, min(step.keep, alive) - total), alive - total};
+  }
+}
+
+// Clears the histograms of guards, which lie where bits and list were: nobody reads those any more.
+template <class Key>
+__global__ void __launch_bounds__(kThreads) clear(const __grid_constant__ Step<Key> step) {
+  if (!*step.guarded) return;
+  const int64_t size = step.segments * kDigits<Key> * kBuckets;
+  for (int64_t i = blockIdx.x * kThreads + threadIdx.x; i < size; i += gridDim.x * kThreads) {
+    step.guards.histograms[i] = 0;
+  }
+}
+
+// Steps 3 and 4 for the guards of tensors without a segment: a block each, which counts them in shared memory.
+template <class Key>
+__global__ void __launch_bounds__(kThreads) guard(const __grid_constant__ Step<Key> step) {
+  __shared__ Histogram histogram;
+  if (!*step.guarded) return;
+  for (int tensor = blockIdx.x; tensor < step.work.count; tensor += gridDim.x) {
+    const Item& item = step.work.items[tensor];
+    if (item.segment >= 0) continue;
+    const int64_t begin = item.first_chunk, size = chunks_of(item);
+    Search<Key> search = guard_of(step, tensor);
+    for (int digit = 0; search.k > 0 && digit < kDigits<Key>; ++digit) {
+      histogram.clear();
+      for (int64_t c = begin; c < begin + size; ++c) {
+        count_chunk<Key, Stage::guards>(step, chunk_at(step.work, c), search, digit, histogram);
+      }
+      __syncthreads();
+      search = pick(histogram.counts, search, digit);
+    }
+    for (int64_t c = begin; search.k != search.equal && c < begin + size; ++c) {
+      count_ties<Key, Stage::guards>(step, chunk_at(step.work, c), search.prefix);
+    }
+    __syncthreads();
+    const Cut<Key> found = cut_in<Key, Stage::guards>(step, search, begin, size);
+    if (threadIdx.x == 0) step.guards.cuts[tensor] = found;
   }
 }
 

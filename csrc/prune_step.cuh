@@ -15,13 +15,13 @@ namespace drive::gpu {
 // ---- Tuning: blocks of 256 threads a multiprocessor, on which the registers a thread may use depend ----
 
 struct Tuning {
-  int survey;  // 85 registers hold four vectors of both operands and the counts; a list of 4096 keys is 24 KB
+  int survey;  // 85 registers hold four vectors of both operands and the counts; its part of the list 32 KB
   int list;    // one operand in flight; more blocks hide the wait for a chunk's part of the list
   int keys;    // as the survey, and the cuts
   int count;   // few, so that a block counts many keys before it adds its 2048 counters to the global ones
 };
 template <class Key>  // scores of 64 bits need twice the registers
-constexpr Tuning kTuning = sizeof(Key) == 4 ? Tuning{3, 5, 3, 2} : Tuning{2, 5, 2, 2};
+constexpr Tuning kTuning = sizeof(Key) == 4 ? Tuning{3, 5, 2, 2} : Tuning{2, 5, 2, 2};
 
 // ---- State on the device ----
 
@@ -45,12 +45,13 @@ struct Cut {
   __device__ bool keeps(Key k, int64_t index) const { return k > key || (k == key && index <= last); }
 };
 
-// A selection: over all entries (one segment), or over each tensor's (as many segments).
+// A selection: over all entries (one segment), or over each tensor's. Of the latter only large ones have a segment,
+// as its histograms are 48 KB: what a block counts for itself suffices for the others.
 template <class Key>
 struct Selection {
   Search<Key>* searches;  // [segments, kDigits + 1]: before each digit and after the last one
   Counter* histograms;    // [segments, kDigits, kBuckets]
-  Cut<Key>* cuts;         // [segments]
+  Cut<Key>* cuts;         // [1], or [items]
   uint32_t* ties;         // [chunks]: entries on the threshold, by row-major chunk
 
   __device__ Search<Key>& search(int segment, int digit) const {
@@ -71,6 +72,7 @@ struct Step {
   int64_t keep, min_keep;
   BracketRanks ranks;
   int64_t samples, places;  // places: of the list
+  int64_t segments;         // of guards
 
   Key* sample;            // [samples], in the memory of bits and list, which come later
   Selection<Key> bracket;  // [2]: hi and lo
@@ -80,7 +82,7 @@ struct Step {
   Counter* nonfinite;     // [items]
   Counter* kept;          // [items]
   ChunkCounts* chunks;    // [chunks]
-  uint32_t* bits;         // [chunks, kWords]: is the key at least hi?
+  uint32_t* bits;         // [words]: is the key at least hi?
   Key* list;              // [places]: keys strictly inside the bracket
   uint16_t* positions;    // [places]: where in their chunks
   Selection<Key> all, guards, rest;
@@ -128,19 +130,32 @@ __device__ Plan<Key> plan(const Step<Key>& step) {
   return {Where::edge, {bracket_edge(step, 1), k - above - at_hi - inside, at_lo}};
 }
 
-// ---- Bits: a word of 16 for each thread, one for each of its own entries ----
+// ---- Bits: one an entry. In chunks of vectors a thread's own lie side by side, else all in their order. ----
 
-using OwnBits = uint16_t;
-constexpr int kWords = kThreads / 2;  // of a chunk, as words of 32 bits
+constexpr int kMaxWords = kMaxChunk / 32;
 
-__device__ inline int lanes_of(const Item& item, const Chunk& chunk) {
-  if (!in_vectors(item, chunk)) return 1;
-  return item.type == Type::f32 ? 4 : item.type == Type::f64 ? 2 : 8;
+__device__ inline uint32_t* words_of(uint32_t* bits, const Item& item, const Chunk& chunk) {
+  return bits + item.first_word + (chunk.begin + item.missing) / 32;
 }
 
-__device__ inline void set_bit(uint32_t* words, int lanes, int i) {
-  const int thread = owner(i, lanes);
-  atomicOr(&words[thread / 2], 1u << (thread % 2 * kOwn + own_index(i, lanes)));
+__device__ inline int count_words(const Chunk& chunk) { return (chunk.to + 31) / 32; }
+
+__device__ inline int lanes_of(const Item& item, const Chunk& chunk) {
+  return in_vectors(item, chunk) ? (1 << item.chunk_bits) / (kVectors * kThreads) : 1;
+}
+
+// The place of entry i's bit; lanes: of the item where the chunk is read in vectors, else 1.
+__device__ inline int bit_of(int i, int lanes) {
+  return lanes == 1 ? i : owner(i, lanes) * (kVectors * lanes) + own_index(i, lanes);
+}
+
+// A thread's own bits of a chunk of vectors of T.
+template <class T>
+using OwnBits = Unsigned<kOwn<T> / 8>;
+
+template <class T>
+__device__ OwnBits<T>& own_bits(uint32_t* words) {
+  return reinterpret_cast<OwnBits<T>*>(words)[threadIdx.x];
 }
 
 }  // namespace drive::gpu

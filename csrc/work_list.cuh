@@ -25,11 +25,19 @@ inline Type type_of(const at::Tensor& tensor) {
   }
 }
 
+// n / size as (n * magic / 2^32 + n) / 2^shift, for 0 <= n < 2^31 (see Dim).
+inline void set_divisor(Dim& dim) {
+  if (dim.size == 0 || dim.size >= int64_t{1} << 31) return;  // no position below 2^31 is divided by it
+  while (int64_t{1} << dim.shift < dim.size) ++dim.shift;
+  const uint64_t size = dim.size, above = (uint64_t{1} << dim.shift) - size;
+  dim.magic = static_cast<uint32_t>((above << 32) / size + 1);
+}
+
 // The work list as the device will hold it.
 struct WorkList {
   std::vector<Item> items;
   std::vector<Dim> dims;
-  int64_t entries = 0, chunks = 0;
+  int64_t entries = 0, chunks = 0, words = 0;
 
   explicit WorkList(const PruneArguments& arguments) {
     for (size_t i = 0; i < arguments.weights.size(); ++i) add(arguments.operands(i));
@@ -44,26 +52,41 @@ struct WorkList {
     item.numel = weight.numel();
     item.first_entry = entries;
     item.first_chunk = chunks;
+    item.first_word = words;
     item.first_dim = static_cast<int32_t>(dims.size());
     item.dims = static_cast<int32_t>(walk.dims().size());
     item.type = type_of(weight);
-    const bool one = walk.dims().size() == 1;
-    const Walk in_memory = one ? walk : Walk(operands, Walk::Order::memory);
-    item.vector = true;
-    for (size_t o = 0; o < operands.size(); ++o) {
-      item.data[o] = static_cast<char*>(operands[o].data_ptr());
-      item.vector = item.vector && in_memory.contiguous(static_cast<int>(o)) &&
-          reinterpret_cast<uintptr_t>(item.data[o]) % 16 == 0;
-    }
     item.logical = walk.contiguous(kMaxOperands);
+    align(item, operands, walk.dims().size() == 1 ? walk : Walk(operands, Walk::Order::memory));
     for (const Walk::Dim& dim : walk.dims()) {
-      Dim to{dim.size, {}, dim.stride[kMaxOperands]};
+      Dim to{dim.size, {}, dim.stride[kMaxOperands], 0, 0};
       std::copy_n(dim.stride.begin(), kOperands, to.stride);
+      set_divisor(to);
       dims.push_back(to);
     }
     items.push_back(item);
     entries += item.numel;
-    chunks += (item.numel + kChunk - 1) / kChunk;
+    chunks += chunks_of(item);
+    words += (item.numel + item.missing + 31) / 32;
+  }
+
+ private:
+  // Where chunks begin, and what can be loaded in vectors. `walk` is without the row-major index.
+  static void align(Item& item, const std::vector<at::Tensor>& operands, const Walk& walk) {
+    const auto size = static_cast<int>(operands[kWeight].element_size());
+    while (size << item.chunk_bits < kChunkBytes) ++item.chunk_bits;
+    item.dense = true;
+    item.aligned = kAllAligned;
+    for (size_t o = 0; o < operands.size(); ++o) {
+      item.data[o] = static_cast<char*>(operands[o].data_ptr());
+      item.dense = item.dense && walk.contiguous(static_cast<int>(o));
+    }
+    const auto address = [&](size_t o) { return reinterpret_cast<uintptr_t>(item.data[o]); };
+    if (item.dense) item.missing = static_cast<int16_t>(address(kWeight) % kVectorBytes / size);
+    for (size_t o = 0; o < operands.size(); ++o) {
+      const int each = o == kMask ? 1 : size;  // bytes of an entry, and of a vector's entries
+      if ((address(o) - item.missing * each) % (kVectorBytes / size * each)) item.aligned &= ~(1 << o);
+    }
   }
 };
 
@@ -83,7 +106,8 @@ struct Piece {
   char bytes[4000];  // arguments of a kernel: 4 KB at most
 };
 
-inline __global__ void upload(const __grid_constant__ Piece piece, char* to, int count) {
+template <class Bytes>  // a template, as kernels of several files are
+__global__ void upload(const __grid_constant__ Bytes piece, char* to, int count) {
   for (int i = threadIdx.x; i < count; i += blockDim.x) to[i] = piece.bytes[i];
 }
 
@@ -97,7 +121,7 @@ void copy_to_device(const std::vector<T>& from, const T* to, cudaStream_t stream
     const int64_t count = std::min<int64_t>(size - begin, sizeof(Piece));
     std::memcpy(piece.bytes, bytes + begin, count);
     char* target = const_cast<char*>(reinterpret_cast<const char*>(to)) + begin;
-    launch(upload, 1, kThreads, stream, piece, target, static_cast<int>(count));
+    launch(upload<Piece>, 1, kThreads, stream, piece, target, static_cast<int>(count));
   }
 }
 

@@ -50,11 +50,45 @@ def test_hot_kernels_neither_spill_nor_have_a_stack(architecture: str):
         assert "STACK:0 " in resources and "LOCAL:0 " in resources, f"{function}: {resources}"
 
 
+def registers(operands: str) -> set[int]:
+    return {int(number) for number in re.findall(r"\bR(\d+)\b", operands)}
+
+
+def batches(code: str) -> list[int]:
+    """Loads of 16 bytes that are under way together: before any instruction reads what one of them brings."""
+    found, waiting = [0], set()
+    for instruction in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?(.*?);", code):
+        name, _, operands = instruction.partition(" ")
+        target, _, sources = operands.partition(",")
+        if waiting & registers(operands if name.startswith(("ST", "RED")) else sources):
+            found.append(0)
+            waiting = set()
+        if name.startswith("LDG.E.128"):
+            (first,) = registers(target)
+            found[-1] += 1
+            waiting |= set(range(first, first + 4))
+    return found
+
+
+def test_batches():
+    load = "/*0000*/ @P1 LDG.E.128 R{}, desc[UR10][R{}.64+0x1000] ;"
+    two = [load.format(4, 2), load.format(8, 2), "/*0010*/ FMUL R20, R9, R4 ;"]
+    assert batches("\n".join(two)) == [2, 0]
+    assert batches("\n".join([two[0], "/*0010*/ IADD3 R4, R21, R20, RZ ;", two[1]])) == [2]
+    assert batches("\n".join([two[0], "/*0010*/ FMUL R20, R5, R21 ;", two[1]])) == [1, 1]
+    assert batches("\n".join([two[0], load.format(12, 6)])) == [1, 1]
+
+
 def test_hot_loops_load_16_bytes_and_round_as_ieee_does(architecture: str):
+    """For each dtype all loads of a chunk are under way before the first is used: 4 a thread and operand."""
     functions = cuobjdump("--dump-sass", "-arch", architecture).split("Function : ")[1:]
-    code = {name: part for part in functions if (name := hot(part.split("\n")[0]))}
-    assert code.keys() == set(HOT)
-    for name, part in code.items():
-        assert part.count("LDG.E.128") >= 8, f"{name}: loads of 16 bytes, several in flight"
-        assert "LDL" not in part and "STL" not in part, f"{name}: local memory"
-        assert "FMUL.FTZ" not in part and "FFMA" not in part, f"{name}: products neither flushed nor fused"
+    code = {function: part for part in functions if hot(function := part.split("\n")[0])}
+    assert len(code) == 2 * len(HOT)
+    for function, part in code.items():
+        loads = 4 if hot(function) == "apply_list" else 8
+        dtypes = 3 if re.search(rf"{hot(function)}Ii", function) else 4  # of float32 scores, and float64's
+        assert sum(batch >= loads for batch in batches(part)) == dtypes, f"{function}: {batches(part)}"
+        assert "LDL" not in part and "STL" not in part, f"{function}: local memory"
+        assert "FMUL.FTZ" not in part and "FFMA" not in part, (
+            f"{function}: products neither flushed nor fused"
+        )

@@ -156,16 +156,68 @@ def test_large_sample(ordered: ModuleType):
     assert_same(ordered, Step([weight], [grad], [], [mask], True, n - n // 10, 0))
 
 
-@pytest.mark.parametrize("offsets", ((1, 1, 1), (0, 1, 0), (3, 0, 5)))
-def test_unaligned(host: ModuleType, offsets: tuple[int, int, int]):
-    """Views that begin some entries into their memory: no loads of 16 bytes."""
+@pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
+@pytest.mark.parametrize("offsets", ((1, 1, 1), (0, 1, 0), (3, 0, 5), (5, 5, 4), (0, 0, 1)))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64))
+def test_unaligned(host: ModuleType, dtype: torch.dtype, offsets: tuple[int, int, int], layout: str):
+    """Views that begin some entries into their memory: heads and tails apart, or operands entry by entry."""
     generator = torch.Generator().manual_seed(5)
-    n = 20_001
-    tensors = torch.randn(n + 8, generator=generator), torch.randn(n + 8, generator=generator)
+    shape = (41, 61, 3, 3)
+    n = 41 * 61 * 9
+    tensors = [valued([n + 8], dtype, "ties", generator) for _ in range(2)]
     mask = torch.rand(n + 8, generator=generator) < 0.9
-    operands = [[t[o : o + n]] for t, o in zip((*tensors, mask), offsets, strict=True)]
+    order = (0, 3, 1, 2) if layout == "channels_last" else (0, 1, 2, 3)
+    stride = torch.empty(shape).permute(order).contiguous().permute(*map(order.index, range(4))).stride()
     for fresh in (True, False):
-        assert_same(host, Step(operands[0], operands[1], [], operands[2], fresh, n // 2, 0))
+        pairs = zip((*tensors, mask), offsets, strict=True)
+        views = [tensor.clone().as_strided(shape, stride, offset) for tensor, offset in pairs]
+        assert [v.data_ptr() % 16 for v in views[:2]] == [o * dtype.itemsize % 16 for o in offsets[:2]]
+        step = Step(views[:1], views[1:2], [], views[2:], fresh, n // 2, 0)
+        theirs = step.clone()
+        expected = reference(*theirs.args())
+        kept, _, _ = host.prune_(*step.args())
+        assert torch.equal(kept, expected[0])
+        assert torch.equal(step.masks[0], theirs.masks[0]) and torch.equal(step.weights[0], theirs.weights[0])
+        for view, tensor, offset in ((views[0], tensors[0], offsets[0]), (views[2], mask, offsets[2])):
+            whole = view.as_strided((n + 8,), (1,), 0)  # nothing beside the view is written
+            assert torch.equal(whole[:offset], tensor[:offset])
+            assert torch.equal(whole[offset + n :], tensor[offset + n :])
+
+
+@pytest.mark.parametrize("size", (1, 2, 3, 7, 9, 641, 1 << 20, (1 << 30) + 1, (1 << 31) - 1))
+def test_division_by_a_product(host: ModuleType, size: int):
+    largest = (1 << 31) - 1
+    near = [m + d for m in (size, size * (largest // size)) for d in (-1, 0, 1)]
+    some = torch.randint(largest, (500,), generator=torch.Generator().manual_seed(size)).tolist()
+    for n in (0, *near, *some):
+        if 0 <= n <= largest:
+            assert host.divided(n, size) == n // size
+    assert host.divided((1 << 40) + 5, size) == ((1 << 40) + 5) // size
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_guards_of_large_tensors(ordered: ModuleType, dtype: torch.dtype):
+    """From 2^18 entries on many blocks count a tensor's guard, in the memory that bits and list were in."""
+    generator = torch.Generator().manual_seed(7)
+    shapes = ([(1 << 18) + 5], [1000], [64, 64, 9, 9])
+    weights = [laid_out(valued(s, dtype, "ties", generator), "channels_last") for s in shapes]
+    grads = [valued(s, dtype, "ties", generator) for s in shapes]
+    for weight in weights[:2]:
+        weight.mul_(1e-3)
+    masks = [torch.rand(s, generator=generator) < 0.5 for s in shapes]
+    total = sum(w.numel() for w in weights)
+    assert_same(ordered, Step(weights, grads, [], masks, False, total - 20_000, 900))
+
+
+@pytest.mark.parametrize("min_keep", (0, 1))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("sizes", ([64] * 10_000, [40, 3000] * 5000, [1 << 18] * 50, [1 << 26]), ids=sum)
+def test_scratch_is_bounded(host: ModuleType, sizes: list[int], dtype: torch.dtype, min_keep: int):
+    """A quarter of a byte an entry and 4 MB, ten thousand tensors and their guards included."""
+    ones, kept = torch.ones(1, dtype=dtype), torch.ones(1, dtype=torch.bool)
+    weights, masks = ([one.expand(n) for n in sizes] for one in (ones, kept))
+    bound = sum(sizes) / 4 + (4 << 20)
+    assert host.scratch(weights, weights, masks, min_keep) <= bound
 
 
 @pytest.mark.parametrize("fresh", (True, False))

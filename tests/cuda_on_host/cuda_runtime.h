@@ -21,6 +21,7 @@
 
 #define __global__ static
 #define __device__
+#define __host__
 #define __shared__ static
 #define __grid_constant__
 #define __launch_bounds__(...)
@@ -213,6 +214,7 @@ inline unsigned atomicOr(unsigned* to, unsigned v) { return std::exchange(*to, *
 
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
 inline int __ffs(unsigned v) { return __builtin_ffs(static_cast<int>(v)); }
+inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<uint64_t>(a) * b >> 32; }
 inline bool __isGlobal(const void*) { return true; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline double __dmul_rn(double a, double b) { return a * b; }

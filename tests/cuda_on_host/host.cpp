@@ -42,6 +42,19 @@ PYBIND11_MODULE(cuda_on_host, m) {
                      int64_t prune, int64_t min_keep) {
     return drive::prune_cuda(weights, grads, mask_grads, masks, fresh, prune, min_keep);
   });
+  m.def("scratch", [](Tensors weights, Tensors grads, Tensors masks, int64_t min_keep) {
+    const drive::PruneArguments arguments{weights, grads, {}, masks, false, 0, min_keep};
+    drive::gpu::WorkList list(arguments);
+    auto step = drive::planned<int32_t>(arguments, list);
+    return drive::lay_out(step, list, 400, nullptr).bytes;
+  });
+  m.def("divided", [](int64_t n, int64_t size) {
+    drive::gpu::Dim dim{size, {}, 0, 0, 0};
+    drive::gpu::set_divisor(dim);
+    drive::gpu::Item item{};
+    item.numel = n + 1;
+    return drive::gpu::divided(item, dim, n);
+  });
   m.def("neighbours", [](bool barrier) {
     int sum = 0;
     drive::launch(neighbours, 1, 64, nullptr, barrier, &sum);
