@@ -16,8 +16,8 @@ DRIVE = ROOT / "python" / "drive"
 # line and may import all of these; none of these may import it.
 LIBRARY = (
     "files", "figures", "placement", "team", "shards", "packed", "targets", "masks", "finite", "result",
-    "copies", "radix", "distributed", "fused", "reference", "schedules",
-    "gradients", "capture", "feed", "sgd", "scopes", "structures", "restore", "methods.base",
+    "copies", "radix", "distributed", "fused", "schedules",
+    "gradients", "reference", "capture", "feed", "sgd", "scopes", "structures", "restore", "methods.base",
     "methods.second_order",
     "methods.drive", "methods.snip", "methods.grasp", "methods.synflow", "methods.crop", "methods.early_crop",
     "methods.magnitude", "methods.gradual", "methods.imp", "methods.rigl", "methods.random", "methods",
