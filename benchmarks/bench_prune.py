@@ -1,7 +1,6 @@
-"""One pruning step on CPU against its rivals.
+"""One pruning step against its rivals: of one case, and on CPU the whole table, in some 25 minutes.
 
-pytest benchmarks/ --benchmark-only                        quick: 11 M entries, one case
-python benchmarks/bench_prune.py --out docs/results/cpu.md the whole table, some 25 minutes
+python benchmarks/bench_prune.py --out docs/results/cpu.md
 """
 
 from __future__ import annotations
@@ -12,29 +11,30 @@ from pathlib import Path
 
 import pytest
 import torch
+from sizes import Size
 
 from drive import bench
 from drive.files import write_atomic
 from drive.workload import Case, Inputs, validate
 
-CASE = Case("11M", torch.float32, 0.9, old_masks=False)
+CASE = Case("", torch.float32, 0.9, old_masks=False)
 
 
 @pytest.fixture(scope="module")
-def inputs() -> Inputs:
-    made = Inputs(bench.SIZES[CASE.size], CASE.dtype)
+def inputs(size: Size, device: str) -> Inputs:
+    made = Inputs(size.shapes, CASE.dtype, device)
     validate(made, CASE, torch.ops.drive.prune_)
     return made
 
 
 @pytest.mark.parametrize("provider", bench.PROVIDERS)
-def test_prune_step(benchmark, inputs: Inputs, provider: str):
-    def setup():
+def test_step(timed, inputs: Inputs, provider: str):
+    def prepare() -> bench.Step:
         inputs.fresh()
-        return (bench.PROVIDERS[provider](inputs, CASE),), {}
+        return bench.PROVIDERS[provider](inputs, CASE)
 
-    benchmark.extra_info["entries"] = inputs.entries
-    benchmark.pedantic(lambda step: step(), setup=setup, rounds=3 if provider in bench.RIVALS else 10)
+    group = f"One step to 90 % over {inputs.entries:,} weights"
+    timed(group, prepare, rounds=3 if provider in bench.RIVALS else 20, entries=inputs.entries)
 
 
 HEADER = """# One pruning step on CPU

@@ -3,32 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformer import Block
 
 import drive
 from drive.models import Network
 
 TOKENS, WIDTH, HEADS = 128, 768, 12
-
-
-class Block(nn.Module):
-    """A transformer's block, whose four projections are what is pruned."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
-        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
 
 
 def _mlp() -> nn.Module:
@@ -40,7 +26,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "resnet18": (lambda: Network("resnet18", 10, 3, 32).build(), (3, 32, 32)),
     "vgg16_bn": (lambda: Network("vgg16_bn", 10, 3, 32).build(), (3, 32, 32)),
     "mlp": (_mlp, (4096,)),
-    "transformer block": (Block, (TOKENS, WIDTH)),
+    "transformer block": (partial(Block, WIDTH, HEADS), (TOKENS, WIDTH)),
 }
 
 

@@ -59,7 +59,7 @@ def read(path: Path) -> list[Row]:
 def version() -> str:
     """The commit that last changed what is measured here, with a + if something has changed since."""
     measured = ["csrc", "drive_kernels", "python/drive/sparse", "benchmarks/bench_sparse.py",
-                "benchmarks/sparse_networks.py"]  # fmt: skip
+                "benchmarks/sparse_networks.py", "benchmarks/transformer.py"]  # fmt: skip
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parents[1]), *arguments, "--", *measured]

@@ -1,0 +1,57 @@
+"""A pruned Linear and a pruned Conv2d: dense with zeros, masked in each call, and sparse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from bench_sparse import MODES, close, pruned, rival
+from sizes import BATCH, Size
+from torch import Tensor, nn
+
+from drive.sparse import MaskedConv2d, MaskedLinear, PackedLinear, SparseConv2d, SparseLinear
+
+SPARSITY = 0.95
+
+
+def linear(size: Size) -> tuple[nn.Module, Tensor]:
+    inputs, outputs = size.linear
+    return nn.Linear(inputs, outputs, bias=False), torch.randn(BATCH, inputs)
+
+
+def conv2d(size: Size) -> tuple[nn.Module, Tensor]:
+    channels, side = size.conv
+    layer = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+    return layer, torch.randn(BATCH, channels, side, side)
+
+
+BUILD = {"Linear": linear, "Conv2d": conv2d}
+WAYS: dict[str, dict[str, Callable[[nn.Module, Tensor], nn.Module]]] = {
+    "dense": dict.fromkeys(BUILD, lambda layer, mask: layer),
+    "masked": {"Linear": MaskedLinear.from_dense, "Conv2d": MaskedConv2d.from_dense},
+    "sparse": {"Linear": SparseLinear.from_dense, "Conv2d": SparseConv2d.from_dense},
+}
+CUDA_SPARSE = {("Linear", "forward"): PackedLinear.from_dense}  # all that there is for an unstructured mask
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", BUILD)
+def test_layer(timed, size: Size, device: str, kind: str, mode: str, way: str):
+    torch.manual_seed(0)
+    layer, x = BUILD[kind](size)
+    weight, mask = pruned(layer.weight.shape, SPARSITY)
+    layer.weight.data = weight
+    layer, mask, x = layer.to(device), mask.to(device), x.to(device)
+    make = WAYS[way][kind]
+    if way == "sparse" and device == "cuda":
+        if (kind, mode) not in CUDA_SPARSE:
+            pytest.skip(f"no sparse {kind} for {mode} on CUDA")
+        make = CUDA_SPARSE[kind, mode]
+    module = make(layer, mask)
+    close(module(x).detach(), layer(x).detach())
+    run = rival(module, x, mode)
+    shape = " x ".join(map(str, mask.shape))
+    group = f"{kind}, {shape}, 95 % pruned, batch {BATCH}, {mode}"
+    timed(group, lambda: run, rounds=10, entries=mask.numel())
