@@ -35,6 +35,20 @@ WAYS: dict[str, dict[str, Callable[[nn.Module, Tensor], nn.Module]]] = {
 CUDA_SPARSE = {("Linear", "forward"): PackedLinear.from_dense}  # all that there is for an unstructured mask
 
 
+def check(module: nn.Module, layer: nn.Module, x: Tensor, mask: Tensor) -> None:
+    """Of both: the outputs without autograd and with it, the gradients to the input and to survivors."""
+
+    def outcome(of: nn.Module) -> list[Tensor]:
+        leaves = [x.clone().requires_grad_(), of.weight]
+        output = of(leaves[0])
+        to_x, to_weight = torch.autograd.grad(output.square().sum(), leaves)
+        with torch.no_grad():
+            return [of(x), output, to_x, to_weight[mask]]
+
+    for found, expected in zip(outcome(module), outcome(layer), strict=True):
+        close(found.detach(), expected.detach())
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", BUILD)
@@ -50,7 +64,7 @@ def test_layer(timed, size: Size, device: str, kind: str, mode: str, way: str):
             pytest.skip(f"no sparse {kind} for {mode} on CUDA")
         make = CUDA_SPARSE[kind, mode]
     module = make(layer, mask)
-    close(module(x).detach(), layer(x).detach())
+    check(module, layer, x, mask)
     run = rival(module, x, mode)
     shape = " x ".join(map(str, mask.shape))
     group = f"{kind}, {shape}, 95 % pruned, batch {BATCH}, {mode}"

@@ -17,7 +17,7 @@ from drive import bench
 from drive.files import write_atomic
 from drive.workload import Case, Inputs, validate
 
-CASE = Case("", torch.float32, 0.9, old_masks=False)
+CASE = Case("any size", torch.float32, 0.9, old_masks=False)
 
 
 @pytest.fixture(scope="module")
