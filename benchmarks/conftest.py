@@ -57,7 +57,7 @@ def timed(benchmark, device: str, facts: dict[str, str]) -> Callable[..., None]:
         if device == "cuda":
             torch.cuda.synchronize()
 
-    def timed(group: str, prepare: Callable[[], Run], rounds: int, **more: object) -> None:
+    def timed(group: str, prepare: Callable[[], Run], rounds: int, entries: int) -> None:
         def setup() -> tuple[tuple[Run], dict[str, object]]:
             run = prepare()
             wait()
@@ -69,7 +69,7 @@ def timed(benchmark, device: str, facts: dict[str, str]) -> Callable[..., None]:
             return found  # freed after the clock has stopped
 
         benchmark.group = group
-        benchmark.extra_info.update(facts, **more)
+        benchmark.extra_info.update(facts, entries=entries)
         benchmark.pedantic(finished, setup=setup, rounds=rounds, warmup_rounds=2 if rounds > 3 else 0)
 
     return timed

@@ -12,7 +12,7 @@ BATCH = 32  # images or rows
 
 @dataclass(frozen=True)
 class Size:
-    """Each benchmark's own, of about as many weights, but for single layers: those are of such a network."""
+    """What each benchmark prunes: about as many weights, or a layer of a network that has them."""
 
     shapes: Shapes  # of a step
     hidden: int  # units in each of the two hidden layers of the MLP that the loop prunes
@@ -27,10 +27,16 @@ class Size:
 
 
 SIZES = {
-    # for the tests, in seconds
-    "tiny": Size([(40, 30), (7,), (16, 8, 3, 3)], 16, 5, (64, 32), (8, 4), 32, 2, 1, 8, 2),
-    # ResNet-18
-    "11M": Size(bench.SIZES["11M"], 2848, 100, (4096, 4096), (256, 8), 384, 6, 6, 128, 4),
-    # VGG-16
-    "138M": Size(bench.SIZES["138M"], 11_264, 100, (25_088, 4096), (512, 14), 1024, 16, 11, 1024, 8),
-}
+    "tiny": Size(  # for the tests
+        shapes=[(40, 30), (7,), (16, 8, 3, 3)], hidden=16, iterations=5, linear=(64, 32), conv=(8, 4),
+        width=32, heads=2, blocks=1, tokens=8, sequences=2,
+    ),
+    "11M": Size(  # ResNet-18
+        shapes=bench.SIZES["11M"], hidden=2848, iterations=100, linear=(4096, 4096), conv=(256, 8),
+        width=384, heads=6, blocks=6, tokens=128, sequences=4,
+    ),
+    "138M": Size(  # VGG-16
+        shapes=bench.SIZES["138M"], hidden=11_264, iterations=100, linear=(25_088, 4096), conv=(512, 14),
+        width=1024, heads=16, blocks=11, tokens=1024, sequences=8,
+    ),
+}  # fmt: skip

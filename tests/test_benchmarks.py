@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -27,14 +28,25 @@ STORY = {
 }  # fmt: skip
 
 
+def run(path: Path, **environment: str) -> Path:
+    options = ["--benchmark-only", "--size", "tiny", "--benchmark-json", str(path)]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "benchmarks", *options],
+        cwd=BENCHMARKS.parent, env={**os.environ, **environment}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    return path
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("benchmarks") / "bench.json"
-    options = ["--benchmark-only", "--size", "tiny", "--benchmark-json", str(path)]
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "benchmarks", *options]
-    run = subprocess.run(command, cwd=BENCHMARKS.parent, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stdout
-    return path
+    """On the CPU."""
+    return run(tmp_path_factory.mktemp("benchmarks") / "bench.json", CUDA_VISIBLE_DEVICES="")
+
+
+@pytest.mark.gpu
+def test_runs_on_a_gpu(tmp_path: Path):
+    run(tmp_path / "bench.json")
 
 
 def test_everything_is_timed(written: Path):
