@@ -17,6 +17,8 @@ bench: $(VENV)/.built
 
 # The tables in docs/results: hours, and meaningful on a quiet machine only.
 results: $(VENV)/.built
+	mkdir -p build && $(BIN)/pytest benchmarks/ --benchmark-only --benchmark-json build/bench.json
+	$(BIN)/python benchmarks/table.py build/bench.json docs/results/bench.md
 	$(BIN)/python benchmarks/bench_prune.py --out docs/results/cpu.md
 	$(BIN)/python benchmarks/bench_sparse.py --out docs/results/sparse-cpu.jsonl
 	$(BIN)/python benchmarks/sparse_report.py docs/results/sparse-cpu.jsonl docs/results/sparse-cpu.md

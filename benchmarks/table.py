@@ -19,9 +19,9 @@ HEADER = """# What pruning costs
 
 {facts}
 
-`make bench`: everything once, in minutes, in the state in which a machine is. Medians; all that is timed was
-compared with the reference, or with the dense layer, before. Variants run one after the other, not in turns:
-where it comes to some percent, [cpu.md](cpu.md) and [sparse-cpu.md](sparse-cpu.md) have the better figures.
+`make bench`. What is timed was compared before with the reference, or with the dense layer. Variants run one after
+the other, not in turns: where some percent matter, [cpu.md](cpu.md) and [sparse-cpu.md](sparse-cpu.md) have the
+better figures.
 """
 COLUMNS = ["", "median, ms", "least, ms", "most, ms", "rounds", "times the first"]
 NOT_FACTS = "device", "entries"
@@ -43,7 +43,7 @@ def rows(members: list[dict[str, Any]]) -> list[list[str]]:
     return [
         [
             variant(member["param"]),
-            *(f"{1e3 * member['stats'][which]:.4g}" for which in ("median", "min", "max")),
+            *(f"{1e3 * member['stats'][which]:,.3f}" for which in ("median", "min", "max")),
             str(member["stats"]["rounds"]),
             f"{member['stats']['median'] / first:.3g}",
         ]
