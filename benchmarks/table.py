@@ -19,9 +19,9 @@ HEADER = """# What pruning costs
 
 {facts}
 
-`make bench`. What is timed was compared before with the reference, or with the dense layer. Variants run one after
-the other, not in turns: where some percent matter, [cpu.md](cpu.md) and [sparse-cpu.md](sparse-cpu.md) have the
-better figures.
+`make bench`. What is timed was compared before with the reference, or with the dense layer. Variants run one
+after the other, not in turns: where some percent matter, [cpu.md](cpu.md) and [sparse-cpu.md](sparse-cpu.md)
+have the better figures.
 """
 COLUMNS = ["", "median, ms", "least, ms", "most, ms", "rounds", "times the first"]
 NOT_FACTS = "device", "entries"
