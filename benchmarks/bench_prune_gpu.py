@@ -2,7 +2,8 @@
 
 python benchmarks/bench_prune_gpu.py --out docs/results/nvidia-h200 --minutes 5
 
-The most important cases come first, and the files are complete after each: it can be stopped at any time.
+The most telling cases come first, and the files are complete after each: it can be stopped at any time. What
+prune.csv in that folder holds already, of the same commit on the same device, is not measured again.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from dataclasses import replace
 from itertools import groupby, product
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple, TypeVar
 
 import gpu_report
 import torch
-from gpu_providers import CHECKED, PROVIDERS, Provider, Unavailable
-from gpu_report import NAN, Row
+from gpu_providers import CHECKED, OURS, PROVIDERS, RIVALS, Provider, Unavailable
+from gpu_rows import NAN, WRONG, Row
 
 from drive.bench import Step
 from drive.fused import PruneOp
@@ -41,20 +43,42 @@ SIZES: dict[str, Shapes] = {
     "1B": [*vgg16_shapes(7), *resnet18_shapes() * 3],
     "4B": [(600_000, 4096), *vgg16_shapes(11)],  # the first one alone has more than 2^31 entries
 }
+HUGE = "4B"
+TELLING = 8  # cases, the first of the plan: they say of each goal whether it is met
 
 
-def plan(sizes: list[str]) -> list[Case]:
-    """All cases, the most important ones first."""
+class Job(NamedTuple):
+    """A case, and who takes part in it at that time."""
+
+    case: Case
+    providers: tuple[Provider, ...] = PROVIDERS
+
+
+def plan(sizes: list[str]) -> list[Job]:
+    """All cases, the most telling ones first; last the rivals where one may take the device down."""
     dtypes = (torch.float32, torch.bfloat16)
-    calls = (False, True)
     hard = ("one bucket", "half zero", "equal")
-    found = [Case(s, d, 0.9, old) for s, d, old in product(("138M", "1B"), dtypes, calls)]
-    found += [Case("138M", d, 0.9, False, scores) for d, scores in product(dtypes, hard)]
-    found += [Case(s, d, 0.9, old) for s, d, old in product(("11M", "1M", "4B"), dtypes, calls)]
-    found += [Case("1B", d, 0.9, False, scores) for d, scores in product(dtypes, hard)]
-    found += [Case(s, d, x, False) for s, d, x in product(("138M", "1B"), dtypes, (0.5, 0.993))]
-    found += [Case(s, d, x, False) for s, d, x in product(("11M", "1M", "4B"), dtypes, (0.5, 0.993))]
-    return [case for case in found if case.size in sizes]
+    found = [Case(s, d, 0.9, False) for s, d in product(("138M", "1B", "11M"), dtypes)]
+    found += [Case("138M", torch.float32, 0.9, False, "equal")]
+    found += [Case("138M", torch.bfloat16, 0.9, False, "one bucket")]
+    assert len(found) == TELLING
+    found += [Case(s, d, 0.9, True) for s, d in product(("138M", "1B", "11M"), dtypes)]
+    found += [Case(s, d, 0.9, False, scores) for s, d, scores in product(("138M", "1B"), dtypes, hard)]
+    found += [Case(s, d, 0.9, old) for s, d, old in product(("1M", HUGE), dtypes, (False, True))]
+    found += [Case(s, d, x, False) for s, d, x in product(SIZES, dtypes, (0.5, 0.993))]
+    cases = [case for case in dict.fromkeys(found) if case.size in sizes]
+    huge = [case for case in cases if case.size == HUGE]
+    return [
+        *(Job(case, OURS if case.size == HUGE else PROVIDERS) for case in cases),
+        *(Job(case, RIVALS) for case in huge),
+    ]
+
+
+class Times(NamedTuple):
+    """Seconds of one run: by the device's clock, and until the call came back."""
+
+    device: float
+    host: float
 
 
 class CudaMeter:
@@ -64,15 +88,17 @@ class CudaMeter:
         nbytes = 4 * torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
         self.cache = torch.empty(nbytes, dtype=torch.uint8, device="cuda")
 
-    def seconds(self, step: Step) -> float:
+    def times(self, step: Step) -> Times:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self.cache.zero_()  # no input stays in the L2 cache
         begin.record()
+        called = time.perf_counter()
         kept_alive = step()  # freeing the result is not part of the step
+        host = time.perf_counter() - called
         end.record()
         end.synchronize()
         del kept_alive
-        return begin.elapsed_time(end) / 1e3
+        return Times(begin.elapsed_time(end) / 1e3, host)
 
     def memory(self, step: Step) -> float:
         torch.cuda.reset_peak_memory_stats()
@@ -84,10 +110,11 @@ class CudaMeter:
 class CpuMeter:
     """To try this file where there is no GPU."""
 
-    def seconds(self, step: Step) -> float:
+    def times(self, step: Step) -> Times:
         begin = time.perf_counter()
         step()
-        return time.perf_counter() - begin
+        seconds = time.perf_counter() - begin
+        return Times(seconds, seconds)
 
     def memory(self, step: Step) -> float:
         step()
@@ -95,6 +122,15 @@ class CpuMeter:
 
 
 Meter = CudaMeter | CpuMeter
+Measured = TypeVar("Measured")
+
+
+class DeviceLost(RuntimeError):
+    """After an error of its kind no call succeeds any more; `provider` made the one that failed."""
+
+    def __init__(self, provider: Provider, note: str):
+        super().__init__(f"{provider.name} lost the device: {note}")
+        self.provider = provider
 
 
 class Contestant:
@@ -102,7 +138,7 @@ class Contestant:
 
     def __init__(self, provider: Provider, inputs: Inputs, case: Case, meter: Meter):
         self.provider, self.inputs, self.case = provider, inputs, case
-        self.times: list[float] = []
+        self.times: list[Times] = []
         self.memory = self.warm = NAN
         self.checked = self.note = ""
         try:
@@ -110,19 +146,21 @@ class Contestant:
                 self.checked = check(inputs, case, implementation(CHECKED[provider.name], inputs.device))
             self.step = provider.prepare(inputs, case) if provider.once else None
             self.memory = self.run(meter.memory) / inputs.entries
-            self.warm = self.run(meter.seconds)
+            self.warm = self.run(meter.times).device
         except (Unavailable, ImportError) as error:
             self.note = str(error)
         except AssertionError as error:
-            self.note = f"{gpu_report.WRONG}: {error}"
+            self.note = f"{WRONG}: {error}"
         except torch.OutOfMemoryError:
             self.note = "out of memory"
-        except RuntimeError as error:  # a rival's own limit; if the device is lost, it ends here
+        except RuntimeError as error:  # a rival's own limit
             self.note = str(error).splitlines()[0]
-            if inputs.device == "cuda":
-                torch.cuda.synchronize()
+            try:
+                synchronize(inputs)
+            except RuntimeError:
+                raise DeviceLost(provider, self.note) from error
 
-    def run(self, measure: Callable[[Step], float]) -> float:
+    def run(self, measure: Callable[[Step], Measured]) -> Measured:
         self.inputs.fresh()
         return measure(self.step or self.provider.prepare(self.inputs, self.case))
 
@@ -131,10 +169,13 @@ class Contestant:
             self.case, self.provider.name, self.inputs.entries, len(self.inputs.shapes),
             memory=self.memory, checked=self.checked, note=self.note,
         )  # fmt: skip
-        times = self.times
-        if not times:
+        if not self.times:
             return row
-        return replace(row, runs=len(times), seconds=median(times), fastest=min(times), slowest=max(times))
+        times, host = zip(*self.times, strict=True)
+        return replace(
+            row, runs=len(times), seconds=median(times), fastest=min(times), slowest=max(times),
+            host=median(host),
+        )  # fmt: skip
 
 
 def check(inputs: Inputs, case: Case, op: PruneOp) -> str:
@@ -148,37 +189,44 @@ def check(inputs: Inputs, case: Case, op: PruneOp) -> str:
     return "by the definition"
 
 
+def synchronize(inputs: Inputs) -> None:
+    if inputs.device == "cuda":
+        torch.cuda.synchronize()
+
+
 def empty_cache(inputs: Inputs) -> None:
     """Give back what a failed provider left in PyTorch's allocator."""
     if inputs.device == "cuda":
         torch.cuda.empty_cache()
 
 
-def measure(inputs: Inputs, case: Case, meter: Meter, rounds: int, seconds: float) -> list[Row]:
+def measure(inputs: Inputs, job: Job, meter: Meter, rounds: int, seconds: float) -> list[Row]:
     """Every provider `rounds` times, in turn; a slow one as often as it can within `seconds`."""
-    inputs.begin(case)
+    inputs.begin(job.case)
     contestants = []
-    for provider in PROVIDERS:
-        contestants.append(Contestant(provider, inputs, case, meter))
+    for provider in job.providers:
+        contestants.append(Contestant(provider, inputs, job.case, meter))
         if contestants[-1].note:
             empty_cache(inputs)
     able = [contestant for contestant in contestants if not contestant.note]
     for number in range(rounds):
         for contestant in able:
             if number < max(1, seconds / contestant.warm):
-                contestant.times.append(contestant.run(meter.seconds))
+                contestant.times.append(contestant.run(meter.times))
     return [contestant.row() for contestant in contestants]
 
 
-def run(cases: list[Case], device: str, rounds: int, seconds: float) -> Iterator[list[Row] | str]:
-    """Rows of each case, or why there are none; inputs are kept while size, dtype and scores are the same."""
+def run(jobs: list[Job], device: str, rounds: int, seconds: float) -> Iterator[list[Row] | str]:
+    """Rows of each job, or why there are none; inputs are kept while size, dtype and scores are the same."""
     meter = CudaMeter() if device == "cuda" else CpuMeter()
-    for (size, dtype, scores), group in groupby(cases, lambda case: (case.size, case.dtype, case.scores)):
+    for (size, dtype, scores), group in groupby(
+        jobs, lambda job: (job.case.size, job.case.dtype, job.case.scores)
+    ):
         inputs: Inputs | None = None  # the next ones need the memory
-        for case in group:
+        for job in group:
             try:
                 inputs = inputs or Inputs(SIZES[size], dtype, device, scores)
-                yield measure(inputs, case, meter, rounds, seconds)
+                yield measure(inputs, job, meter, rounds, seconds)
             except torch.OutOfMemoryError:
                 yield "the inputs do not fit into memory"
 
@@ -187,6 +235,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--minutes", type=float, default=60, help="begin no case after these")
+    parser.add_argument("--telling", action="store_true", help="only the cases that the goals are about")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--seconds", type=float, default=0.6, help="for a slow provider, in each case")
@@ -198,16 +247,25 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     facts = gpu_report.facts(options.device)
     report = gpu_report.Report(options.out, facts, options.rounds, options.seconds)
-    cases = plan(options.sizes)
-    results = run(cases, options.device, options.rounds, options.seconds)
-    for case in cases:
+    wanted = plan(options.sizes)[: TELLING if options.telling else None]
+    jobs = [job for job in wanted if not report.has(job.case, job.providers)]
+    results = run(jobs, options.device, options.rounds, options.seconds)
+    for job in jobs:
         begin = time.monotonic()
-        found = next(results) if begin < deadline else "no time was left"
-        report.add(case, found)
+        try:
+            found = next(results) if begin < deadline else "no time was left"
+        except DeviceLost as error:  # what was measured before stays
+            report.add(job.case, str(error))
+            print(f"{gpu_report.title(job.case)}: {error}", flush=True)
+            if error.provider in OURS:
+                raise SystemExit(1) from error
+            break
+        report.add(job.case, found)
         took = time.monotonic() - begin
-        print(f"{gpu_report.title(case)}, {took:.1f} s: {gpu_report.brief(found)}", flush=True)
+        print(f"{gpu_report.title(job.case)}, {took:.1f} s: {gpu_report.brief(found)}", flush=True)
+    report.draw()
     print(report.tables())
-    if wrong := [row for row in report.rows if row.note.startswith(gpu_report.WRONG)]:
+    if wrong := [row for row in report.rows if row.note.startswith(WRONG)]:
         raise SystemExit(f"wrong masks in {len(wrong)} of {len(report.rows)} rows")
 
 

@@ -1,50 +1,34 @@
-"""What the GPU benchmark writes: every row as CSV, two tables in Markdown, a figure."""
+"""What the GPU benchmark writes: every row as CSV, tables in Markdown, a figure."""
 
 from __future__ import annotations
 
-import csv
 import io
-import math
 import os
 import subprocess
 import time
-from dataclasses import dataclass, replace
-from itertools import groupby
+from dataclasses import replace
 from pathlib import Path
 
+import gpu_goals
 import torch
-from gpu_providers import API, COMPILED, CUB, GRAPH, PYTORCH, TRITON, YARDSTICK
+from gpu_providers import API, COMPILED, CUB, GRAPH, PYTORCH, TRITON, YARDSTICK, Provider
+from gpu_rows import (
+    WRONG,
+    Cases,
+    Row,
+    as_csv,
+    best_of_pytorch,
+    by_case,
+    name_of,
+    from_csv,
+    markdown,
+    number,
+    ours,
+)
 
 from drive import bench
 from drive.files import write_atomic
 from drive.workload import Case
-
-WRONG = "WRONG MASKS"
-NAN = math.nan
-
-
-@dataclass(frozen=True)
-class Row:
-    """One provider on one case: seconds over `runs` runs, or in `note` why there are none."""
-
-    case: Case
-    provider: str
-    entries: int
-    tensors: int
-    runs: int = 0
-    seconds: float = NAN  # median
-    fastest: float = NAN
-    slowest: float = NAN
-    memory: float = NAN  # peak beyond the inputs, in bytes an entry
-    checked: str = ""  # how masks and weights were found to be right
-    note: str = ""
-
-    @property
-    def gigabytes(self) -> float:
-        """The least that must be moved: two operands read, one written, by a step masks as well."""
-        masks = 0 if self.provider == YARDSTICK else 1 + self.case.old_masks
-        return NAN if self.provider == CUB else self.entries * (3 * self.case.dtype.itemsize + masks) / 1e9
-
 
 HEADER = """# One pruning step on {device}
 
@@ -65,7 +49,8 @@ against the definition of the step (`checked` in prune.csv).
 
 A case is a size, a dtype and a sparsity. Old masks: the step finds masks of half the sparsity. One bucket:
 the highest 14 bits of all scores are the same. GB/s counts the least that any step must move, 3 x dtype + 1
-bytes an entry (one more with old masks): weights and gradients read once, weights and mask written. Memory is
+bytes an entry (one more with old masks): weights and gradients read once, weights and mask written. host: the
+microseconds until a call of CUDA came back, which waits for nothing. Memory is
 the most that was allocated beyond the inputs, in bytes an entry. The rivals' and the API's includes the new
 masks of a first step; CUDA and Triton are given masks.
 
@@ -73,14 +58,20 @@ masks of a first step; CUDA and Triton are given masks.
 
 
 class Report:
-    """All rows so far; prune.csv, prune.md and prune.png are written anew after each case."""
+    """All rows so far, of earlier runs too; prune.csv and prune.md are written anew after each case."""
 
     def __init__(self, out: Path, facts: dict[str, str], rounds: int, seconds: float):
         self.out, self.facts = out, facts
         described = ", ".join(f"{name} {value}" for name, value in facts.items() if name != "device")
         self.header = HEADER.format(device=facts["device"], facts=described, rounds=rounds, seconds=seconds)
-        self.rows: list[Row] = []
+        earlier = out / "prune.csv"
+        self.rows = from_csv(earlier.read_text(), facts) if earlier.exists() else []
         self.missed: list[str] = []
+
+    def has(self, case: Case, providers: tuple[Provider, ...]) -> bool:
+        """Are the rows there already?"""
+        there = {row.provider for row in self.rows if row.case == case}
+        return all(provider.name in there for provider in providers)
 
     def add(self, case: Case, found: list[Row] | str) -> None:
         """The rows of a case, or why there are none."""
@@ -90,25 +81,27 @@ class Report:
             self.rows += found
         write_atomic(self.out / "prune.csv", as_csv(self.rows, self.facts).encode())
         write_atomic(self.out / "prune.md", f"{self.header}{self.tables()}\n".encode())
-        if in_figure(case):
-            draw(self.rows, self.facts["device"], self.out / "prune.png")
+
+    def draw(self) -> None:
+        """prune.png: once, at the end, as it takes seconds."""
+        draw(self.rows, self.facts["device"], self.out / "prune.png")
 
     def tables(self) -> str:
         """Rivals, notes, and last what matters most."""
-        groups = groupby(self.rows, lambda row: row.case)
-        cases = {case: {row.provider: row for row in group} for case, group in groups}
+        cases = by_case(self.rows)
         notes = {f"{row.provider}: {row.note}": None for row in self.rows if row.note}  # each once, in order
         parts = [
             markdown(RIVAL_COLUMNS, [rival_cells(found) for found in cases.values()]),
             "\n".join(f"- {note}" for note in (*notes, *self.missed)),
             markdown(OUR_COLUMNS, [our_cells(found, cases) for found in cases.values()]),
+            gpu_goals.table(cases),
         ]
         return "\n\n".join(filter(None, parts))
 
 
 def title(case: Case) -> str:
     """A case in the fewest words."""
-    words = [case.size, dtype_of(case), f"{100 * case.sparsity:g} %"]
+    words = [case.size, name_of(case.dtype), f"{100 * case.sparsity:g} %"]
     words += ["old masks"] if case.old_masks else []
     words += [case.scores] if case.scores != "normal" else []
     return ", ".join(words)
@@ -121,24 +114,11 @@ def brief(found: list[Row] | str) -> str:
     return ", ".join(f"{row.provider} {shown(row)}" for row in found)
 
 
-def dtype_of(case: Case) -> str:
-    return str(case.dtype).removeprefix("torch.")
-
-
 def shown(row: Row) -> str:
     """Milliseconds, or in a word why there are none."""
     if not row.note:
         return f"{row.seconds * 1e3:.4g}"
     return WRONG if row.note.startswith(WRONG) else "OOM" if "out of memory" in row.note else "-"
-
-
-def number(value: float, form: str) -> str:
-    return "" if math.isnan(value) else format(value, form)
-
-
-def ours(found: dict[str, Row]) -> Row:
-    """The compiled version, or the Triton one where there is no other."""
-    return found[TRITON] if found[COMPILED].note else found[COMPILED]
 
 
 RIVAL_COLUMNS = [
@@ -154,15 +134,14 @@ def rival_cells(found: dict[str, Row]) -> list[str]:
 
 
 OUR_COLUMNS = [
-    "case", "torch.mul, ms", "CUDA, ms", "GB/s", "/ mul", "graph, ms", "API, ms", "Triton, ms", "/ mul",
-    "best of PyTorch, ms", "/ ours", "ours / normal scores", "memory, CUDA", "memory, Triton",
+    "case", "torch.mul, ms", "CUDA, ms", "GB/s", "/ mul", "graph, ms", "host, us", "API, ms", "Triton, ms",
+    "/ mul", "best of PyTorch, ms", "/ ours", "ours / normal scores", "memory, CUDA", "memory, Triton",
 ]  # fmt: skip
 
 
-def our_cells(found: dict[str, Row], cases: dict[Case, dict[str, Row]]) -> list[str]:
+def our_cells(found: dict[str, Row], cases: Cases) -> list[str]:
     yardstick, compiled, triton, mine = found[YARDSTICK], found[COMPILED], found[TRITON], ours(found)
-    timed = [found[name] for name in PYTORCH if not found[name].note]
-    best = min(timed, key=lambda row: row.seconds, default=None)
+    best = best_of_pytorch(found)
     normal = cases.get(replace(mine.case, scores="normal")) if mine.case.scores != "normal" else None
     return [
         title(mine.case),
@@ -171,6 +150,7 @@ def our_cells(found: dict[str, Row], cases: dict[Case, dict[str, Row]]) -> list[
         number(compiled.gigabytes / compiled.seconds, ".0f"),
         number(compiled.seconds / yardstick.seconds, ".2f"),
         shown(found[GRAPH]),
+        number(compiled.host * 1e6, ".0f"),
         shown(found[API]),
         shown(triton),
         number(triton.seconds / yardstick.seconds, ".2f"),
@@ -180,38 +160,6 @@ def our_cells(found: dict[str, Row], cases: dict[Case, dict[str, Row]]) -> list[
         number(compiled.memory, ".3f"),
         number(triton.memory, ".3f"),
     ]
-
-
-def markdown(head: list[str], lines: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines))
-
-
-CSV_COLUMNS = """size entries tensors dtype sparsity old_masks scores provider runs median_ms min_ms max_ms
-    gb_per_s ratio_to_mul extra_bytes_an_entry checked note"""
-
-
-def as_csv(rows: list[Row], facts: dict[str, str]) -> str:
-    """A line per provider and case, with what traces it to its machine."""
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow([*CSV_COLUMNS.split(), *facts])
-    mul = {row.case: row.seconds for row in rows if row.provider == YARDSTICK}
-    for row in rows:
-        case = row.case
-        line = [
-            case.size,
-            row.entries,
-            row.tensors,
-            dtype_of(case),
-            case.sparsity,
-            case.old_masks,
-            case.scores,
-        ]
-        line += [row.provider, row.runs]
-        line += [number(seconds * 1e3, ".5g") for seconds in (row.seconds, row.fastest, row.slowest)]
-        line += [number(row.gigabytes / row.seconds, ".5g"), number(row.seconds / mul[case], ".4g")]
-        writer.writerow([*line, number(row.memory, ".4g"), row.checked, row.note, *facts.values()])
-    return file.getvalue()
 
 
 STYLES = {  # from the slowest, as the legend is read

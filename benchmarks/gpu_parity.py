@@ -1,4 +1,7 @@
-"""Small steps through every kernel of drive::prune_, for compute-sanitizer: each checked against the CPU."""
+"""A dozen small steps through every kernel of drive::prune_ for GPUs, each equal to the CPU's bit for bit.
+
+python benchmarks/gpu_parity.py compiled triton
+"""
 
 from __future__ import annotations
 
@@ -44,15 +47,17 @@ def cases() -> dict[str, Step]:
 
 
 def main() -> None:
-    for name in ("compiled", "triton"):
+    if not torch.cuda.is_available():
+        raise SystemExit("no CUDA device")
+    for name in sys.argv[1:]:
         try:
             op = implementation(name)
         except ImportError as error:
-            print(f"{name}: {error}")
-            continue
+            raise SystemExit(f"{name}: {error}") from error
         for case, step in cases().items():
             assert_parity(op, step)
             print(f"{name}: {case}: right", flush=True)
+        print(f"{name}: {len(cases())} cases right")
 
 
 if __name__ == "__main__":
