@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 BUILD_TOOLS := "setuptools>=77" pybind11 ninja wheel
 
-.PHONY: demo test bench results paper gpu gpu-table1 lint sanitize clean
+.PHONY: demo test bench results paper gpu gpu-smoke gpu-table1 lint sanitize clean
 
 demo: $(VENV)/.built
 	$(BIN)/drive prune
@@ -40,6 +40,11 @@ paper: $(VENV)/.built
 gpu:
 	@for python in $(PYTHON) $(wildcard $(BIN)/python); do $$python -c 'import torch' 2>/dev/null && break; done; \
 	$$python benchmarks/gpu.py $(if $(OUT_DIR),--out $(OUT_DIR)) $(if $(MINUTES),--minutes $(MINUTES))
+
+# The first three minutes of that: do the pruning kernels work here, and how fast? make gpu-smoke OUT_DIR=folder
+gpu-smoke:
+	@for python in $(PYTHON) $(wildcard $(BIN)/python); do $$python -c 'import torch' 2>/dev/null && break; done; \
+	$$python benchmarks/gpu_smoke.py $(if $(OUT_DIR),--out $(OUT_DIR))
 
 # Rows of the paper's Table 1 on a GPU (docs/paper.md), eight minutes a call; the next call goes on from there.
 # make gpu-table1 DATA=cifar10.tar.gz OUT_DIR=folder LAST=folder-of-the-last-call MINUTES=8 ROWS=cifar10-alexnet

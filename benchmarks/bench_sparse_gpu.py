@@ -144,7 +144,7 @@ def measure(case: Case, size: int, device: str, meter: Meter, rounds: int) -> Ro
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
-            times[name].append(meter.seconds(step))
+            times[name].append(meter.times(step).device)
     row.seconds.update({name: median(found) for name, found in times.items()})
     return row
 

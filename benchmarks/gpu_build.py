@@ -1,13 +1,12 @@
-"""Builds the package into build/gpu, for the GPU that is here: python benchmarks/gpu_build.py [BEGINNING ...]
+"""Builds the package into build/gpu, for the GPU that is here. What has been compiled already is not again.
 
-Sources whose names begin so are left out, and what they implement is missing: a smoke test need not wait for
-the CPU's sparse layers. What a later build finds compiled already, it does not compile again.
+Without the CPU's sparse layers, which take most of the time and are of no use to what runs on a GPU: where one
+of them is called, its reference serves.
 """
 
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 import setuptools  # noqa: F401  (brings distutils, which Python has not from 3.12 on)
@@ -17,15 +16,15 @@ from distutils.core import run_setup  # isort: skip
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "gpu"
 LIBRARY = BUILD / "lib"  # what is imported: drive, drive_kernels and its compiled part
+LEFT_OUT = ("sparse", "blocked")  # names of sources begin so
 
 
 def main() -> None:
-    without = tuple(sys.argv[1:])
     os.chdir(ROOT)
     arguments = ["-q", "build", "--build-lib", str(LIBRARY), "--build-temp", str(BUILD / "temp")]
     package = run_setup("setup.py", arguments, stop_after="commandline")
     for extension in package.ext_modules:
-        extension.sources = [s for s in extension.sources if not Path(s).name.startswith(without)]
+        extension.sources = [s for s in extension.sources if not Path(s).name.startswith(LEFT_OUT)]
     package.run_commands()
 
 

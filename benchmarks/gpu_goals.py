@@ -9,7 +9,7 @@ from itertools import product
 
 import torch
 from gpu_providers import CHECKED, YARDSTICK
-from gpu_rows import NAN, WRONG, Cases, Row, best_of_pytorch, name_of, markdown, number, ours
+from gpu_rows import NAN, WRONG, Cases, Row, best_of_pytorch, markdown, name_of, number, ours
 
 from drive.workload import Case
 
@@ -87,7 +87,7 @@ def hardest(cases: Cases) -> tuple[float, str]:
     for case, found in cases.items():
         normal = cases.get(replace(case, scores="normal"))
         if case.scores != "normal" and normal and not math.isnan(ratio := slower(found, normal)):
-            ratios.append((ratio, f", the worst: {case.size}, {dtype_of(case.dtype)}, {case.scores}"))
+            ratios.append((ratio, f", the worst: {case.size}, {name_of(case.dtype)}, {case.scores}"))
     return max(ratios, default=(NAN, ""))
 
 

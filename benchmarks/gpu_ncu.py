@@ -16,7 +16,7 @@ from pathlib import Path
 import gpu_report
 import torch
 from bench_prune_gpu import SIZES
-from gpu_rows import markdown, name_of
+from gpu_rows import NAN, markdown, name_of
 from gpu_run import tool
 
 from drive.workload import Case, Inputs, implementation
@@ -63,7 +63,8 @@ def parse(output: str) -> list[dict[str, str]]:
 
 def cells(dtype: torch.dtype, line: dict[str, str]) -> list[str]:
     def value(name: str) -> float:
-        return float(line[name].replace(",", ""))
+        text = line.get(name, "").replace(",", "")
+        return NAN if text in ("", "n/a") else float(text)  # not all GPUs count everything
 
     seconds = value(TIME) * 1e-9
     stalls = sorted(((value(STALL.format(name)), name) for name in STALLS), reverse=True)[:3]

@@ -19,9 +19,9 @@ from gpu_rows import (
     as_csv,
     best_of_pytorch,
     by_case,
-    name_of,
     from_csv,
     markdown,
+    name_of,
     number,
     ours,
 )

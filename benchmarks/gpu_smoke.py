@@ -32,7 +32,7 @@ SECONDS = 170  # for all stages; the rest of three minutes is for Python
 
 def stages() -> list[Stage]:
     return [
-        Stage("build", 105, lambda _: script("gpu_build.py", "sparse", "blocked")),
+        Stage("build", 105, lambda _: script("gpu_build.py")),
         Stage("parity", 30, lambda _: script("gpu_parity.py", "compiled")),
         Stage("speed", 100, lambda _: script("bench_smoke.py"), told=True),
     ]

@@ -7,7 +7,10 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -21,31 +24,91 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
 import bench_prune_gpu as gpu_bench  # noqa: E402
+import bench_smoke  # noqa: E402
 import bench_sparse_gpu  # noqa: E402
 import cub_topk  # noqa: E402
 import gpu  # noqa: E402
+import gpu_goals  # noqa: E402
+import gpu_ncu  # noqa: E402
 import gpu_providers  # noqa: E402
 import gpu_report  # noqa: E402
+import gpu_rows  # noqa: E402
+import gpu_run  # noqa: E402
+import gpu_smoke  # noqa: E402
 import gpu_table1  # noqa: E402
-from gpu_providers import COMPILED, CUB, GRAPH, PROVIDERS, PYTORCH, TRITON, YARDSTICK, Provider  # noqa: E402
+from gpu_providers import (  # noqa: E402
+    COMPILED,
+    CUB,
+    GRAPH,
+    OURS,
+    PROVIDERS,
+    PYTORCH,
+    RIVALS,
+    TRITON,
+    YARDSTICK,
+    Provider,
+)
 
 TINY = [(40, 30), (7,), (16, 8, 3, 3)]
 CASE = Case("1M", torch.float32, 0.9, old_masks=False)
 HARD = Case("1M", torch.float32, 0.9, old_masks=False, scores="equal")
 
 
-def measured(case: Case, **options: object) -> dict[str, gpu_report.Row]:
-    inputs = Inputs(TINY, case.dtype, scores=case.scores)
-    rows = gpu_bench.measure(inputs, case, gpu_bench.CpuMeter(), **{"rounds": 3, "seconds": 1.0, **options})
+def measured(case: Case, **options: object) -> dict[str, gpu_rows.Row]:
+    inputs, job = Inputs(TINY, case.dtype, scores=case.scores), gpu_bench.Job(case)
+    rows = gpu_bench.measure(inputs, job, gpu_bench.CpuMeter(), **{"rounds": 3, "seconds": 1.0, **options})
     return {row.provider: row for row in rows}
 
 
 def test_plan():
-    cases = gpu_bench.plan(list(gpu_bench.SIZES))
-    assert len(set(cases)) == len(cases)
-    first = [(case.size, case.dtype) for case in cases if not case.old_masks][:4]
-    assert first == [(size, dtype) for size in ("138M", "1B") for dtype in (torch.float32, torch.bfloat16)]
-    assert all(case.size == "11M" for case in gpu_bench.plan(["11M"]))
+    jobs = gpu_bench.plan(list(gpu_bench.SIZES))
+    assert len(set(jobs)) == len(jobs)
+    assert all(job.case.size == "11M" for job in gpu_bench.plan(["11M"]))
+    huge = [job for job in jobs if job.case.size == "4B"]
+    rivals = [job for job in huge if job.providers == RIVALS]
+    assert jobs[-len(rivals) :] == rivals, "what may lose the device comes last"
+    assert {job.case for job in huge if job.providers == OURS} == {job.case for job in rivals}
+    assert all(job.providers == PROVIDERS for job in jobs if job not in huge)
+
+
+def test_the_telling_cases_decide_every_goal():
+    """So many they are, and each of them is needed for some goal."""
+
+    def verdicts(jobs: list[gpu_bench.Job]) -> list[str]:
+        rows = [
+            gpu_rows.Row(job.case, provider.name, 1, 1, runs=1, seconds=1.0, checked="equal")
+            for job in jobs
+            for provider in job.providers
+        ]
+        return [line[-1] for line in gpu_goals.lines(gpu_rows.by_case(rows))]
+
+    telling = gpu_bench.plan(list(gpu_bench.SIZES))[: gpu_bench.TELLING]
+    assert "not measured" not in verdicts(telling)
+    assert {job.case.scores for job in telling} == {"normal", "equal", "one bucket"}
+    for size in ("138M", "1B", "11M"):
+        assert "not measured" in verdicts([job for job in telling if job.case.size != size])
+
+
+@pytest.mark.parametrize(
+    ("seconds", "goals"),
+    (
+        (
+            {YARDSTICK: 1.0, COMPILED: 1.5, "sort": 20.0, "topk": 15.1},
+            {"1B, float32: ours / torch.mul": "met"},
+        ),
+        ({YARDSTICK: 1.0, COMPILED: 1.7}, {"1B, float32: ours / torch.mul": "MISSED"}),
+        ({COMPILED: 1.5, "sort": 20.0, "topk": 15.1}, {"1B, float32: best of PyTorch / ours": "met"}),
+        ({COMPILED: 1.5, "sort": 20.0, "topk": 14.9}, {"1B, float32: best of PyTorch / ours": "MISSED"}),
+    ),
+)
+def test_goals(seconds: dict[str, float], goals: dict[str, str]):
+    case = Case("1B", torch.float32, 0.9, old_masks=False)
+    rows = [gpu_rows.Row(case, name, 1, 1, runs=1, seconds=s, checked="x") for name, s in seconds.items()]
+    found = {line[0]: line[-1] for line in gpu_goals.lines(gpu_rows.by_case(rows))}
+    assert goals.items() <= found.items()
+    assert found["11M, float32: ours / torch.mul"] == "not measured"
+    wrong = [replace(row, checked="", note=gpu_rows.WRONG) for row in rows]
+    assert gpu_goals.lines(gpu_rows.by_case(wrong))[0][-1] == "MISSED"
 
 
 def test_sizes():
@@ -91,12 +154,29 @@ def failing(error: Exception) -> Provider:
     ),
 )
 def test_a_failing_rival_takes_no_one_down(monkeypatch, error: Exception, shown: str):
-    monkeypatch.setattr(gpu_bench, "PROVIDERS", (failing(error), *PROVIDERS))
-    inputs = Inputs(TINY, CASE.dtype)
-    rows = gpu_bench.measure(inputs, CASE, gpu_bench.CpuMeter(), rounds=1, seconds=1.0)
+    inputs, job = Inputs(TINY, CASE.dtype), gpu_bench.Job(CASE, (failing(error), *PROVIDERS))
+    rows = gpu_bench.measure(inputs, job, gpu_bench.CpuMeter(), rounds=1, seconds=1.0)
     assert gpu_report.shown(rows[0]) == shown and rows[0].runs == 0
     assert "\n" not in rows[0].note
     assert all(row.runs for row in rows[1:] if row.provider not in (GRAPH, TRITON, CUB))
+
+
+@pytest.mark.parametrize("ours", (False, True))
+def test_a_lost_device_leaves_what_was_measured(monkeypatch, tmp_path: Path, ours: bool):
+    """A rival ends the run, which is no failure; one of ours is one."""
+    broken = failing(RuntimeError("an illegal memory access"))
+    jobs = [gpu_bench.Job(CASE), gpu_bench.Job(replace(CASE, old_masks=True), (broken,))]
+    monkeypatch.setitem(gpu_bench.SIZES, "1M", TINY)
+    monkeypatch.setattr(gpu_bench, "plan", lambda sizes: jobs)
+    monkeypatch.setattr(gpu_bench, "OURS", (*OURS, broken) if ours else OURS)
+    lost = mock.Mock(side_effect=RuntimeError("an illegal memory access"))
+    monkeypatch.setattr(gpu_bench, "synchronize", lambda inputs: lost() if inputs.old is not None else None)
+    monkeypatch.setattr(sys, "argv", ["x", "--device", "cpu", "--rounds", "1", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) if ours else nullcontext():
+        gpu_bench.main()
+    written = (tmp_path / "prune.md").read_text()
+    assert "1M, float32, 90 %, old masks: topk lost the device: an illegal memory access" in written
+    assert written.count("| 1M, float32, 90 % |") == 2
 
 
 def test_slow_providers_run_less_often():
@@ -109,7 +189,7 @@ def test_wrong_masks_are_not_timed(monkeypatch):
 
     monkeypatch.setattr(gpu_bench, "implementation", lambda name, device: wrong)
     row = measured(CASE)[COMPILED]
-    assert gpu_report.shown(row) == gpu_report.WRONG and row.runs == 0
+    assert gpu_report.shown(row) == gpu_rows.WRONG and row.runs == 0
 
 
 def test_checked_by_the_definition_where_the_reference_fails(monkeypatch):
@@ -127,18 +207,29 @@ def test_files(monkeypatch, tmp_path: Path, capsys):
     gpu_bench.main()
     with (tmp_path / "prune.csv").open() as file:
         rows = list(csv.DictReader(file))
-    cases = gpu_bench.plan(["1M"])
-    assert len(rows) == len(cases) * len(PROVIDERS)
-    assert float(rows[0]["ratio_to_mul"]) == 1 and rows[0]["date"]
+    jobs = gpu_bench.plan(["1M"])
+    assert len(rows) == len(jobs) * len(PROVIDERS)
+    assert float(rows[0]["ratio_to_mul"]) == 1 and rows[0]["date"] and float(rows[1]["host_us"]) > 0
     assert (tmp_path / "prune.png").read_bytes().startswith(b"\x89PNG")
     tables = gpu.benchmark_tables(tmp_path / "prune.md")
     assert tables.count("| 1M, float32, 90 %, old masks |") == 2
     assert all(f"| {name}, ms" in tables for name in (*PYTORCH, CUB, "CUDA", "Triton"))
     assert tables.strip() in capsys.readouterr().out
 
+    # what is there is not measured again, but of another commit everything is
+    table = (tmp_path / "prune.md").read_text()
     monkeypatch.setattr(sys, "argv", [*arguments, "--minutes", "0"])
     gpu_bench.main()
-    assert (tmp_path / "prune.md").read_text().count("no time was left") == len(cases)
+    assert (tmp_path / "prune.md").read_text() == table
+    report = gpu_report.Report(tmp_path, gpu_report.facts("cpu"), 2, 0.6)
+    assert [row.case for row in report.rows] == [job.case for job in jobs for _ in PROVIDERS]
+    assert all(report.has(job.case, job.providers) for job in jobs)
+    for row, line in zip(report.rows, rows, strict=True):
+        assert (row.provider, str(row.runs), row.note) == (line["provider"], line["runs"], line["note"])
+        assert not row.runs or row.seconds * 1e3 == pytest.approx(float(line["median_ms"]))
+    monkeypatch.setenv("COMMIT", "another")
+    gpu_bench.main()
+    assert (tmp_path / "prune.md").read_text().count("no time was left") == len(jobs)
 
 
 def test_hard_scores_are_compared_with_normal_ones():
@@ -150,8 +241,56 @@ def test_hard_scores_are_compared_with_normal_ones():
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
-def test_cub_compiles(tmp_path: Path):
-    assert cub_topk.build(tmp_path, "sm_90").exists()
+def test_cub_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    built = cub_topk.build(tmp_path, "sm_90")
+    assert built.exists()
+    runs = mock.Mock(wraps=subprocess.run)
+    monkeypatch.setattr(subprocess, "run", runs)
+    assert cub_topk.build(tmp_path, "sm_90") == built
+    for _ in range(2):  # of which the second does not ask the compiler
+        with pytest.raises(ImportError, match="does not compile: nvcc"):
+            cub_topk.build(tmp_path, "sm_1")
+    assert sum("-shared" in call.args[0] for call in runs.call_args_list) == 1
+
+
+def test_smoke_prints_as_it_goes(monkeypatch, capsys):
+    for size in ("1M", "11M"):
+        monkeypatch.setitem(gpu_bench.SIZES, size, TINY)
+    monkeypatch.setattr(sys, "argv", ["x", "--device", "cpu", "--sizes", "1M", "11M", "--rounds", "1"])
+    bench_smoke.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[0] for line in lines if "equal to the reference" in line] == [
+        f"| {size}, {dtype}, 90 %" for size in ("11M", "1M") for dtype in ("float32", "bfloat16")
+    ]
+    assert any(line.startswith("| 11M, float32: ours / torch.mul | <= 2.5 |") for line in lines)
+    default = {job.case.size for job in bench_smoke.jobs(["138M", "1B"])}
+    assert default == {"138M", "1B"} and len(bench_smoke.jobs(["138M", "1B"])) == 4
+
+
+COUNTERS = """==PROF== Connected to process 7
+"ID","Process ID","Kernel Name","CC",{names}
+"","","","",{units}
+"0","7","survey","9.0",{values}
+"1","7","apply_list","9.0",{others}
+==PROF== Disconnected
+"""
+
+
+def test_counters_become_a_table():
+    names = [
+        gpu_ncu.TIME, gpu_ncu.READ, gpu_ncu.WRITTEN, *gpu_ncu.SHARES.values(),
+        *map(gpu_ncu.STALL.format, gpu_ncu.STALLS[:3]),
+    ]  # fmt: skip
+    tables = [names, ["x"] * 10, ["400,000", "1.2e9", "4e7", "81.5", "12", "n/a", "56", "7.5", "0", "9"]]
+    quoted = [",".join(f'"{cell}"' for cell in cells) for cells in (*tables, tables[-1])]
+    output = COUNTERS.format(**dict(zip(("names", "units", "values", "others"), quoted, strict=True)))
+    lines = gpu_ncu.parse(output)
+    assert [line["Kernel Name"] for line in lines] == ["survey", "apply_list"]
+    assert gpu_ncu.cells(torch.bfloat16, lines[0]) == [
+        "bfloat16", "survey", "400.0", "3100", "82", "12", "nan", "56",
+        "lg_throttle 9.00, long_scoreboard 7.50, short_scoreboard 0.00",
+    ]  # fmt: skip
+    assert gpu_ncu.parse("==ERROR== ERR_NVGPUCTRPERM") == []
 
 
 def test_table_of_sparse_layers():
@@ -185,13 +324,15 @@ def test_sparse_layers_are_measured(monkeypatch, tmp_path: Path, capsys):
         bench_sparse_gpu.main()
 
 
-def outcome(tmp_path: Path, monkeypatch, script: str, seconds: float = 30) -> gpu.Outcome:
-    monkeypatch.setattr(gpu, "LIBRARY", tmp_path)
-    stage = gpu.Stage("stage", seconds, lambda _: [sys.executable, "-c", script])
-    return gpu.run(stage, seconds, tmp_path / "stages.log", dict(os.environ))
+def outcome(
+    tmp_path: Path, monkeypatch, script: str, seconds: float = 30, told: bool = False
+) -> gpu_run.Outcome:
+    monkeypatch.setattr(gpu_run, "LIBRARY", tmp_path)
+    stage = gpu_run.Stage("stage", seconds, lambda _: [sys.executable, "-c", script], told=told)
+    return gpu_run.run(stage, seconds, tmp_path / "stages.log", dict(os.environ))
 
 
-def test_stage_outcomes(tmp_path: Path, monkeypatch):
+def test_stage_outcomes(tmp_path: Path, monkeypatch, capsys):
     good = outcome(tmp_path, monkeypatch, "print('one'); print('two')")
     assert (good.result, good.output, good.bad) == ("ok", ("one", "two"), False)
     failed = outcome(tmp_path, monkeypatch, "raise SystemExit('broken')")
@@ -204,19 +345,26 @@ def test_stage_outcomes(tmp_path: Path, monkeypatch):
     assert not refused.bad and refused.result == "not here: Device not supported"
     log = (tmp_path / "stages.log").read_text()
     assert log.count("===== stage") == 4 and "two" in log and "begun" in log
-    table = gpu.report([good, late, gpu.Outcome("loop", "no script")])
+    assert "two" not in capsys.readouterr().out
+    told = outcome(tmp_path, monkeypatch, "print('| a | b |')\nprint('\\n| c |\\n')", told=True)
+    assert "| a | b |\n\n| c |" in capsys.readouterr().out and told.last == "| c |"
+    table = gpu_run.report([good, late, told, gpu_run.Outcome("loop", "no script")])
     assert "| stage | timed out | 1 | begun |" in table and "| loop | no script | 0 |  |" in table
+    assert "stage:\n\n| a | b |\n\n| c |" in table
 
 
-def test_without_a_gpu(tmp_path: Path):
+@pytest.mark.parametrize(
+    ("script", "plan"), (("gpu.py", gpu.stages(Path())), ("gpu_smoke.py", gpu_smoke.stages()))
+)
+def test_without_a_gpu(tmp_path: Path, script: str, plan: list[gpu_run.Stage]):
     """Every stage says so, nothing is built or written, and it is no failure."""
     out = tmp_path / "out"
     run = subprocess.run(
-        [sys.executable, str(BENCHMARKS / "gpu.py"), "--out", str(out)],
+        [sys.executable, str(BENCHMARKS / script), "--out", str(out)],
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, check=True,
     )  # fmt: skip
     said = [line.split(maxsplit=1) for line in run.stdout.splitlines()]
-    assert said == [[stage.name, "no CUDA device"] for stage in gpu.stages(out)]
+    assert said == [[stage.name, "no CUDA device"] for stage in plan]
     assert not out.exists()
 
 
@@ -239,9 +387,9 @@ def test_table1_gives_a_command_that_there_is(tmp_path: Path, monkeypatch: pytes
     archive.touch()
     commands: list[list[str]] = []
 
-    def run(stage: gpu.Stage, seconds: float, *_: object) -> gpu.Outcome:
+    def run(stage: gpu_run.Stage, seconds: float, *_: object) -> gpu_run.Outcome:
         commands.append(stage.command(seconds))
-        return gpu.Outcome(stage.name, "ok")
+        return gpu_run.Outcome(stage.name, "ok")
 
     monkeypatch.setattr(gpu_table1, "run", run)
     monkeypatch.setattr(gpu_table1, "LIBRARY", tmp_path / "lib")
@@ -250,7 +398,7 @@ def test_table1_gives_a_command_that_there_is(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(sys, "argv", ["gpu_table1.py", "--data", str(archive), "--out", str(out)])
     assert gpu_table1.main() == 0
     build, (_, module, name, *options) = commands
-    assert "build" in build and (module, name) == ("-m", "drive")
+    assert build[-1].endswith("gpu_build.py") and (module, name) == ("-m", "drive")
     minutes = options.index("--budget") + 1
     assert 6 < float(options[minutes]) < 8
     options[minutes], options[options.index("--device") + 1] = "1e-9", "cpu"

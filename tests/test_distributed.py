@@ -106,7 +106,7 @@ def test_dtensors(size: int):
     returned(run(size, dtensor_cases, range(40)))
 
 
-def row_cases(seeds: range) -> None:
+def row_cases(seeds: range, device: str = "cpu") -> None:
     """Plain tensors, each rank's rows by chance: none for some."""
     rank, size = dist.get_rank(), dist.get_world_size()
     for seed in seeds:
@@ -119,7 +119,7 @@ def row_cases(seeds: range) -> None:
             cuts.append(slice(ends[rank], ends[rank + 1]))
         oracle, pruned = expected(tensors, arguments)
         here = {
-            name: [t[cut].clone() for t, cut in zip(some, cuts, strict=False)]
+            name: [t[cut].clone().to(device) for t, cut in zip(some, cuts, strict=False)]
             for name, some in tensors.items()
         }
         masks = Masks({str(i): m for i, m in enumerate(here["masks"])}) if here["masks"] else None
@@ -128,14 +128,20 @@ def row_cases(seeds: range) -> None:
             process_group=dist.group.WORLD, **arguments,
         )  # fmt: skip
         for i, name in enumerate(oracle.masks):
-            assert torch.equal(found.masks[name], oracle.masks[name][cuts[i]]), (seed, name)
-            assert torch.equal(here["weights"][i], pruned[i][cuts[i]]), (seed, name)
+            assert torch.equal(found.masks[name].cpu(), oracle.masks[name][cuts[i]]), (seed, name)
+            assert torch.equal(here["weights"][i].cpu(), pruned[i][cuts[i]]), (seed, name)
         check_result(found, oracle)
 
 
 @pytest.mark.parametrize("size", WORLDS)
 def test_rows_of_plain_tensors(size: int):
     returned(run(size, row_cases, range(40)))
+
+
+@pytest.mark.gpu
+def test_rows_of_plain_tensors_on_one_device():
+    """Two ranks that share a GPU: what they do alone is done there, their counts travel through the host."""
+    returned(run(2, row_cases, range(20), "cuda"))
 
 
 def rank_tensors(rows: int = 40) -> tuple[list[Tensor], list[Tensor]]:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from test_prune_op import sampled_positions
 from torch import Tensor
-from ugly import Step, laid_out, sample_inputs, steps, valued
+from ugly import LAYOUTS, NARROW, Step, laid_out, sample_inputs, steps, valued
 
 from drive import workload
 from drive.fused import PruneOp, prune_step
@@ -111,6 +113,62 @@ def test_parity_unaligned(prune_: PruneOp, dtype: torch.dtype, offsets: tuple[in
         assert_parity(prune_, Step(operands[0], operands[1], [], operands[2], fresh, n // 2, 0))
 
 
+def shifted(tensor: Tensor, offset: int) -> Tensor:
+    """A copy with the same strides that begins some entries later in its memory."""
+    entries = tensor.untyped_storage().nbytes() // tensor.element_size()
+    room = torch.zeros(entries + offset, dtype=tensor.dtype)
+    return room.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset() + offset).copy_(tensor)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64))
+def test_parity_of_mixed_layouts(prune_: PruneOp, dtype: torch.dtype):
+    """A tensor for every choice of layouts of weight, gradient and mask, which begin anywhere."""
+    generator = torch.Generator().manual_seed(4)
+    lists: list[list[Tensor]] = [[], [], []]
+    for index, layouts in enumerate(product(LAYOUTS, repeat=3)):
+        shape = [24, 17, 3, 3]
+        weight, grad = (valued(shape, dtype, "normal", generator) for _ in range(2))
+        mask = torch.rand(shape, generator=generator) < 0.9
+        for into, tensor, layout, step in zip(lists, (weight, grad, mask), layouts, (1, 3, 5), strict=True):
+            into.append(shifted(laid_out(tensor, layout), index * step % 9))
+    total = sum(w.numel() for w in lists[0])
+    for fresh, min_keep in ((True, 0), (False, 0), (False, 7)):
+        assert_parity(prune_, Step(lists[0], lists[1], [], lists[2], fresh, total * 9 // 10, min_keep))
+
+
+@pytest.mark.parametrize("values", ("normal", "ties"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64))
+def test_parity_where_min_keep_decides(prune_: PruneOp, dtype: torch.dtype, values: str):
+    """Tensors that would lose nearly everything keep their best entries; the others pay."""
+    generator = torch.Generator().manual_seed(5)
+    shapes = ([400, 300, 3, 3], [90_001], [3000], [50], [7])
+    weights = [laid_out(valued(s, dtype, values, generator), "channels_last") for s in shapes]
+    grads = [valued(s, dtype, values, generator) for s in shapes]
+    for weight in weights[1:4]:
+        weight.mul_(1e-3)
+    masks = [torch.rand(s, generator=generator) < 0.9 for s in shapes]
+    prune = round(0.95 * sum(w.numel() for w in weights))
+    for fresh, min_keep in ((True, 60), (False, 2000)):
+        step = Step(weights, grads, [], masks, fresh, prune, min_keep)
+        kept = torch.ops.drive.prune_(*replace(step, min_keep=0).to("cpu").args())[0]
+        assert (kept[1:3] < min_keep).all(), "it decides nothing"
+        assert_parity(prune_, step, ORACLES[:1])
+
+
+@pytest.mark.parametrize("min_keep", (0, 3))
+def test_parity_of_a_thousand_small_tensors(prune_: PruneOp, min_keep: int):
+    """As a network of many small layers has them, empty ones among them."""
+    generator = torch.Generator().manual_seed(6)
+    sizes = torch.randint(400, (1000,), generator=generator).tolist()
+    weights, grads = (
+        [valued([n], NARROW[i % 3], "normal", generator) for i, n in enumerate(sizes)] for _ in range(2)
+    )
+    masks = [torch.rand(n, generator=generator) < 0.7 for n in sizes]
+    for fresh in (True, False):
+        step = Step(weights, grads, [], masks, fresh, round(0.95 * sum(sizes)), min_keep)
+        assert_parity(prune_, step, ORACLES[:1])
+
+
 cached_positions = functools.cache(sampled_positions)
 
 
@@ -156,6 +214,26 @@ def test_more_than_2_31_entries(prune_: PruneOp, scores: str):
     inputs = Inputs([(2**31 + 5000,)], torch.bfloat16, DEVICE, scores)
     prove(inputs, Case("2^31", torch.bfloat16, 1000 / inputs.entries, old_masks=False), prune_)
     prove(inputs, Case("2^31", torch.bfloat16, 0.9, old_masks=False), prune_)
+
+
+@pytest.mark.parametrize("old_masks", (False, True))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_repeats_to_the_bit(prune_: PruneOp, dtype: torch.dtype, old_masks: bool):
+    """Sums included, whichever blocks are where: others run at the same time, each time another number."""
+    inputs, case = Inputs(vgg16_shapes(), dtype, DEVICE), Case("138M", dtype, 0.9, old_masks)
+    inputs.begin(case)
+    beside, square = torch.cuda.Stream(), torch.ones(1024, 1024, device=DEVICE)
+    found: list[list[Tensor]] = []
+    for number in range(8):
+        inputs.fresh()
+        beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(beside):
+            for _ in range(4 * number):
+                torch.mm(square, square)
+        outputs = prune_(*inputs.arguments(case))
+        torch.cuda.synchronize()
+        found.append([t.clone().view(torch.uint8) for t in (*outputs, inputs.mask, inputs.weight)])
+        assert all(map(torch.equal, found[0], found.pop() if number else found[0]))
 
 
 class Model:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import logging
 from collections.abc import Iterator
 
 import pytest
@@ -112,6 +113,16 @@ def test_captured_is_eager(make, autocast: torch.dtype | None, where: str, repla
 def test_channels_last(replays: list):
     assert_captures(cnn().to(memory_format=torch.channels_last))
     assert replays
+
+
+def test_auto_as_users_get_it(replays: list, caplog: pytest.LogCaptureFixture):
+    """With any PyTorch: the results of eager calls, and a graph, or the reason why there is none."""
+    model, twin = cnn(dropout=0.3), cnn(dropout=0.3)
+    with caplog.at_level(logging.INFO, logger="drive.capture"):
+        ours = prune(model, iterations=WORTHWHILE, capture="auto")
+    assert_same(model, twin, ours, prune(twin, iterations=WORTHWHILE, capture=False))
+    said = [record.getMessage() for record in caplog.records]
+    assert bool(replays) != any("not captured as a CUDA graph" in words for words in said), said
 
 
 @needs_recovery
