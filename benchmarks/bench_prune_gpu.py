@@ -238,7 +238,7 @@ def main() -> None:
     parser.add_argument("--telling", action="store_true", help="only the cases that the goals are about")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--seconds", type=float, default=0.6, help="for a slow provider, in each case")
+    parser.add_argument("--seconds", type=float, default=0.3, help="for a slow provider, in each case")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():

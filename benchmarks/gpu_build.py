@@ -1,7 +1,7 @@
 """Builds the package into build/gpu, for the GPU that is here. What has been compiled already is not again.
 
-Without the CPU's sparse layers, which take most of the time and are of no use to what runs on a GPU: where one
-of them is called, its reference serves.
+Without the CPU's sparse layers, which take most of the time and are of no use to what runs on a GPU: where
+one of them is called, its reference serves.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 import bench_sparse_gpu
 from linear_cases import BlockCase, PackedCase
 from test_masked import CASES, TOLERANCE, Case
-from ugly import Step, sample_inputs
+from ugly import Step, laid_out, sample_inputs
 
 from drive_kernels import block, packed
 
@@ -59,8 +59,12 @@ def prune_steps() -> None:
     """drive::prune_, also with the bracket that a test gives it."""
     from drive_kernels import prune_triton
 
-    plain = [[torch.ones(9000, dtype=dtype) for _ in range(2)] for dtype in (torch.float32, torch.float64)]
-    dense = [Step([w], [g], [], [torch.ones_like(w, dtype=torch.bool)], True, 1, 0) for w, g in plain]
+    dense = []  # in row-major order and not
+    for dtype, layout in product((torch.float32, torch.float64), ("contiguous", "channels_last")):
+        weight, grad, mask = (
+            laid_out(torch.ones(40, 30, 3, 3, dtype=t), layout) for t in (dtype, dtype, torch.bool)
+        )
+        dense.append(Step([weight], [grad], [], [mask], True, 1, 0))
     for sigmas in (prune_triton.TUNING.sigmas, 0.0):
         with mock.patch.object(prune_triton, "TUNING", prune_triton.TUNING._replace(sigmas=sigmas)):
             for step, fresh, min_keep in product((*sample_inputs(), *dense), BOTH, (0, 1)):

@@ -56,9 +56,7 @@ def command(dtype: torch.dtype) -> list[str]:
 
 def parse(output: str) -> list[dict[str, str]]:
     """ncu's table, a line per launch, out of all that it and the program print; without the line of units."""
-    lines = output.splitlines()
-    begin = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
-    return list(csv.DictReader(lines[begin:]))[1:]
+    return list(csv.DictReader(line for line in output.splitlines() if line.startswith('"')))[1:]
 
 
 def cells(dtype: torch.dtype, line: dict[str, str]) -> list[str]:

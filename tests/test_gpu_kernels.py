@@ -1,0 +1,48 @@
+"""What `make gpu` has Triton compile beforehand, and that a later launch would find it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+sys.path.append(str(BENCHMARKS))
+
+import gpu_kernels  # noqa: E402
+from test_prune_triton import launches  # noqa: E402
+
+
+def test_every_launch_of_a_step_is_compiled():
+    with gpu_kernels.recorded() as found:
+        gpu_kernels.prune_steps()
+    assert {x.kernel for x in launches()} == {kernel for kernel, _ in found}
+    hot = [arguments for kernel, arguments in found if kernel.fn.__name__ == "apply_plain"]
+    assert {(x["FRESH"], x["WIDE"]) for x in hot} == {(f, w) for f in (False, True) for w in (False, True)}
+
+
+COMPILE = """
+import gpu_kernels
+with gpu_kernels.recorded() as launches:
+    gpu_kernels.prune_steps()
+some = launches[::20]
+print(len(some), gpu_kernels.compile_all(some, 90, processes=2))
+"""
+
+
+def test_a_later_process_finds_them_in_the_cache(tmp_path: Path):
+    """By Triton's own key, of sources, arguments, options, compiler and target."""
+    path = os.pathsep.join([str(BENCHMARKS), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": path}
+    said = [
+        subprocess.run([sys.executable, "-c", COMPILE], env=env, capture_output=True, text=True, check=True)
+        for _ in range(2)
+    ]
+    launches, found = said[0].stdout.split()
+    assert int(launches) >= 3 and found == "0"
+    assert said[1].stdout.split() == [launches, launches]
