@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 BUILD_TOOLS := "setuptools>=77" pybind11 ninja wheel
 
-.PHONY: demo test bench results paper gpu gpu-smoke gpu-table1 lint sanitize clean
+.PHONY: demo test bench results paper gpu gpu-table1 lint sanitize clean
 
 demo: $(VENV)/.built
 	$(BIN)/drive prune
@@ -42,6 +42,7 @@ gpu:
 	$$python benchmarks/gpu.py $(if $(OUT_DIR),--out $(OUT_DIR)) $(if $(MINUTES),--minutes $(MINUTES))
 
 # The first three minutes of that: do the pruning kernels work here, and how fast? make gpu-smoke OUT_DIR=folder
+.PHONY: gpu-smoke
 gpu-smoke:
 	@for python in $(PYTHON) $(wildcard $(BIN)/python); do $$python -c 'import torch' 2>/dev/null && break; done; \
 	$$python benchmarks/gpu_smoke.py $(if $(OUT_DIR),--out $(OUT_DIR))
