@@ -1,6 +1,6 @@
 """Compiles beforehand, on all cores, what the tests and benchmarks on a GPU would compile one by one.
 
-python benchmarks/gpu_kernels.py
+TORCH_CUDA_ARCH_LIST=9.0 python benchmarks/gpu_kernels.py
 
 That is Triton's kernels, and cub's selection. The launches are found by the same calls on CPU tensors, where
 nothing runs. Each is then compiled as its launch on the device will be, into Triton's cache: by Triton's own
@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import product
@@ -149,39 +150,41 @@ def recorded() -> Iterator[list[Launch]]:
     launches += found.values()
 
 
-def compile_for(capability: int, launch: Launch) -> bool:
-    """Into the cache. Was it there already?"""
-    from triton import knobs
+_launches: list[Launch] = []  # of a process that compiles
+
+
+def _begin(launches: list[Launch], capability: int) -> None:
     from triton.runtime import driver
 
-    hits: list[bool] = []
+    _launches.extend(launches)
     driver.set_active(Device(capability))
+
+
+def _compile(index: int) -> bool:
+    """Into the cache. Was it there already?"""
+    from triton import knobs
+
+    hits: list[bool] = []
     knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)
-    kernel, arguments = launch
+    kernel, arguments = _launches[index]
     kernel.run(grid=None, warmup=True, **arguments)
     return all(hits)
 
 
 def compile_all(launches: list[Launch], capability: int, processes: int) -> int:
-    """How many were there already. Forked: what was recorded need not travel."""
-    global _work
-    _work = lambda index: compile_for(capability, launches[index])  # noqa: E731
-    with multiprocessing.get_context("fork").Pool(processes) as pool:
-        return sum(pool.imap_unordered(_call, range(len(launches))))
-
-
-_work: Callable[[int], bool]
-
-
-def _call(index: int) -> bool:
-    return _work(index)
+    """How many were there already. Processes are forked: what was recorded need not travel."""
+    fork = multiprocessing.get_context("fork")
+    with fork.Pool(processes, _begin, (launches, capability)) as pool:
+        return sum(pool.imap_unordered(_compile, range(len(launches))))
 
 
 def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("no CUDA device")
+    arch = os.environ.get("TORCH_CUDA_ARCH_LIST", "")  # who asks CUDA for it cannot fork
+    if not re.fullmatch(r"\d+\.\d", arch):
+        raise SystemExit(f"gpu_kernels.py: TORCH_CUDA_ARCH_LIST must be the GPU's, 9.0 say, got {arch!r}")
     cub = subprocess.Popen([sys.executable, str(Path(__file__).with_name("cub_topk.py"))])
-    arch = os.environ["TORCH_CUDA_ARCH_LIST"]  # asking CUDA for it would forbid to fork
     begin = time.monotonic()
     try:
         with recorded() as launches:

@@ -341,10 +341,11 @@ def test_stage_outcomes(tmp_path: Path, monkeypatch, capsys):
         tmp_path, monkeypatch, "import time; print('begun', flush=True); time.sleep(60)", seconds=1
     )
     assert (late.result, late.last, late.bad) == ("timed out", "begun", True)
-    refused = outcome(tmp_path, monkeypatch, "raise SystemExit('Error: Device not supported')")
-    assert not refused.bad and refused.result == "not here: Device not supported"
+    for words in ("Device not supported", "ERR_NVGPUCTRPERM"):
+        refused = outcome(tmp_path, monkeypatch, f"raise SystemExit('Error: {words}')")
+        assert not refused.bad and refused.result == f"not here: {words}"
     log = (tmp_path / "stages.log").read_text()
-    assert log.count("===== stage") == 4 and "two" in log and "begun" in log
+    assert log.count("===== stage") == 5 and "two" in log and "begun" in log
     assert "two" not in capsys.readouterr().out
     told = outcome(tmp_path, monkeypatch, "print('| a | b |')\nprint('\\n| c |\\n')", told=True)
     assert "| a | b |\n\n| c |" in capsys.readouterr().out and told.last == "| c |"
