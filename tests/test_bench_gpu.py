@@ -82,7 +82,8 @@ def test_the_telling_cases_decide_every_goal():
         ]
         return [line[-1] for line in gpu_goals.lines(gpu_rows.by_case(rows))]
 
-    telling = gpu_bench.plan(list(gpu_bench.SIZES))[: gpu_bench.TELLING]
+    telling = gpu_bench.plan(list(gpu_bench.SIZES))[:8]
+    assert tuple(job.case for job in telling) == gpu_bench.TELLING
     assert "not measured" not in verdicts(telling)
     assert {job.case.scores for job in telling} == {"normal", "equal", "one bucket"}
     for size in ("138M", "1B", "11M"):
@@ -192,12 +193,13 @@ def test_wrong_masks_are_not_timed(monkeypatch):
     assert gpu_report.shown(row) == gpu_rows.WRONG and row.runs == 0
 
 
-def test_checked_by_the_definition_where_the_reference_fails(monkeypatch):
-    def fails(*arguments):
-        raise torch.OutOfMemoryError("no")
-
+@pytest.mark.parametrize(("entries", "calls"), ((2**31, 1), (2000, 0)))
+def test_checked_by_the_definition_where_the_reference_fails(monkeypatch, entries: int, calls: int):
+    """For lack of memory; with too many entries it is not even asked, as it might lose the device."""
+    fails = mock.Mock(side_effect=torch.OutOfMemoryError("no"))
     monkeypatch.setattr("drive.workload.reference", fails)
-    assert measured(CASE)[COMPILED].checked == "by the definition"
+    monkeypatch.setattr(gpu_bench, "INDEXED", entries)
+    assert measured(CASE)[COMPILED].checked == "by the definition" and fails.call_count == calls
 
 
 def test_files(monkeypatch, tmp_path: Path, capsys):
