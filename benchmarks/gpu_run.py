@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gpu_build import BUILD, LIBRARY, ROOT
@@ -53,7 +53,7 @@ class Stage:
 @dataclass(frozen=True)
 class Outcome:
     stage: str
-    result: str  # "ok", "failed", "timed out", or why it did not run
+    result: str  # "ok", "failed", "timed out", or why it did not run, or not to its end
     seconds: float = 0
     output: tuple[str, ...] = ()  # its last lines
     told: bool = False
@@ -136,8 +136,11 @@ def go_through(
         given = min(stage.seconds, deadline - clock())
         if stage.missing or given < LEAST:
             yield Outcome(stage.name, stage.missing or "no time was left")
-        else:
-            yield perform(stage, given)
+            continue
+        outcome = perform(stage, given)
+        if outcome.result == "timed out" and given < stage.seconds:  # no fault of its own
+            outcome = replace(outcome, result="cut short")
+        yield outcome
 
 
 def run(stage: Stage, seconds: float, log: Path, env: dict[str, str]) -> Outcome:

@@ -56,10 +56,10 @@ def main() -> int:
         outcomes.append(outcome)
         tell(outcome)
     smoke.write_text(report(outcomes))
-    for outcome in outcomes:
-        if outcome.bad:
-            print(f"\n{outcome.stage}, the end of its output:", *outcome.output, sep="\n")
-    return int(any(outcome.bad for outcome in outcomes))
+    missed = [outcome for outcome in outcomes if outcome.result != "ok"]
+    for outcome in missed:
+        print(f"\n{outcome.stage}, the end of its output:", *outcome.output, sep="\n")
+    return int(bool(missed))
 
 
 if __name__ == "__main__":

@@ -106,3 +106,6 @@ def test_if_everything_hangs(minutes: int):
     before = [stage.seconds for stage in plan[: list(found).index("telling") + 1]]
     assert sum(before) <= 60 * minutes
     assert list(found.values())[-1] == "no time was left"
+    begun = [result for result in found.values() if result != "no time was left"]
+    assert begun == ["timed out"] * (len(begun) - 1) + ["cut short"]
+    assert Outcome("", "timed out").bad and not Outcome("", "cut short").bad
