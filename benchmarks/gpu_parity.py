@@ -1,4 +1,4 @@
-"""A dozen small steps through every kernel of drive::prune_ for GPUs, each equal to the CPU's bit for bit.
+"""Small steps through every kernel of drive::prune_ for GPUs, each compared with the CPU bit for bit.
 
 python benchmarks/gpu_parity.py compiled triton
 """
@@ -26,6 +26,25 @@ def misleading(n: int, samples: int) -> Step:
     return Step([torch.ones(n)], [grad], [], [torch.ones(n, dtype=torch.bool)], True, n // 2, 0)
 
 
+def guarded() -> Step:
+    """Two tensors would lose nearly all they have, but for min_keep."""
+    generator = torch.Generator().manual_seed(1)
+    weights = [
+        torch.randn(n, generator=generator) * scale for n, scale in ((30_000, 1), (9000, 1e-3), (50, 1e-3))
+    ]
+    grads = [torch.randn(w.shape, generator=generator) for w in weights]
+    masks = [torch.rand(w.shape, generator=generator) < 0.9 for w in weights]
+    return Step(weights, grads, [], masks, False, 30_000, 40)
+
+
+def unaligned() -> Step:
+    """Each operand begins somewhere else."""
+    generator = torch.Generator().manual_seed(2)
+    weight, grad = (torch.randn(20_011, generator=generator).bfloat16() for _ in range(2))
+    mask = torch.rand(20_011, generator=generator) < 0.9
+    return Step([weight[1:20_001]], [grad[3:20_003]], [], [mask[6:20_006]], False, 15_000, 0)
+
+
 def cases() -> dict[str, Step]:
     found = {f"sample input {index}": step for index, step in enumerate(sample_inputs())}
     first = found["sample input 0"]
@@ -43,6 +62,8 @@ def cases() -> dict[str, Step]:
         "over a million": Step([long], [long], [], masks[303:], True, 990_000, 0),
         "nothing to prune": replace(first, prune=0),
         "misleading sample": misleading(40_007, 1 << 14),
+        "min_keep decides": guarded(),
+        "unaligned": unaligned(),
     }
 
 
