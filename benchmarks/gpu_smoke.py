@@ -1,6 +1,6 @@
 """`make gpu-smoke`: in three minutes, whether the kernels of drive::prune_ work on this GPU, and how fast.
 
-Builds them and what they need, no more (`make gpu` builds only the rest), compares small steps with the
+Builds what `make gpu` then finds built, without the CPU's sparse layers, compares small steps with the
 CPU's, and times four first steps: bench_smoke.py. All output goes to smoke.md as it comes; at the end that is
 the report. Without a GPU each stage says so, and nothing is written.
 """
