@@ -19,7 +19,9 @@ CXX_FLAGS = ["-O3", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno
 # registers are passed between inlined functions only. GCC 12's own AVX-512 headers seem uninitialised to it.
 CXX_FLAGS += ["-ffp-contract=off", "-Wno-psabi", "-Wno-maybe-uninitialized"]
 NVCC_FLAGS = ["-O3", "--fmad=false", "--ftz=false", "-lineinfo", "--threads=0"]
-ARCHITECTURES = "8.0;9.0;10.0+PTX"
+# Machine code for Ampere and Ada (8.x), Hopper, and data center Blackwell; PTX of the newest for what comes
+# later, and for other Blackwells. The kernels need 8.0, and an nvcc before 12.8 does not know 10.0.
+ARCHITECTURES = (80, 90, 100)
 
 
 def cuda_home() -> str | None:
@@ -36,22 +38,42 @@ def cuda_home() -> str | None:
     return None
 
 
-def with_cuda(sources: list[str]) -> bool:
+def architectures(home: str) -> list[str]:
+    """Those to build for, as nvcc calls them: sm_* for machine code, compute_* for PTX."""
+    if os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        asked = [flag.rpartition("=")[2] for flag in cpp_extension._get_cuda_arch_flags()]
+        chosen = [name for name in asked if int(re.sub(r"\D", "", name)) >= min(ARCHITECTURES)]
+        if left_out := ", ".join(name for name in asked if name not in chosen):
+            print(f"setup.py: no CUDA kernels for {left_out} of TORCH_CUDA_ARCH_LIST: they need 8.0 or later")
+        return chosen
+    nvcc = [f"{home}/bin/nvcc", "--list-gpu-code"]
+    known = subprocess.run(nvcc, capture_output=True, text=True, check=True).stdout.split()
+    numbers = [number for number in ARCHITECTURES if f"sm_{number}" in known]
+    return [f"sm_{number}" for number in numbers] + [f"compute_{number}" for number in numbers[-1:]]
+
+
+def cuda_architectures(sources: list[str]) -> list[str]:
+    """What to build the CUDA part for; nothing if it cannot be built, or is not to be."""
     choice = os.environ.get("DRIVE_CUDA", "auto")
     if choice not in ("auto", "0", "1"):
         raise SystemExit(f"setup.py: DRIVE_CUDA must be auto, 0 or 1, got {choice!r}")
+    if choice == "0":
+        return []
+    home = cuda_home()
+    found = architectures(home) if home else []
     missing = [
         what
         for what, there in {
             "CUDA sources": sources,
             "a torch built with CUDA": torch.version.cuda,
-            "a CUDA toolkit": cuda_home(),
+            "a CUDA toolkit": home,
+            "an architecture of 8.0 or later that nvcc knows": found or not home,
         }.items()
         if not there
     ]
     if choice == "1" and missing:
         raise SystemExit(f"setup.py: DRIVE_CUDA=1 needs {' and '.join(missing)}")
-    return choice != "0" and not missing
+    return [] if missing else found
 
 
 def extension() -> cpp_extension.CppExtension:
@@ -59,11 +81,18 @@ def extension() -> cpp_extension.CppExtension:
     headers = sorted(glob.glob("csrc/*.h") + glob.glob("csrc/*.cuh"))
     flags = {"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS}
     make = cpp_extension.CppExtension
-    if with_cuda(cuda_sources):
+    if names := cuda_architectures(cuda_sources):
         cpp_extension.CUDA_HOME = cuda_home()
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
         sources, make = sources + cuda_sources, cpp_extension.CUDAExtension
-        flags["cxx"] = [*CXX_FLAGS, f'-DDRIVE_WITH_CUDA="{torch.version.cuda}"']
+        flags["cxx"] = [
+            *CXX_FLAGS,
+            f'-DDRIVE_WITH_CUDA="{torch.version.cuda}"',
+            f'-DDRIVE_GPU_ARCHITECTURES="{", ".join(names)}"',
+        ]
+        flags["nvcc"] = [
+            *NVCC_FLAGS,
+            *(f"-gencode=arch={re.sub('.*_', 'compute_', name)},code={name}" for name in names),
+        ]
     return make(
         "drive_kernels._C", sources, depends=headers, extra_compile_args=flags, extra_link_args=["-fopenmp"]
     )
