@@ -6,6 +6,10 @@
 #include <map>
 #include <string>
 
+#if defined(DRIVE_WITH_CUDA)
+#include "served.h"
+#endif
+
 namespace {
 
 std::map<std::string, std::string> build_info() {
@@ -19,6 +23,7 @@ std::map<std::string, std::string> build_info() {
       {"cpu capability", at::get_cpu_capability()},
 #if defined(DRIVE_WITH_CUDA)
       {"cuda", DRIVE_WITH_CUDA},
+      {"gpu architectures", DRIVE_GPU_ARCHITECTURES},
 #else
       {"cuda", "not built"},
 #endif
@@ -27,4 +32,9 @@ std::map<std::string, std::string> build_info() {
 
 }  // namespace
 
-PYBIND11_MODULE(_C, m) { m.def("build_info", &build_info, "What was compiled, and how."); }
+PYBIND11_MODULE(_C, m) {
+  m.def("build_info", &build_info, "What was compiled, and how.");
+#if defined(DRIVE_WITH_CUDA)
+  m.def("why_not_served", &drive::why_not_served, "Why the kernels cannot run on a GPU, or None.");
+#endif
+}

@@ -35,6 +35,7 @@
 #include <algorithm>
 #include <tuple>
 
+#include "implement.h"
 #include "key.h"
 #include "launch.cuh"
 #include "prune_arguments.h"
@@ -219,6 +220,6 @@ Outputs prune_cuda(at::TensorList weights, at::TensorList grads, at::TensorList 
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(drive, CUDA, m) { m.impl("prune_", &prune_cuda); }
+TORCH_LIBRARY_IMPL(drive, CUDA, m) { implement<prune_cuda>(m, "prune_"); }
 
 }  // namespace drive

@@ -18,6 +18,7 @@ from . import prune as prune
 from . import registry
 from . import shards as shards
 from . import sparse as sparse
+from .registry import implementations
 
 _C: ModuleType | None
 build_error: str | None
@@ -25,8 +26,7 @@ try:
     _C, build_error = import_module("._C", __name__), None
 except ImportError as error:
     _C, build_error = None, str(error)
-# op -> device -> implementation, best first -> what is wrong with it
-implementations = registry.complete(build_error)
+registry.complete(build_error)
 
 __all__ = [
     "block",

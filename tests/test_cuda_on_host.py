@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import subprocess
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -17,6 +18,7 @@ from test_prune_op import sampled_positions
 from torch.utils import cpp_extension
 from ugly import Step, laid_out, sample_inputs, steps, valued
 
+from drive_kernels import registry
 from drive_kernels.prune import reference
 
 ROOT = Path(__file__).parent.parent
@@ -82,6 +84,28 @@ def test_emulation_notices_mistakes(host: ModuleType):
         with pytest.raises(RuntimeError, match="a barrier that others never reach"):
             host.leaving()
     assert len(set(sums)) > 1
+
+
+def test_what_the_gpu_cannot_run_goes_on_elsewhere(host: ModuleType, monkeypatch: pytest.MonkeyPatch):
+    """To what Python has for it, with the arguments as they are."""
+    calls = []
+
+    def serving(name: str, gpu: int) -> Callable[..., tuple[torch.Tensor, ...]]:
+        def serve(weights: list[torch.Tensor], *rest: object) -> tuple[torch.Tensor, ...]:
+            calls.append((name, gpu, [w.device for w in weights], *rest))
+            return torch.ones(1), torch.zeros(1), torch.ones(2)
+
+        return serve
+
+    monkeypatch.setattr(registry, "_serving", serving)
+    kept, nonfinite, scores = host.prune_on_gpu("no kernel image")
+    assert calls == [("prune_", 1, [torch.device("cuda:1")], [], [], [], True, 7, 1)]
+    assert (kept.sum(), nonfinite.sum(), scores.sum()) == (1, 0, 2)
+    with pytest.raises(
+        ValueError, match="prune_: .*one length"
+    ):  # where it can, the kernel runs, and refuses
+        host.prune_on_gpu(None)
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("index", range(len(sample_inputs())))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 import drive_kernels
+from drive_kernels.registry import Wrong, on_gpu
 
 from . import __version__
 from .inputs import EXTRAS
@@ -37,7 +38,7 @@ def facts() -> dict[str, dict[str, str]]:
             for package in packages
         },
         **{
-            op: {device: _served_by(op, device) for device in devices}
+            op: _served_by(op, devices)
             for op, devices in drive_kernels.implementations.items()
             if not op.endswith("_backward")  # what serves an op serves its backward
         },
@@ -57,8 +58,13 @@ def _cuda() -> dict[str, str]:
         return {"available": "no: this torch was built for the CPU only"}
     if not torch.cuda.is_available():
         return {"available": f"no: torch for CUDA {torch.version.cuda} finds no usable device"}
-    devices = {f"device {i}": torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
+    devices = {f"device {i}": _gpu(i) for i in range(torch.cuda.device_count())}
     return {"available": f"yes, CUDA {torch.version.cuda}", **devices}
+
+
+def _gpu(index: int) -> str:
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"{torch.cuda.get_device_name(index)}, compute capability {major}.{minor}"
 
 
 def _version(package: str) -> str:
@@ -75,8 +81,18 @@ def _version(package: str) -> str:
         return "installed"
 
 
-def _served_by(op: str, device: str) -> str:
-    """Which implementation the dispatcher picks for an op on a device, and why none of the better ones."""
-    names, wrong = zip(*drive_kernels.implementations[op][device].items(), strict=True)
+def _served_by(op: str, devices: dict[str, Wrong]) -> dict[str, str]:
+    """Which implementation serves an op on a device, and why none of the better ones; GPUs that are served in
+    another way than CUDA in general have lines of their own."""
+    found = {device: _first(implementations) for device, implementations in devices.items()}
+    gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    for gpu, says in ((gpu, _first(on_gpu(op, gpu))) for gpu in gpus):
+        if says != found["cuda"]:
+            found[f"cuda:{gpu}"] = says
+    return found
+
+
+def _first(implementations: Wrong) -> str:
+    names, wrong = zip(*implementations.items(), strict=True)
     first = wrong.index(None)
     return f"{names[first]}, because {' and '.join(wrong[:first])}" if first else str(names[first])

@@ -7,7 +7,24 @@
 
 #include "../../csrc/prune.cu"
 
+namespace drive {
+
+// In place of csrc/served.cu: the device runs what a test says.
+static const char* fault = nullptr;
+const char* why_not_served(c10::DeviceIndex) { return fault; }
+
+}  // namespace drive
+
 namespace {
+
+using Prune = drive::WhereServed<drive::prune_cuda>;
+using Tensors = std::vector<at::Tensor>;
+
+// A tensor that says that it is on a GPU; it has no memory.
+at::Tensor on_gpu() {
+  return at::detail::make_tensor<c10::TensorImpl>(c10::DispatchKeySet(c10::DispatchKey::CUDA),
+                                                  caffe2::TypeMeta::Make<float>(), c10::Device(c10::kCUDA, 1));
+}
 
 // Each thread reads its neighbour's number: without the barrier, perhaps before it is written.
 __global__ void neighbours(bool barrier, int* sum) {
@@ -37,10 +54,17 @@ __global__ void leaving() {
 
 PYBIND11_MODULE(cuda_on_host, m) {
   m.def("set_order", [](int order) { cuda_on_host::order = order; });
-  using Tensors = std::vector<at::Tensor>;
   m.def("prune_", [](Tensors weights, Tensors grads, Tensors mask_grads, Tensors masks, bool fresh,
                      int64_t prune, int64_t min_keep) {
-    return drive::prune_cuda(weights, grads, mask_grads, masks, fresh, prune, min_keep);
+    return Prune::call(weights, grads, mask_grads, masks, fresh, prune, min_keep);
+  });
+  Prune::name = "prune_";
+  m.def("prune_on_gpu", [](const char* fault) {
+    drive::fault = fault;
+    const Tensors weights{on_gpu()};
+    const auto outputs = Prune::call(weights, {}, {}, {}, true, 7, 1);
+    drive::fault = nullptr;
+    return outputs;
   });
   m.def("scratch", [](Tensors weights, Tensors grads, Tensors masks, int64_t min_keep) {
     const drive::PruneArguments arguments{weights, grads, {}, masks, false, 0, min_keep};

@@ -1,0 +1,125 @@
+"""What serves GPUs that the compiled kernels, or Triton, cannot run on: with stand-ins for the GPUs.
+
+test_cuda_on_host.py has the compiled part's side of it.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import drive_kernels
+from drive import info
+from drive_kernels import block, masked, prune, registry
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from drive_kernels import masked_triton, prune_triton
+
+NO_IMAGE = "no kernel image is available for execution on the device"
+GPUS = {0: ("Tesla T4", (7, 5)), 1: ("NVIDIA A100", (8, 0)), 2: ("NVIDIA B300", (10, 3))}
+T4 = "it was compiled for sm_80, compute_80 (no kernel image is available for execution on the device)"
+OLD = "Triton needs compute capability 8.0, got 7.5"
+
+
+@pytest.fixture(autouse=True)
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A machine with three GPUs; its driver cannot compile the PTX for the newest of them."""
+    compiled = SimpleNamespace(
+        build_info=lambda: {"cuda": "13.0", "gpu architectures": "sm_80, compute_80"},
+        why_not_served=lambda gpu: {0: NO_IMAGE, 1: None, 2: "the PTX is too new"}[gpu],
+    )
+    caches = (registry.faults, registry._serving, registry._warn)
+    monkeypatch.setattr(drive_kernels, "_C", compiled)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(GPUS))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda gpu: GPUS[gpu][0])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: GPUS[gpu][1])
+    good = {"compiled CUDA kernel": None, "Triton kernel": None, "reference in PyTorch": None}
+    monkeypatch.setitem(registry.implementations["drive::prune_"], "cuda", good)
+    for cached in caches:
+        cached.cache_clear()
+    yield
+    for cached in caches:
+        cached.cache_clear()
+
+
+def test_each_gpu_has_its_own():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            assert registry._serving("prune_", 0) is prune.reference
+            assert registry._serving("masked_linear", 0) is masked.linear_reference
+            assert registry._serving("block_linear_backward", 0) is block.backward_reference
+            assert registry._serving("masked_linear", 1) is masked_triton.masked_linear
+            assert registry._serving("prune_", 2) is prune_triton.prune_
+            assert registry._serving("masked_linear", 2) is masked_triton.masked_linear
+    assert [str(w.message) for w in caught] == [
+        "drive: slower implementations serve cuda:0, Tesla T4 (see drive info): "
+        f"no compiled CUDA kernel, because {T4}; no Triton kernel, because {OLD}",
+        "drive: slower implementations serve cuda:2, NVIDIA B300 (see drive info): "
+        "no compiled CUDA kernel, because it was compiled for sm_80, compute_80 (the PTX is too new)",
+    ], "one a GPU"
+
+
+def test_info():
+    facts = info.facts()
+    assert facts["cuda"]["device 0"] == "Tesla T4, compute capability 7.5"
+    served = facts["drive::prune_"]
+    assert served.pop("cpu")
+    assert served == {
+        "cuda": "compiled CUDA kernel",
+        "cuda:0": f"reference in PyTorch, because {T4} and {OLD}",
+        "cuda:2": "Triton kernel, because it was compiled for sm_80, compute_80 (the PTX is too new)",
+    }
+    assert facts["drive::packed_linear"]["cuda:0"] == f"reference in PyTorch, because {OLD}"
+    assert "cuda:1" not in facts["drive::packed_linear"]
+    assert facts["drive::sparse_linear"]["cuda"] == "reference in PyTorch"
+
+
+def test_every_op_with_a_gpu_kernel_has_a_reference():
+    """Which has its arguments, and is what CPU tensors get where there is no compiled kernel."""
+    for name, op in registry.OPS.items():
+        assert (op.reference is not None) == bool(op.triton or "cuda" in op.compiled), name
+        schema = getattr(torch.ops.drive, name).default._schema
+        if op.reference is not None:
+            code = op.reference.__code__
+            arguments = code.co_varnames[: code.co_argcount - len(op.reference.__defaults__ or ())]
+            assert list(arguments) == [a.name for a in schema.arguments], name
+        if "cuda" in op.compiled:
+            fallback = getattr(torch.ops.drive_fallback, name).default
+            assert str(fallback._schema) == str(schema).replace("drive::", "drive_fallback::")
+
+
+def test_import_asks_no_gpu():
+    """It must not make a CUDA context: a process may fork afterwards."""
+    script = """
+import torch
+def refuse(*_): raise AssertionError("asked")
+for name in ("get_device_capability", "get_device_properties", "current_device", "_lazy_init"):
+    setattr(torch.cuda, name, refuse)
+import drive
+assert not torch.cuda.is_initialized()
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.gpu
+def test_the_fallback_on_the_device(monkeypatch: pytest.MonkeyPatch):
+    """The reference, by the op that the compiled part would hand over to."""
+    monkeypatch.undo()
+    weight, grad = torch.randn(2, 1000, device="cuda")
+    mask = torch.ones(1000, dtype=torch.bool, device="cuda")
+    monkeypatch.setattr(registry, "_serving", lambda name, gpu: registry.OPS[name].reference)
+    args = ([weight.clone()], [grad], [], [mask.clone()], True, 900, 0)
+    other = ([weight.clone()], [grad], [], [mask.clone()], True, 900, 0)
+    torch.ops.drive_fallback.prune_(*args)
+    torch.ops.drive.prune_(*other)
+    assert torch.equal(args[3][0], other[3][0]) and torch.equal(args[0][0], other[0][0])
