@@ -21,6 +21,7 @@ from torch import Tensor
 
 from . import block as blocks
 from .block import Gradients
+from .launching import launch_kernel
 from .packed_triton import add_parts, check_dtype, splits_of
 
 
@@ -105,7 +106,8 @@ def _product(
     splits = splits_of(tiles[0] * groups, triton.cdiv(other.numel(), groups))
     parts = output if splits == 1 else x.new_empty(splits, rows, outputs, dtype=torch.float32)
     grid = (*tiles, splits)
-    multiply[grid](
+    launch_kernel(
+        multiply, grid,
         input=x, weight=weight, start=start, other=other, bias=bias, output=parts,
         rows=rows, inputs=inputs, outputs=outputs, splits=splits,
         output_stride=weight.stride(0), input_stride=weight.stride(1),
@@ -145,7 +147,8 @@ def block_linear_backward(
             to_weight = input.new_zeros(outputs, inputs)
             g, x = grad.reshape(-1, outputs).contiguous(), input.reshape(-1, inputs).contiguous()
             if row.numel():
-                sample[(row.numel(),)](
+                launch_kernel(
+                    sample, (row.numel(),),
                     grad=g, input=x, block_row=row, block_column=column, to_weight=to_weight,
                     rows=x.shape[0], outputs=outputs, inputs=inputs,
                     BATCH=TUNING.batch, BLOCK=block,

@@ -33,6 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import masked
+from .launching import launch_kernel
 from .masked import Found, Gradients
 
 
@@ -302,7 +303,8 @@ def _convolve(
     tile = _side(rows, TUNING.rows // weight.element_size()), _side(columns, TUNING.columns)
     programs = triton.cdiv(rows, tile[0]) * triton.cdiv(columns, tile[1]) * convolution.groups
     with torch.cuda.device_of(source):
-        convolve[(programs,)](
+        launch_kernel(
+            convolve, (programs,),
             source=source, source_strides=source.stride(), source_plane=tuple(source.shape[2:]),
             weight=weight, weight_strides=weight.stride(), mask=_bits(mask), mask_strides=mask.stride(),
             bias=None if bias is None else bias.contiguous(),
@@ -337,7 +339,8 @@ def _correlate(
         pieces = weight.new_empty(count, *weight.shape, dtype=torch.float32).permute(1, 2, 3, 4, 0)
     direct = [None if pieces is not None else t for t in (to_weight, to_mask)]
     with torch.cuda.device_of(grad):
-        correlate[(programs, count)](
+        launch_kernel(
+            correlate, (programs, count),
             grad=grad, grad_strides=grad.stride(), grad_plane=tuple(grad.shape[2:]),
             input=input, input_strides=input.stride(), input_plane=tuple(input.shape[2:]),
             weight=weight, weight_strides=weight.stride(), mask=_bits(mask), mask_strides=mask.stride(),

@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import packed
+from .launching import launch_kernel
 from .packed import GROUP, TILE
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -168,7 +169,8 @@ def add_parts(parts: Tensor, bias: Tensor | None, output: Tensor) -> None:
     """Step 3: parts [splits, ...] into the output [..., outputs]."""
     entries, outputs = output.numel(), output.shape[-1]
     grid = (triton.cdiv(entries, TUNING.entries),)
-    add_up[grid](
+    launch_kernel(
+        add_up, grid,
         parts=parts, bias=bias, output=output, entries=entries, outputs=outputs, splits=parts.shape[0],
         BLOCK=TUNING.entries,
     )  # fmt: skip
@@ -194,7 +196,8 @@ def packed_linear(
     parts = output if splits == 1 else x.new_empty(splits, rows, outputs, dtype=torch.float32)
     kernel, grid = multiply_few if few else multiply, (*tiles, splits)
     with torch.cuda.device_of(input):
-        kernel[grid](
+        launch_kernel(
+            kernel, grid,
             input=x, bitmap=bitmap, start=start, values=values, bias=bias, output=parts,
             rows=rows, inputs=inputs, outputs=outputs, splits=splits, ROWS=size,
             num_warps=TUNING.warps, enable_fp_fusion=True,

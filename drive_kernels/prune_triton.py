@@ -33,6 +33,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launching import launch_kernel
 from .prune import Outputs
 
 
@@ -915,24 +916,26 @@ def _table(items: list[Item], wide: bool, keep: int, min_keep: int, samples: int
         entries += item.numel
         chunks += item.chunks
         plain += item.plain_chunks
-    header = [len(items), entries, chunks, plain, keep, min_keep, 0, items[0].squared]
+    header = [len(items), entries, chunks, plain, keep, min_keep, 0, int(items[0].squared)]
     header += [samples, capacity, 0, selection, selection + len(state)]
     return header + rows + states + walks
-
-
-# Tables that a CUDA graph copies to the device again at each replay, long after the call that made them: the
-# graph keeps the copy's destination, which is memory of its pool, but not its source on the host.
-_captured: list[Tensor] = []
 
 
 def _on_device(table: list[int], device: torch.device) -> Tensor:
     """A copy of the table, made without waiting for the device."""
     if device.type == "cpu":  # the interpreter
         return torch.tensor(table)
-    pinned = torch.tensor(table, pin_memory=True)
     if torch.cuda.is_current_stream_capturing():
-        _captured.append(pinned)
-    return pinned.to(device, non_blocking=True)
+        return _by_arguments(table, device)
+    return torch.tensor(table, pin_memory=True).to(device, non_blocking=True)
+
+
+def _by_arguments(table: list[int], device: torch.device) -> Tensor:
+    """The same for a CUDA graph, which would read the host's copy anew at each replay: numbers that travel as
+    arguments of kernels are the graph's own. 96 a launch."""
+    on_device = torch.zeros(len(table), dtype=torch.int64, device=device)
+    torch._foreach_add_(on_device.unbind(), table)
+    return on_device
 
 
 def _bits(wide: bool) -> int:
@@ -981,7 +984,7 @@ def _step(items: list[Item], wide: bool, fresh: bool, keep: int, min_keep: int) 
         everything = {**arguments, **constants}
         own = {name: everything[name] for name in kernel.arg_names}
         if programs:  # no fusion to FMA: products are rounded as everywhere else
-            kernel[(programs,)](**own, num_warps=warps, enable_fp_fusion=False)
+            launch_kernel(kernel, (programs,), **own, num_warps=warps, enable_fp_fusion=False)
 
     def select(selections: int, guarding: bool) -> None:
         """Steps 3 and 4."""

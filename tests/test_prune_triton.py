@@ -202,16 +202,46 @@ def test_on_the_device(index: int, changed: dict[str, Any], monkeypatch: pytest.
     torch.testing.assert_close(outputs[2].cpu(), expected[2], rtol=1e-12, atol=0, equal_nan=True)
 
 
+def test_a_captured_table_is_what_any_is():
+    table = prune_triton._table(
+        [prune_triton._item(torch.ones(3, 4, 5).transpose(0, 2), None, torch.ones(5, 4, 3) > 0, None, False)],
+        True, 7, 2, 0, 1 << 40,
+    )  # fmt: skip
+    device = torch.device("cpu")
+    for numbers in (table, [0, -1, 2**63 - 1, -(2**63), 2**53 + 1]):
+        assert torch.equal(prune_triton._by_arguments(numbers, device), torch.tensor(numbers))
+
+
 @pytest.mark.gpu
-def test_a_captured_table_is_kept(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(prune_triton, "_captured", kept := [])
-    step = sample_inputs()[0].to("cuda")
-    prune_triton.prune_(*step.args())
-    torch.cuda.synchronize()
-    assert not kept
+def test_captured():
+    """Two steps in one graph, replayed when all that the host had is gone; the first ever call is refused."""
+    steps = [sample_inputs()[index].to("cuda") for index in (0, 1)]
+    for kernel in vars(prune_triton).values():
+        if hasattr(kernel, "device_caches"):
+            kernel.device_caches.clear()
+    graph = torch.cuda.CUDAGraph()
+    with (
+        pytest.raises(
+            RuntimeError, match="cannot be loaded while a CUDA graph is captured: make the same call"
+        ),
+        torch.cuda.graph(graph),
+    ):
+        prune_triton.prune_(*steps[0].args())
+    for step in steps:
+        prune_triton.prune_(*step.clone().args())
+    expected, before = [step.to("cpu") for step in steps], [step.clone() for step in steps]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        prune_triton.prune_(*step.args())
-    assert len(kept) == 1 and kept[0].is_pinned()
-    graph.replay()
-    torch.cuda.synchronize()
+        for step in steps:
+            prune_triton.prune_(*step.args())
+    torch._C._host_emptyCache()
+    for step in expected:
+        reference(*step.args())
+    for _ in range(2):
+        for step, old in zip(steps, before, strict=True):
+            for tensor, value in zip(step.weights + step.masks, old.weights + old.masks, strict=True):
+                tensor.copy_(value)
+        graph.replay()
+        for step, other in zip(steps, expected, strict=True):
+            for mine, theirs in zip(step.masks + step.weights, other.masks + other.weights, strict=True):
+                assert torch.equal(mine.cpu(), theirs)
