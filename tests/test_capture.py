@@ -5,8 +5,10 @@ What a real graph does is in test_prune_cuda.py.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import random
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -240,8 +242,11 @@ def test_waiting_for_the_device_is_seen(monkeypatch: pytest.MonkeyPatch):
     assert gradients.reason == "the model or the loss waits for the device (.item(), say) at f.py:7"
 
 
+@pytest.mark.parametrize("can_be_ended", (False, True))
 @pytest.mark.parametrize("at", ("inside", "at the end"))
-def test_capture_that_fails(at: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+def test_capture_that_fails(
+    at: str, can_be_ended: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
     class Delicate(nn.Sequential):
         def forward(self, x):
             if FakeGraph.recording and at == "inside":
@@ -256,16 +261,57 @@ def test_capture_that_fails(at: str, monkeypatch: pytest.MonkeyPatch, caplog: py
         raise RuntimeError("capture ended badly\n")
 
     monkeypatch.setattr(torch.cuda, "graph", recording)
+    ended: list[tuple[object, object]] = []
+    monkeypatch.setattr(capture, "CAN_BE_ENDED", can_be_ended)
+    monkeypatch.setattr(capture, "_end", lambda graph, stream: ended.append((graph, stream)))
     data = batches(7)
     gradients = graphed(Delicate(*network()))
     assert_same(run(gradients, data), run(graphed()._eager, data))
     expected = "out of memory" if at == "inside" else "capture ended badly"
+    assert len(ended) == can_be_ended and all(isinstance(graph, FakeGraph) for graph, _ in ended)
     assert gradients.reason == f"capturing failed: {expected}", "what went wrong first"
     assert gradients._graph is None and not gradients._inputs and not gradients._grads
     assert len(caplog.records) == 1
     with pytest.raises(RuntimeError, match=expected) as error:
         run(graphed(Delicate(*network()), required=True), data)
     assert expected in str(error.value.__cause__)
+
+
+@pytest.mark.parametrize("fault", (None, "library", "begin", "end"))
+def test_before_2_12_an_empty_capture_ends_what_was_lost(fault: str | None, monkeypatch: pytest.MonkeyPatch):
+    calls: list[object] = []
+
+    class Driver:
+        def __init__(self, name: str):
+            calls.append(name)
+            if fault == "library":
+                raise OSError("no such file")
+
+        def cuStreamBeginCapture_v2(stream: int, mode: int) -> int:
+            calls.append((stream, mode))
+            return 401 if fault == "begin" else 0
+
+        cuStreamBeginCapture_v2.argtypes = None
+
+    class Graph:
+        def capture_end(self) -> None:
+            calls.append("end")
+            warnings.warn("The CUDA Graph is empty. This usually means", stacklevel=1)
+            if fault == "end":
+                raise RuntimeError("capture_end() called before capture_begin()")
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver(name) and Driver)
+    stream = SimpleNamespace(cuda_stream=1234)
+    if fault is None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            capture._end(Graph(), stream)
+        assert calls == ["libcuda.so.1", (1234, 2), "end"]
+    else:
+        with pytest.raises(
+            RuntimeError, match=r"cannot go on after it; 2\.13 or later can, and capture=False"
+        ):
+            capture._end(Graph(), stream)
 
 
 def test_never_captured():
@@ -291,13 +337,14 @@ def stand_in(device: str, model: nn.Module | None = None) -> LossGradients:
         (stand_in("cpu"), 100, True, "the weights are on cpu"),
         (stand_in("cuda:0", nn.BatchNorm1d(3)), 100, True, "on several devices: cuda:0, cpu"),
         (stand_in("cuda:0"), WORTHWHILE - 1, True, "it pays from 20 iterations on, there are 19"),
-        (stand_in("cuda:0"), 100, False, "PyTorch 2.13 or later is needed"),
+        (stand_in("cuda:0"), 100, False, "PyTorch 2.12 cannot go on after a capture that fails"),
     ),
 )
 def test_not_even_tried(
     eager, iterations, recovers, reason, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     monkeypatch.setattr(capture, "RECOVERS", recovers)
+    monkeypatch.setattr(capture, "CAN_BE_ENDED", False)
     with caplog.at_level(logging.INFO), captured(eager, "auto", iterations) as gradients:
         assert gradients is eager
     assert reason in caplog.text and caplog.records[0].levelno == logging.INFO

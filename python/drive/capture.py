@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import random
 import warnings
@@ -22,12 +23,14 @@ Capture = bool | Literal["auto"]
 
 WARM_UP = 3  # eager calls before the capture, as in PyTorch's recipe: libraries set themselves up in them
 WORTHWHILE = 20  # iterations; with fewer, capturing takes longer than replaying saves
-# Since 2.13 PyTorch puts itself in order after a capture that failed. Before, its allocator and RNG were left
-# in the middle of it, which is too much to risk for someone who did not ask.
+# After a capture that CUDA has invalidated, PyTorch puts itself in order since 2.13, and before 2.12 `_end`
+# does. 2.12 remains in the midst of it, which is too much to risk for someone who did not ask.
 RECOVERS = hasattr(torch._C, "_override_stale_capture_stream")
+CAN_BE_ENDED = torch.__version__ < "2.12.0a0"
 
 _log = logging.getLogger(__name__)
 _WAITS = "called a synchronizing CUDA operation"  # PyTorch's warning, in its sync debug mode
+_RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 
 
 def check_capture(op: str, capture: object, device: torch.device) -> None:
@@ -86,8 +89,8 @@ def _refusal(eager: LossGradients, iterations: int, required: bool) -> str | Non
         return f"the model is on several devices: {', '.join([str(device), *elsewhere])}"
     if not required and iterations < WORTHWHILE:
         return f"it pays from {WORTHWHILE} iterations on, there are {iterations}"
-    if not required and not RECOVERS:
-        return "PyTorch 2.13 or later is needed to go on after a capture that fails"
+    if not required and not RECOVERS and not CAN_BE_ENDED:
+        return "PyTorch 2.12 cannot go on after a capture that fails; 2.13 and 2.11 can"
     return None
 
 
@@ -212,6 +215,8 @@ class GraphedGradients:
                     failure = error
         except RuntimeError as error:  # raised by ending it: knows less than what went wrong inside
             failure = failure or error
+            if CAN_BE_ENDED:
+                _end(self._graph, self._stream)
         if failure is not None:
             self.release()
             first_line = str(failure).partition("\n")[0]
@@ -219,6 +224,31 @@ class GraphedGradients:
                 self._give_up(f"capturing failed: {first_line}", failure)
             finally:
                 del failure  # its frames hold tensors of the model
+
+
+def _end(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> None:
+    """End a capture that CUDA has invalidated, for PyTorch before 2.12.
+
+    There, capture_end raises CUDA's error before it has told the RNG and the allocators: the next dropout
+    raises, and the memory of the graph's pool does not come back. The stream, though, is out of the capture,
+    so that an empty one can take the place of what was lost, and end as all do.
+
+    Raises:
+        RuntimeError: it cannot be ended, and this process should not go on.
+    """
+    try:
+        begin = ctypes.CDLL("libcuda.so.1").cuStreamBeginCapture_v2
+        begin.argtypes = (ctypes.c_void_p, ctypes.c_int)
+        if error := begin(stream.cuda_stream, _RELAXED):
+            raise RuntimeError(f"cuStreamBeginCapture returns {error}")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The CUDA Graph is empty")
+            graph.capture_end()
+    except (OSError, RuntimeError) as error:
+        raise RuntimeError(
+            f"prune: capturing a CUDA graph failed, and PyTorch {torch.__version__} cannot go on after it; "
+            f"2.13 or later can, and capture=False does without: {error}"
+        ) from error
 
 
 def _cpu_rng() -> tuple[bytes, object]:
