@@ -5,9 +5,9 @@ Where an op has no compiled kernel for CUDA, its Triton kernel is registered her
 import Triton, the first call of such an op does.
 
 Not every GPU can run them: compiled kernels need machine code of its architecture, or PTX that its driver
-compiles, and Triton needs compute capability 8.0. This is found out for each GPU when it is first used, and
-said in one warning. The compiled part hands over what it cannot run to the op of the same name in
-`drive_fallback` (csrc/implement.h).
+compiles, and Triton supports compute capability 8.0 and later. This is found out for each GPU when it is
+first used, and said in one warning. The compiled part hands over what it cannot run to the op of the same
+name in `drive_fallback` (csrc/implement.h).
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def faults(gpu: int) -> dict[str, str]:
         found[COMPILED["cuda"]] = f"it was compiled for {architectures} ({why})"
     major, minor = torch.cuda.get_device_capability(gpu)
     if major < TRITON_NEEDS:
-        found[TRITON] = f"Triton needs compute capability {TRITON_NEEDS}.0, got {major}.{minor}"
+        found[TRITON] = f"Triton supports compute capability {TRITON_NEEDS}.0 and later, got {major}.{minor}"
     return found
 
 

@@ -5,6 +5,7 @@ test_cuda_on_host.py has the compiled part's side of it.
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import warnings
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 import drive_kernels
-from drive import info
+from drive import info, workload
 from drive_kernels import block, masked, prune, registry
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -25,7 +26,7 @@ from drive_kernels import masked_triton, prune_triton
 NO_IMAGE = "no kernel image is available for execution on the device"
 GPUS = {0: ("Tesla T4", (7, 5)), 1: ("NVIDIA A100", (8, 0)), 2: ("NVIDIA B300", (10, 3))}
 T4 = "it was compiled for sm_80, compute_80 (no kernel image is available for execution on the device)"
-OLD = "Triton needs compute capability 8.0, got 7.5"
+OLD = "Triton supports compute capability 8.0 and later, got 7.5"
 
 
 @pytest.fixture(autouse=True)
@@ -82,6 +83,23 @@ def test_info():
     assert facts["drive::packed_linear"]["cuda:0"] == f"reference in PyTorch, because {OLD}"
     assert "cuda:1" not in facts["drive::packed_linear"]
     assert facts["drive::sparse_linear"]["cuda"] == "reference in PyTorch"
+
+
+def test_benchmarks_time_what_they_name(monkeypatch: pytest.MonkeyPatch):
+    """Not what serves in its place."""
+    for gpu, compiled, triton in ((0, T4, OLD), (1, None, None), (2, "the PTX is too new", None)):
+        monkeypatch.setattr(torch.cuda, "current_device", lambda gpu=gpu: gpu)
+        for name, op, wrong in (
+            ("compiled", torch.ops.drive.prune_, compiled),
+            ("triton", prune_triton.prune_, triton),
+        ):
+            if wrong is None:
+                assert workload.implementation(name) is op
+            else:
+                with pytest.raises(ImportError, match=re.escape(wrong)):
+                    workload.implementation(name)
+    with pytest.raises(ImportError, match="there is no Triton kernel for cpu"):
+        workload.implementation("triton", "cpu")
 
 
 def test_every_op_with_a_gpu_kernel_has_a_reference():

@@ -10,8 +10,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-import drive_kernels
 from drive_kernels.prune import reference
+from drive_kernels.registry import COMPILED, TRITON, implementations, on_gpu
 
 from .fused import PruneOp
 from .masks import Masks
@@ -183,13 +183,10 @@ def implementation(name: str, device: str = "cuda") -> PruneOp:
     Raises:
         ImportError: there is none; the message says why.
     """
-    if name == "triton":
-        if device == "cpu":
-            raise ImportError("Triton needs a CUDA device")
-        op: PruneOp = import_module("drive_kernels.prune_triton").prune_
-        return op
-    if drive_kernels._C is None:
-        raise ImportError(f"not compiled: {drive_kernels.build_error}")
-    if device == "cuda" and cast(Any, drive_kernels._C).build_info()["cuda"] == "not built":
-        raise ImportError("compiled without CUDA")
-    return torch.ops.drive.prune_
+    op = "drive::prune_"
+    served = on_gpu(op, torch.cuda.current_device()) if device == "cuda" else implementations[op][device]
+    kind = TRITON if name == "triton" else COMPILED[device]
+    if wrong := served.get(kind, f"there is no {kind} for {device}"):
+        raise ImportError(wrong)
+    found = import_module("drive_kernels.prune_triton") if name == "triton" else torch.ops.drive
+    return cast(PruneOp, found.prune_)
