@@ -85,6 +85,15 @@ def test_info():
     assert facts["drive::sparse_linear"]["cuda"] == "reference in PyTorch"
 
 
+def test_info_of_a_gpu_that_cannot_be_asked(monkeypatch: pytest.MonkeyPatch):
+    def full(gpu: int) -> None:
+        raise RuntimeError("CUDA error: out of memory\nand much more")
+
+    monkeypatch.setattr(drive_kernels._C, "why_not_served", full)
+    served = info.facts()["drive::prune_"]
+    assert served["cuda:2"] == "not usable: CUDA error: out of memory"
+
+
 def test_benchmarks_time_what_they_name(monkeypatch: pytest.MonkeyPatch):
     """Not what serves in its place."""
     for gpu, compiled, triton in ((0, T4, OLD), (1, None, None), (2, "the PTX is too new", None)):

@@ -85,8 +85,11 @@ def _served_by(op: str, devices: dict[str, Wrong]) -> dict[str, str]:
     """Which implementation serves an op on a device, and why none of the better ones; GPUs that are served in
     another way than CUDA in general have lines of their own."""
     found = {device: _first(implementations) for device, implementations in devices.items()}
-    gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
-    for gpu, says in ((gpu, _first(on_gpu(op, gpu))) for gpu in gpus):
+    for gpu in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        try:
+            says = _first(on_gpu(op, gpu))
+        except RuntimeError as error:  # its memory is full, say
+            says = f"not usable: {str(error).splitlines()[0]}"
         if says != found["cuda"]:
             found[f"cuda:{gpu}"] = says
     return found
