@@ -25,7 +25,7 @@ ARCHITECTURES = (80, 90, 100)
 
 
 def cuda_home() -> str | None:
-    """A toolkit's folder with headers and cudart: nvcc may be a wrapper script far away from them."""
+    """A toolkit's folder with nvcc and cudart: the nvcc on the path may be a wrapper script elsewhere."""
     candidates = [cpp_extension.CUDA_HOME, os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
     if nvcc := shutil.which("nvcc"):
         dry = subprocess.run([nvcc, "--dryrun", "x.cu"], capture_output=True, text=True, check=False)
@@ -33,7 +33,7 @@ def cuda_home() -> str | None:
             candidates.append(top[1])
     libraries = ("lib64/libcudart.so*", "lib/libcudart.so*", "targets/*/lib/libcudart.so*")
     for home in filter(None, candidates):
-        if any(glob.glob(f"{home}/{library}") for library in libraries):
+        if os.path.exists(f"{home}/bin/nvcc") and any(glob.glob(f"{home}/{each}") for each in libraries):
             return os.path.realpath(home)
     return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import runpy
 from pathlib import Path
 
@@ -36,11 +37,12 @@ def toolkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def codes(toolkit: Path, known: str) -> list[str] | None:
+def codes(toolkit: Path, known: str | None) -> list[str] | None:
     """For what nvcc is told to make code, if the CUDA part is built."""
     nvcc = toolkit / "bin" / "nvcc"
-    nvcc.write_text(f"#!/bin/sh\n[ $1 = --list-gpu-code ] && printf '%s\\n' {known}\n")
-    nvcc.chmod(0o755)
+    if known is not None:
+        nvcc.write_text(f"#!/bin/sh\n[ $1 = --list-gpu-code ] && printf '%s\\n' {known}\n")
+        nvcc.chmod(0o755)
     found = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(setuptools, "setup", found.update)
@@ -107,3 +109,12 @@ def test_insists(toolkit: Path, monkeypatch: pytest.MonkeyPatch):
         codes(toolkit, KNOWN["of another world"])
     monkeypatch.setenv("DRIVE_CUDA", "0")
     assert codes(toolkit, KNOWN["13.0"]) is None
+
+
+def test_libraries_without_a_compiler_are_no_toolkit(toolkit: Path, monkeypatch: pytest.MonkeyPatch):
+    exists = os.path.exists  # of this machine's own toolkits, nothing
+    monkeypatch.setattr(os.path, "exists", lambda path: str(path).startswith(str(toolkit)) and exists(path))
+    assert codes(toolkit, None) is None
+    monkeypatch.setenv("DRIVE_CUDA", "1")
+    with pytest.raises(SystemExit, match="DRIVE_CUDA=1 needs a CUDA toolkit$"):
+        codes(toolkit, None)
