@@ -45,6 +45,7 @@ OPS = {
     "shard_sample": Op(("cpu",)),
     "shard_histogram": Op(("cpu",)),
     "shard_survey": Op(("cpu",)),
+    "shard_split": Op(("cpu",)),
     "shard_ties": Op(("cpu",)),
     "shard_apply_": Op(("cpu",)),
     "checksum": Op(("cpu",)),

@@ -10,6 +10,7 @@ from torch import Tensor
 from drive_kernels.shards import Operands
 
 from .shards import Shards
+from .team import sent
 
 _DIGEST = (1 << 40) - 1  # whole numbers of 40 bits: as float64, those of 2^13 ranks add up exactly
 _WHAT = "{}", "{}.grad", "mask_grads[{}]", "masks[{}]"  # in the order of Operands
@@ -19,7 +20,7 @@ class Copies:
     """This rank's copies, of weights, gradients, mask gradients and masks.
 
     Attributes:
-        evidence: [T, 4] int64; added up over the ranks, it is zero where all copies of each part are equal.
+        evidence: [4, T] int64; added up over the ranks, it is zero where all copies of each part are equal.
     """
 
     def __init__(self, operands: Operands, shards: Shards):
@@ -29,15 +30,19 @@ class Copies:
             shards: the same tensors.
         """
         self._shards, self._parts = shards, list(shards.parts.values())
-        digests = operands.weights[0].new_zeros(len(self._parts), len(_WHAT), dtype=torch.int64)
-        for t, part in enumerate(self._parts):
-            for column, tensors in enumerate(operands.lists):
-                if tensors and part.copies > 1:
-                    digests[t, column] = torch.ops.drive.checksum(tensors[t])
-        self._digests = digests.cpu() & _DIGEST  # in one piece: a copy waits for all that is queued
+        like = operands.weights[0]
+        self._digests = torch.zeros(len(_WHAT), len(self._parts), dtype=torch.int64, device=like.device)
+        if any(part.copies > 1 for part in self._parts):
+            *lists, masks = operands.lists
+            lists.append([] if operands.fresh else masks)
+            for row, tensors in zip(self._digests, lists, strict=True):
+                pairs = zip(tensors, self._parts, strict=False)  # of parts without copies, nothing
+                shared = [tensor if part.copies > 1 else tensor.new_empty(0) for tensor, part in pairs]
+                if shared:
+                    row.copy_(torch.ops.drive.checksum(shared) & _DIGEST)
         # the owner of a part has its digest once for each other copy, which takes its own off again
-        factors = [[part.copies - 1 if part.owner else -1] for part in self._parts]
-        self.evidence = self._digests * torch.tensor(factors)
+        factors = [0 if p.copies == 1 else p.copies - 1 if p.owner else -1 for p in self._parts]
+        self.evidence = self._digests * sent(torch.tensor(factors), like.device)
 
     def check(self, evidence: Tensor) -> None:
         """All ranks must ask, with the sum of all evidence.
@@ -47,9 +52,9 @@ class Copies:
         """
         if not evidence.any():
             return
-        t, column = evidence.nonzero()[0].tolist()
-        team, what = self._shards.team, _WHAT[column].format(list(self._shards.parts)[t])
-        found = team.gather((self._parts[t].runs, int(self._digests[t, column])))
+        t, row = evidence.t().nonzero()[0].tolist()
+        team, what = self._shards.team, _WHAT[row].format(list(self._shards.parts)[t])
+        found = team.gather((self._parts[t].runs, int(self._digests[row, t])))
         first, other = next(
             (a, b) for (a, (ours, one)), (b, (theirs, two)) in combinations(enumerate(found), 2)
             if ours == theirs and one != two

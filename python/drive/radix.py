@@ -19,15 +19,18 @@ class Problem:
     """The k-th largest number is wanted; it lies in [low, high], and none above (of those that count for k).
 
     Solved, that is for low == high, `k` says the how manieth it is of the numbers equal to it.
+
+    Attributes:
+        up_to_next: any number will do from the one that is wanted to the next larger one, that excluded.
     """
 
     k: int
     low: int
     high: int
+    up_to_next: bool = False
 
 
-# (index of the problem, low, shift, buckets) -> [1 or 2, buckets]: how many numbers lie in
-# low + [b, b + 1) * 2^shift; and, if whoever counts knows it, n - low where that is one number n, else 0
+# (index of the problem, low, shift, buckets) -> [buckets]: how many numbers lie in low + [b, b + 1) * 2^shift
 Count = Callable[[int, int, int, int], Tensor]
 
 
@@ -39,14 +42,14 @@ def solve(
     Args:
         problems: changed in place. If there are fewer than k numbers, the answer is the lowest one.
         count: the counts of this rank.
-        total: [problems, 1 or 2, buckets] counts of this rank -> of all ranks.
+        total: [problems, buckets] counts of this rank -> of all ranks.
         rounds: stop after so many, solved or not.
     """
     while (rounds is None or rounds > 0) and (open_ := [i for i, p in enumerate(problems) if p.low < p.high]):
         cuts = [bucketing(problems[i].low, problems[i].high, len(open_)) for i in open_]
         mine = [count(i, problems[i].low, *cut) for i, cut in zip(open_, cuts, strict=True)]
         for i, (shift, _), found in zip(open_, cuts, total(torch.stack(mine)), strict=True):
-            narrow(problems[i], shift, *found)
+            narrow(problems[i], shift, found)
         rounds = None if rounds is None else rounds - 1
 
 
@@ -56,20 +59,19 @@ def bucketing(low: int, high: int, problems: int = 1) -> tuple[int, int]:
     return max(0, (high - low).bit_length() - bits), 1 << bits
 
 
-def narrow(problem: Problem, shift: int, counts: Tensor, only: Tensor | None = None) -> None:
+def narrow(problem: Problem, shift: int, counts: Tensor) -> None:
     """To the bucket with the answer.
 
     Args:
         shift: of the buckets.
-        counts, only: [buckets] of all ranks, what `Count` gives.
+        counts: [buckets] of all ranks, what `Count` gives.
     """
     counts = counts.clone()
     counts[((problem.high - problem.low) >> shift) + 1 :] = 0  # larger ones: they are not in k any more
     at_least = counts.flip(0).cumsum(0).flip(0)  # [b]: numbers in bucket b and those above it
     bucket = max(int((at_least >= problem.k).sum()) - 1, 0)
     problem.k -= int(at_least[bucket] - counts[bucket])
-    if only is not None and counts[bucket] == 1:  # one rank alone has it
-        problem.low = problem.high = problem.low + int(only[bucket])
-        return
     problem.low += bucket << shift
     problem.high = min(problem.high, problem.low + (1 << shift) - 1)
+    if problem.up_to_next and problem.k == 1:  # the bucket has no larger one
+        problem.low = problem.high

@@ -26,14 +26,17 @@ class Team:
         Args:
             op: which operation, for the error messages.
             group: the ranks; None: all.
-            device: where the tensors are. What is exchanged is there too, if the group's backend can have it.
+            device: where the tensors are. What is exchanged is there too, if the group's backend can have it
+                (gloo would only copy it to the CPU and back).
             rows: a plain tensor holds this rank's rows of a larger one; else it is the same on all ranks.
         """
         self.rows = rows
         self.op, self.group = op, group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        kinds = [pair.partition(":")[0] for pair in dist.get_backend_config(group).split(",")]
-        self.device = device if device.type in kinds else torch.device(kinds[0])
+        backends = dict(pair.split(":") for pair in dist.get_backend_config(group).split(","))
+        if backends.get(device.type, "gloo") == "gloo":
+            device = torch.device("cpu" if "cpu" in backends else next(iter(backends)))
+        self.device = device
 
     def sum(self, tensor: Tensor, what: str) -> Tensor:
         """The sum over all ranks, on the CPU. `what` the ranks do, if they wait for each other in vain."""
@@ -66,20 +69,31 @@ class Team:
             raise ValueError(f"{self.op}: {_difference(self.gather(said))}")
 
     def _all_reduce(self, tensor: Tensor, how: str, what: str) -> Tensor:
-        tensor = tensor.to(self.device, copy=True).contiguous()  # reduced in place
+        tensor = sent(tensor, self.device)
         try:
             dist.all_reduce(tensor, getattr(dist.ReduceOp, how), group=self.group)
         except RuntimeError as error:  # a rank died, or the time-out of the group is over
             raise RuntimeError(
                 f"{self.op}: rank {self.rank} of {self.size} waited for the others to {what}: {error}"
             ) from error
-        return tensor.cpu()
+        return sent(tensor, torch.device("cpu"))
 
     def gather(self, mine: Any) -> list[Any]:
         """Anything from all ranks: for the words of an error, so only after something went wrong."""
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, mine, group=self.group)
         return found
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A contiguous copy on a device. The host waits only for one that comes to the CPU from elsewhere."""
+    if tensor.device.type == device.type:
+        return tensor.to(device, copy=True, memory_format=torch.contiguous_format)
+    if device.type != "cpu":
+        return tensor.contiguous().pin_memory().to(device, non_blocking=True)
+    here = tensor.contiguous().to(device, non_blocking=True)
+    torch.cuda.current_stream(tensor.device).record_event().synchronize()
+    return here
 
 
 def team_of(
