@@ -135,13 +135,7 @@ using Outputs = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 template <class Key>
 Step<Key> planned(const PruneArguments& arguments, WorkList& list) {
   Step<Key> step{};
-  step.work.count = static_cast<int32_t>(list.items.size());
-  step.work.fresh = arguments.fresh;
-  step.work.alone = arguments.grads.empty();
-  step.work.three = !arguments.mask_grads.empty();
-  step.work.squared = arguments.squared();
-  step.work.entries = list.entries;
-  step.work.chunks = list.chunks;
+  step.work = work_of(arguments, list);
   step.keep = std::max<int64_t>(0, list.entries - arguments.prune);
   step.min_keep = arguments.min_keep;
   for (Item& item : list.items) {

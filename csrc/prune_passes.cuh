@@ -133,7 +133,7 @@ survey(const __grid_constant__ Step<Key> step) {
         sums.begin = static_cast<int64_t>(atomicAdd(&step.totals->inside, static_cast<Counter>(inside)));
       }
       step.chunks[c] = {sums.begin, static_cast<int32_t>(inside), static_cast<int32_t>(sums.at_hi),
-                        static_cast<int32_t>(sums.at_lo)};
+                        static_cast<int32_t>(sums.at_lo), static_cast<int32_t>(sums.top)};
       totals.above += sums.top - sums.at_hi;
       totals.at_hi += sums.at_hi;
       totals.at_lo += sums.at_lo;

@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kThreads) sample(const __grid_constant__ Step<
 template <class Key>
 __device__ Search<Key> bracket_search(const Step<Key>& step, int side, int digit) {
   const int64_t rank = side == 0 ? step.ranks.high : step.ranks.low;
-  if (rank == 0) return {side == 0 ? kTop<Key> : kDead<Key>, 0, 0};
+  if (rank == 0) return {side == 0 ? step.told.high : step.told.low, 0, 0};
   if (digit == 1) return pick(step.bracket.histogram(0, 0), Search<Key>{kDead<Key>, rank, step.samples}, 0);
   return pick(step.bracket.histogram(side, digit - 1), step.bracket.search(side, digit - 1), digit - 1);
 }

@@ -34,6 +34,7 @@ struct Totals {
 struct ChunkCounts {
   int64_t list;  // where its part of the list begins
   int32_t inside, at_hi, at_lo;
+  int32_t top;  // at the upper edge or above
 };
 
 // An entry survives if its key is larger, or equal and its global row-major index not beyond `last`.
@@ -66,9 +67,21 @@ struct Selection {
 // entries that no guard keeps.
 enum class Stage { all, guards, rest };
 
+// How the threshold of Stage::all is found, as the survey's totals tell (or the host: Told).
+enum class Where { untold, refused, edge, list, entries };
+
+// What the host knows before a launch, where ranks add up their counts in between (shards.cu). A step of one
+// process finds all of it out on the device.
+template <class Key>
+struct Told {
+  Key high = kTop<Key>, low = kDead<Key>;  // the bracket's edges, where no rank of a sample is one
+  Where where = Where::untold;
+};
+
 template <class Key>
 struct Step {
   Work work;
+  Told<Key> told;
   int64_t keep, min_keep;
   BracketRanks ranks;
   int64_t samples, places;  // places: of the list
@@ -100,9 +113,6 @@ struct Step {
   }
 };
 
-// How the threshold of Stage::all is found, as the survey's totals tell.
-enum class Where { refused, edge, list, entries };
-
 template <class Key>
 struct Plan {
   Where where;
@@ -116,6 +126,7 @@ __device__ Key bracket_edge(const Step<Key>& step, int side) {
 
 template <class Key>
 __device__ Plan<Key> plan(const Step<Key>& step) {
+  if (step.told.where != Where::untold) return {step.told.where, {}};
   const Totals& t = *step.totals;
   const auto above = static_cast<int64_t>(t.above), at_hi = static_cast<int64_t>(t.at_hi);
   const auto inside = static_cast<int64_t>(t.inside), at_lo = static_cast<int64_t>(t.at_lo);

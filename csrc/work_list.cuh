@@ -90,6 +90,19 @@ struct WorkList {
   }
 };
 
+// What kernels know of a call, but for where its items lie.
+inline Work work_of(const PruneArguments& arguments, const WorkList& list) {
+  Work work{};
+  work.count = static_cast<int32_t>(list.items.size());
+  work.fresh = arguments.fresh;
+  work.alone = arguments.grads.empty();
+  work.three = !arguments.mask_grads.empty();
+  work.squared = arguments.squared();
+  work.entries = list.entries;
+  work.chunks = list.chunks;
+  return work;
+}
+
 // Hands out places in one piece of memory, on 256 bytes each.
 struct Arena {
   char* memory;

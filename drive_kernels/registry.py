@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import block, masked, packed, prune
+from . import block, masked, packed, prune, shards
 from .prune import _library
 
 
@@ -42,13 +42,13 @@ OPS = {
     "sparse_conv2d_pair": Op(("cpu",)),
     "sparse_linear": Op(("cpu",)),
     "sparse_linear_backward": Op(("cpu",)),
-    "shard_sample": Op(("cpu",)),
-    "shard_histogram": Op(("cpu",)),
-    "shard_survey": Op(("cpu",)),
-    "shard_split": Op(("cpu",)),
-    "shard_ties": Op(("cpu",)),
-    "shard_apply_": Op(("cpu",)),
-    "checksum": Op(("cpu",)),
+    "shard_sample": Op(("cpu", "cuda"), reference=shards.sample_reference),
+    "shard_histogram": Op(("cpu", "cuda"), reference=shards.histogram_reference),
+    "shard_survey": Op(("cpu", "cuda"), reference=shards.survey_reference),
+    "shard_split": Op(("cpu", "cuda"), reference=shards.split_reference),
+    "shard_ties": Op(("cpu", "cuda"), reference=shards.ties_reference),
+    "shard_apply_": Op(("cpu", "cuda"), reference=shards.apply_reference),
+    "checksum": Op(("cpu", "cuda"), reference=shards.checksum_reference),
     "masked_linear": Op((), "masked_triton", masked.linear_reference),
     "masked_linear_backward": Op((), "masked_triton", masked.linear_backward_reference),
     "masked_conv2d": Op((), "masked_triton", masked.conv2d_reference),

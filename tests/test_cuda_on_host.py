@@ -1,4 +1,4 @@
-"""csrc/prune.cu without a GPU: threads are fibers on the host (tests/cuda_on_host). Against the oracle."""
+"""csrc/*.cu without a GPU: threads are fibers on the host (tests/cuda_on_host). Against the oracle."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import test_shard_ops
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_distributed import row_cases
 from test_prune_op import sampled_positions
 from torch.utils import cpp_extension
 from ugly import Step, laid_out, sample_inputs, steps, valued
+from worlds import returned, run
 
 from drive_kernels import registry
 from drive_kernels.prune import reference
@@ -45,6 +48,10 @@ def host() -> ModuleType:
             ],
             check=True,
         )  # fmt: skip
+    return load(library)
+
+
+def load(library: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location("cuda_on_host", library)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -57,6 +64,14 @@ def ordered(request: pytest.FixtureRequest, host: ModuleType) -> ModuleType:
     """The same with threads and blocks in another order."""
     host.set_order(request.param)
     return host
+
+
+def row_cases_on(library: Path, seeds: range) -> None:
+    """With the ops of this module in place of the CPU's."""
+    module = load(library)
+    for name in ("sample", "survey", "histogram", "split", "ties", "apply_"):
+        setattr(torch.ops.drive, f"shard_{name}", getattr(module, f"shard_{name}"))
+    row_cases(seeds)
 
 
 def assert_same(host: ModuleType, step: Step) -> None:
@@ -259,3 +274,69 @@ def test_non_finite_scores_change_nothing(host: ModuleType, bad: float, fresh: b
     assert scores.isnan().all() and nonfinite[1] > 0 and nonfinite[0] == nonfinite[2] == 0
     assert all(map(torch.equal, ours.weights, weights))
     assert_same(host, step)
+
+
+# ---- drive::shard_*, and drive::checksum ----
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+@given(step=steps(), order=st.integers(0, 5), data=st.data())
+def test_shard_ops_equal_references(host: ModuleType, step: Step, order: int, data: st.DataObject):
+    host.set_order(order)
+    test_shard_ops.check_ops(host, step, data)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(step=steps(), count=st.integers(0, 5000))
+def test_shard_sample(host: ModuleType, step: Step, count: int):
+    test_shard_ops.check_sample(host, step, count)
+
+
+def test_shard_ops_on_many_tensors(ordered: ModuleType):
+    test_shard_ops.check_many_tensors(ordered)
+
+
+def test_shard_survey_without_room(ordered: ModuleType):
+    test_shard_ops.check_no_room(ordered)
+
+
+@pytest.mark.parametrize("mask_layout", ("contiguous", "sliced"))
+@pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64))
+def test_shard_ties_at_the_ends_of_blocks(
+    host: ModuleType, dtype: torch.dtype, layout: str, mask_layout: str
+):
+    """Nothing but ties, of which the last survivor is the first or last entry of a tensor or a chunk."""
+    shapes = ([96, 64, 3, 3], [0, 5], [30_003], [7], [16, 64, 3, 3])
+    weights = [laid_out(torch.ones(s, dtype=dtype), layout) for s in shapes]
+    masks = [laid_out(torch.ones(s, dtype=torch.bool), mask_layout) for s in shapes]
+    step = Step(weights, [], [], masks, True, 0, 0)
+    some = test_shard_ops.operands(step)
+    one = int(test_shard_ops.keys(some)[-1])
+    listed = host.shard_survey(*some, one - 1, one + 1, 200_000)[2]
+    sizes = [w.numel() for w in weights]
+    begins = [sum(sizes[:i]) for i in range(len(sizes))]
+    for edge in (1, 4096, 8192, sizes[0], sizes[0] + 4096, sizes[0] + sizes[2], sum(sizes)):
+        for last in (edge - 1, edge, edge + 1):
+            ends = [max(0, min(last - begin, size)) for begin, size in zip(begins, sizes, strict=True)]
+            for bracket in (None, (one - 1, one + 1)):
+                test_shard_ops.check_apply(host, step, bracket, [one] * len(ends), ends)
+    ends = torch.tensor([0, 1, 4095, 4096, 4097, 8192, sizes[0]])
+    for found in (None, listed):
+        assert torch.equal(host.shard_ties(*some, found, [0], one, ends), ends.diff())
+
+
+@pytest.mark.parametrize("dtype", test_shard_ops.CHECKSUM_DTYPES)
+def test_checksum(ordered: ModuleType, dtype: torch.dtype):
+    test_shard_ops.check_checksum(ordered, dtype)
+
+
+def test_shard_ops_refuse_what_another_survey_has_listed(host: ModuleType):
+    small, large = ([torch.ones(n)] for n in (10, 100_000))
+    listed = host.shard_survey(small, [], [], [], True, False, 0, 10, 5)[2]
+    with pytest.raises(ValueError, match="shard_split: listed must be of a survey of these tensors, got"):
+        host.shard_split(large, [], [], [], True, False, listed, [0], [1])
+
+
+def test_sharded_steps(host: ModuleType):
+    returned(run(2, row_cases_on, Path(str(host.__file__)), range(12)))

@@ -1,11 +1,13 @@
-// csrc/prune.cu as a Python module, and kernels with mistakes that the emulation must notice.
+// csrc/*.cu as a Python module, and kernels with mistakes that the emulation must notice.
 #include <torch/extension.h>
 #include <torch/library.h>
 
 #undef TORCH_LIBRARY_IMPL  // nothing here serves CUDA tensors
-#define TORCH_LIBRARY_IMPL(space, key, m) [[maybe_unused]] void not_registered(torch::Library& m)
+#define TORCH_LIBRARY_IMPL(space, key, m) \
+  [[maybe_unused]] void C10_CONCATENATE(not_registered, C10_UID)(torch::Library& m)
 
 #include "../../csrc/prune.cu"
+#include "../../csrc/shards.cu"
 
 namespace drive {
 
@@ -50,6 +52,16 @@ __global__ void leaving() {
   __syncthreads();
 }
 
+// An op of drive::shard_*.
+template <class Result, class... Rest>
+void define(py::module_& m, const char* name, Result (*op)(at::TensorList, at::TensorList, at::TensorList,
+                                                           at::TensorList, bool, bool, Rest...)) {
+  m.def(name, [op](const Tensors& weights, const Tensors& grads, const Tensors& mask_grads,
+                   const Tensors& masks, bool fresh, bool wide, std::decay_t<Rest>... rest) {
+    return op(weights, grads, mask_grads, masks, fresh, wide, rest...);
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(cuda_on_host, m) {
@@ -79,6 +91,13 @@ PYBIND11_MODULE(cuda_on_host, m) {
     item.numel = n + 1;
     return drive::gpu::divided(item, dim, n);
   });
+  define(m, "shard_sample", drive::shard_sample_cuda);
+  define(m, "shard_survey", drive::shard_survey_cuda);
+  define(m, "shard_histogram", drive::shard_histogram_cuda);
+  define(m, "shard_split", drive::shard_split_cuda);
+  define(m, "shard_ties", drive::shard_ties_cuda);
+  define(m, "shard_apply_", drive::shard_apply_cuda);
+  m.def("checksum", [](Tensors inputs) { return drive::checksum_cuda(inputs); });
   m.def("neighbours", [](bool barrier) {
     int sum = 0;
     drive::launch(neighbours, 1, 64, nullptr, barrier, &sum);
