@@ -70,12 +70,12 @@ def check_result(found: PruneResult, oracle: PruneResult) -> None:
     assert found.threshold == pytest.approx(oracle.threshold, rel=1e-12)
 
 
-def dtensor_cases(seeds: range) -> None:
+def dtensor_cases(seeds: range, device: str = "cpu") -> None:
     """Every tensor placed by chance, on a mesh of one or two dimensions."""
     size = dist.get_world_size()
-    meshes = [init_device_mesh("cpu", (size,))]
+    meshes = [init_device_mesh(device, (size,))]
     if size == 4:
-        meshes.append(init_device_mesh("cpu", (2, 2)))
+        meshes.append(init_device_mesh(device, (2, 2)))
     for seed in seeds:
         tensors, arguments = case(seed)
         draw = random.Random(seed)
@@ -84,7 +84,7 @@ def dtensor_cases(seeds: range) -> None:
 
         def placed(some: list[Tensor], mesh=mesh, chosen=chosen) -> list[DTensor]:
             return [
-                distribute_tensor(t.clone(), mesh, p, src_data_rank=None)
+                distribute_tensor(t.clone().to(device), mesh, p, src_data_rank=None)
                 for t, p in zip(some, chosen, strict=False)
             ]
 
@@ -96,8 +96,8 @@ def dtensor_cases(seeds: range) -> None:
             mask = found.masks[name]
             assert isinstance(mask, DTensor) and mask.placements == weights[i].placements
             assert not old or mask is old[i], "updated in place"
-            assert torch.equal(mask.full_tensor(), oracle.masks[name]), (seed, name, chosen)
-            assert torch.equal(weights[i].full_tensor(), pruned[i]), (seed, name, chosen)
+            assert torch.equal(mask.full_tensor().cpu(), oracle.masks[name]), (seed, name, chosen)
+            assert torch.equal(weights[i].full_tensor().cpu(), pruned[i]), (seed, name, chosen)
         check_result(found, oracle)
 
 
@@ -324,13 +324,13 @@ def test_memory():
     assert max(returned(run(2, memory, entries))) < 1.3 + 4e6 / entries
 
 
-def missed_brackets(seeds: range) -> None:
+def missed_brackets(seeds: range, device: str = "cpu") -> None:
     """Where the sample misleads, or there is no room for what is inside: the same by whole passes."""
     from drive import distributed
 
     for sigmas, share in ((-3, 16), (5, 1 << 40)):
         distributed._SIGMAS, distributed._ENTRIES_PER_LISTED, distributed._MIN_SAMPLE = sigmas, share, 64
-        row_cases(seeds)
+        row_cases(seeds, device)
 
 
 def test_missed_brackets():
