@@ -32,7 +32,11 @@ class Tuning(NamedTuple):
     most: int = 64  # with more, or with deeper products, registers are spilled for float32 on Ampere
     depth: int = 32
     rows_a_warp: int = 8  # likewise
-    batch: int = 64  # rows that `sample` multiplies at a time
+    # Of `sample`, in bytes, since float32 takes three products of TF32. Rows at a time: with twice as many,
+    # Triton 3.8 spills registers. Rows of a block a warp, for each byte of an entry: with 8 instead of 16,
+    # float32 takes up to 1.7 times the instructions; half floats wait for memory, and like more warps.
+    batch: int = 128
+    sampled_a_warp: int = 4
 
 
 TUNING = Tuning()
@@ -151,8 +155,8 @@ def block_linear_backward(
                     sample, (row.numel(),),
                     grad=g, input=x, block_row=row, block_column=column, to_weight=to_weight,
                     rows=x.shape[0], outputs=outputs, inputs=inputs,
-                    BATCH=TUNING.batch, BLOCK=block,
-                    num_warps=block // TUNING.rows_a_warp, enable_fp_fusion=True,
+                    BATCH=TUNING.batch // x.itemsize, BLOCK=block,
+                    num_warps=block // (TUNING.sampled_a_warp * x.itemsize), enable_fp_fusion=True,
                 )  # fmt: skip
         if needed[2]:
             to_bias = grad.reshape(-1, outputs).sum(0)
