@@ -8,13 +8,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache
-from pathlib import Path
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
-from ugly import Step, laid_out, sample_inputs
+from ugly import Step, sample_inputs
 
 import drive_kernels
 from drive import info
@@ -22,7 +21,8 @@ from drive_kernels.prune import reference
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from ahead_of_time import Launch, assert_passes, disassembled, interpreted, recorded
+from ahead_of_time import CAPABILITIES, Code, Launch, assert_passes, expect, expect_known_spills, interpreted
+from triton_launches import prune as launches
 
 from drive_kernels import prune_triton
 
@@ -34,22 +34,7 @@ def interpreter() -> Iterator[subprocess.Popen[str]]:
         yield process
 
 
-@cache
-def launches() -> frozenset[Launch]:
-    """All that the launcher makes of any arguments: it runs, on CPU tensors, the kernels do not."""
-    more = []  # dense, in row-major order and not
-    for dtype in (torch.float32, torch.float64):
-        for layout in ("contiguous", "channels_last"):
-            w, g, m = (
-                laid_out(torch.ones(40, 30, 3, 3, dtype=t), layout) for t in (dtype, dtype, torch.bool)
-            )
-            more.append(Step([w], [g], [], [m], True, 1, 0))
-    with recorded() as found:
-        for step in (*sample_inputs(), *more):
-            for fresh in (False, True):
-                for min_keep in (0, 1):
-                    prune_triton.prune_(*replace(step, fresh=fresh, min_keep=min_keep).clone().args())
-    return frozenset(found)
+HOT = tuple(product(("survey", "apply_plain"), (False, True), (False, True)))  # kernel, wide, fresh
 
 
 def test_launches_are_all_there():
@@ -58,13 +43,11 @@ def test_launches_are_all_there():
         "list_chunks", "sample", "bracket", "survey", "decide", "count_digit", "pick_digit", "count_ties",
         "locate", "recount", "cut", "apply_plain", "apply_others", "finish",
     }  # fmt: skip
-    for wide in (False, True):
-        for fresh in (False, True):
-            for name in ("survey", "apply_plain"):
-                assert any(is_hot(x, name, wide, fresh) for x in launches()), (name, wide, fresh)
+    for way in HOT:
+        assert any(is_hot(x, *way) for x in launches()), way
 
 
-@pytest.mark.parametrize("capability", (80, 90, 100))
+@pytest.mark.parametrize("capability", CAPABILITIES)
 def test_all_launches_compile(capability: int):
     for launch in launches():
         ptx = launch.compile(capability).asm["ptx"]
@@ -80,26 +63,32 @@ def is_hot(launch: Launch, name: str, wide: bool, fresh: bool) -> bool:
     )
 
 
-@pytest.mark.parametrize("fresh", (False, True))
-@pytest.mark.parametrize("wide", (False, True))
-@pytest.mark.parametrize("name", ("survey", "apply_plain"))
-def test_plain_chunks_move_16_bytes_at_a_time(name: str, wide: bool, fresh: bool, tmp_path: Path):
+@pytest.mark.parametrize("name, wide, fresh", HOT)
+def test_plain_chunks_move_16_bytes_at_a_time(name: str, wide: bool, fresh: bool):
     """What all entries of an ordinary network go through, on a Hopper GPU."""
     launch = next(x for x in launches() if is_hot(x, name, wide, fresh))
-    found = disassembled(launch.compile(90), tmp_path)
+    found = Code.of(launch.compile(90)).instructions
     assert len(found) > 500
-    assert not [op for op in found if op.startswith(("LDL", "STL"))], "registers are spilled"
     # Vectors a thread: 16 entries of float32, bfloat16, float16 and float64, in a branch each; and of a third
     # operand in a branch of that, where scores are float64.
     threads = 32 * prune_triton.TUNING.plain_warps
     vectors = [
         prune_triton.TUNING.chunk * size // 16 // threads for size in ((4, 2, 2, 8) if wide else (4, 2, 2))
     ]
-    assert found.count("LDG.E.128.CONSTANT") + found.count("LDG.E.128") == sum(vectors) * (3 if wide else 2)
+    loads = found.count("LDG.E.128.CONSTANT") + found.count("LDG.E.128")
+    expect(loads == sum(vectors) * (3 if wide else 2), f"{launch}: {loads} loads of 16 bytes")
     narrow = [op for op in found if re.match(r"(LDG|STG)\.E\.[US]?(8|16)\b", op)]
-    assert not narrow, "masks and half floats go in vectors, too"
+    expect(not narrow, f"{launch}: masks and half floats go in vectors, too, got {narrow}")
     if name == "apply_plain":
-        assert found.count("STG.E.128") == sum(vectors)
+        stores = found.count("STG.E.128")
+        expect(stores == sum(vectors), f"{launch}: {stores} stores of 16 bytes")
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_plain_chunks_stay_in_registers(capability: int):
+    hot = {x for x in launches() for way in HOT if is_hot(x, *way)}
+    assert len(hot) == len(HOT)
+    expect_known_spills(hot, capability)
 
 
 def test_in_the_interpreter(interpreter: subprocess.Popen[str]):
