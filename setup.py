@@ -111,4 +111,6 @@ class Build(cpp_extension.BuildExtension):
         super().build_extensions()
 
 
-setup(ext_modules=[extension()], cmdclass={"build_ext": Build})
+# The licence is here since pyproject.toml can name it in two ways only: one is an error before setuptools 77,
+# the other is deprecated since.
+setup(license="BSD-3-Clause", ext_modules=[extension()], cmdclass={"build_ext": Build})
