@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-BUILD_TOOLS := "setuptools>=77" pybind11 ninja wheel
+BUILD_TOOLS := setuptools pybind11 ninja wheel
+EVERYTHING := ".[vision,experiments,dev]"
 
-.PHONY: demo test bench results paper gpu gpu-table1 lint sanitize clean
+.PHONY: demo test bench results paper gpu gpu-table1 spills lint sanitize clean
 
 demo: $(VENV)/.built
 	$(BIN)/drive prune
@@ -56,6 +57,10 @@ gpu-table1:
 	    $(if $(METHODS),--methods $(METHODS)) $(if $(SEEDS),--seeds $(SEEDS)) \
 	    $(if $(PRECISION),--precision $(PRECISION))
 
+# Registers, spills and shared memory of the Triton kernels on GPUs of three kinds, none of which need be here.
+spills: $(VENV)/.built
+	$(BIN)/python benchmarks/spills.py
+
 lint: $(VENV)/.built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -72,14 +77,26 @@ sanitize: $(VENV)/.built
 	    $(BIN)/pytest tests/test_prune_op.py tests/test_fused.py tests/test_shard_ops.py tests/test_sparse_ops.py \
 	        tests/test_sparse_pair.py
 
-$(VENV)/.installed: pyproject.toml
+# $(call install,WHAT): nothing newer than what was tested. Where the index could be asked and has no such
+# versions any more, what it has.
+define install
+@pip='$(BIN)/pip install -q --disable-pip-version-check'; log=$(VENV)/pip.log; \
+echo $$pip -c constraints.txt '$(1)'; $$pip -c constraints.txt $(1) 2>$$log; status=$$?; cat $$log >&2; \
+if [ $$status != 0 ] && grep -q 'ResolutionImpossible\|No matching distribution' $$log && \
+    ! grep -q 'connection broken\|Could not fetch' $$log; then \
+    $$pip $(1); status=$$?; [ $$status != 0 ] || \
+    echo 'make: pip found no versions within constraints.txt, see above: untested ones were installed' >&2; \
+fi; exit $$status
+endef
+
+$(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "needs Python 3.10 or later")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q --disable-pip-version-check $(BUILD_TOOLS) "torch>=2.10"
+	$(call install,$(BUILD_TOOLS) "torch>=2.10")
 	touch $@
 
 $(VENV)/.built: $(VENV)/.installed setup.py $(wildcard csrc/*)
-	$(BIN)/pip install -q --disable-pip-version-check --no-build-isolation -e ".[vision,experiments,dev]"
+	$(call install,--no-build-isolation -e $(EVERYTHING))
 	touch $@
 
 clean:
