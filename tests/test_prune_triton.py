@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +22,16 @@ from drive_kernels.prune import reference
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from ahead_of_time import CAPABILITIES, Code, Launch, assert_passes, expect, expect_known_spills, interpreted
+from ahead_of_time import (
+    CAPABILITIES,
+    KNOWN_VERSIONS,
+    Code,
+    Launch,
+    assert_passes,
+    expect,
+    expect_known_spills,
+    interpreted,
+)
 from triton_launches import prune as launches
 
 from drive_kernels import prune_triton
@@ -53,6 +63,12 @@ def test_all_launches_compile(capability: int):
         ptx = launch.compile(capability).asm["ptx"]
         for inexact in (".ftz", "fma.rn.f", ".approx", "div.full"):
             assert inexact not in ptx, f"{launch}: {inexact}"
+
+
+def test_the_newest_triton_that_make_installs_is_known():
+    constraints = (Path(__file__).parent.parent / "constraints.txt").read_text()
+    newest = re.search(r"^triton<=(\d+\.\d+)", constraints, re.M)
+    assert newest and newest[1] in KNOWN_VERSIONS
 
 
 def is_hot(launch: Launch, name: str, wide: bool, fresh: bool) -> bool:
