@@ -22,6 +22,7 @@ from drive_kernels.prune import reference
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+import ahead_of_time
 from ahead_of_time import (
     CAPABILITIES,
     KNOWN_VERSIONS,
@@ -69,6 +70,15 @@ def test_the_newest_triton_that_make_installs_is_known():
     constraints = (Path(__file__).parent.parent / "constraints.txt").read_text()
     newest = re.search(r"^triton<=(\d+\.\d+)", constraints, re.M)
     assert newest and newest[1] in KNOWN_VERSIONS
+
+
+def test_worse_code_fails_with_known_versions_and_warns_with_others(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ahead_of_time, "VERSION", KNOWN_VERSIONS[0])
+    with pytest.raises(pytest.fail.Exception, match="two spills"):
+        expect(False, "two spills")
+    monkeypatch.setattr(ahead_of_time, "VERSION", "0.1")
+    with pytest.warns(UserWarning, match="worse code: two spills"):
+        expect(False, "two spills")
 
 
 def is_hot(launch: Launch, name: str, wide: bool, fresh: bool) -> bool:
