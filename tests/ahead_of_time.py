@@ -15,9 +15,11 @@ from tempfile import NamedTemporaryFile
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import numpy
 import pytest
 import torch
 import triton
+from numpy.lib import NumpyVersion
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import interpreter
@@ -161,6 +163,8 @@ def patch_once() -> None:
 
 
 def assert_passes(interpreter: subprocess.Popen[str]) -> None:
+    if VERSION == "3.6" and NumpyVersion(numpy.__version__) >= "2.4.0":
+        pytest.skip("the interpreter of Triton 3.6 needs NumPy before 2.4")
     output, _ = interpreter.communicate(timeout=600)
     assert interpreter.returncode == 0, output
     assert re.search(r"^\d+ passed", output, re.M), output
