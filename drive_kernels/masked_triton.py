@@ -376,9 +376,21 @@ def _backward(
         torch.sum(grad, (0, 2, 3), out=to_bias)
 
 
+# Triton before 3.8 takes float32 that went through a bool mask for something narrower: on the tensor cores of
+# sm_100 and sm_110 it rounds such products to TF32, whatever it is told.
+ROUNDS = tuple(int(x) for x in triton.__version__.split(".")[:2]) < (3, 8)
+
+
+def _left_to_reference(input: Tensor, mask: Tensor) -> bool:
+    if input.dtype != torch.float32 or mask.dtype != torch.bool or not ROUNDS or not input.is_cuda:
+        return input.dtype == torch.float64
+    full_precision = torch.backends.cuda.matmul.fp32_precision != "tf32"
+    return full_precision and torch.cuda.get_device_capability(input.device)[0] in (10, 11)
+
+
 def masked_linear(input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None) -> Tensor:
     """drive::masked_linear for tensors on one GPU; for tensors on the CPU in Triton's interpreter."""
-    if input.dtype == torch.float64:
+    if _left_to_reference(input, mask):
         return masked.linear_reference(input, weight, mask, bias)
     output = input.new_empty(masked.linear_size(input, weight, mask, bias))
     source, weight, mask, target = (_images(masked.matrix(t)) for t in (input, weight, mask, output))
@@ -390,7 +402,7 @@ def masked_linear_backward(
     grad: Tensor, input: Tensor, weight: Tensor, mask: Tensor, needed: Sequence[bool]
 ) -> Gradients:
     """drive::masked_linear_backward, likewise."""
-    if input.dtype == torch.float64:
+    if _left_to_reference(input, mask):
         return masked.linear_backward_reference(grad, input, weight, mask, needed)
     masked.check_linear_grad(grad, input, weight, mask)
     found = masked.empty_gradients(input, weight, mask, needed)
@@ -412,7 +424,7 @@ def masked_conv2d(
 ) -> Tensor:
     """drive::masked_conv2d, likewise."""
     options = (stride, padding, dilation, groups)
-    if input.dtype == torch.float64:
+    if _left_to_reference(input, mask):
         return masked.conv2d_reference(input, weight, mask, bias, *options)
     output = masked.empty_images(input, masked.conv2d_size(input, weight, mask, *options, bias))
     _convolve(input, weight, mask, bias, output, Convolution(*options), transposed=False)
@@ -432,7 +444,7 @@ def masked_conv2d_backward(
 ) -> Gradients:
     """drive::masked_conv2d_backward, likewise."""
     options = (stride, padding, dilation, groups)
-    if input.dtype == torch.float64:
+    if _left_to_reference(input, mask):
         return masked.conv2d_backward_reference(grad, input, weight, mask, *options, needed)
     masked.check_conv2d_grad(grad, input, weight, mask, *options)
     found = masked.empty_gradients(input, weight, mask, needed)

@@ -5,13 +5,18 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Iterator
+from unittest import mock
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from ahead_of_time import CAPABILITIES, Launch, assert_passes, expect, expect_known_spills, interpreted
+from triton_launches import CONVS
 from triton_launches import masked as launches
+
+from drive_kernels import masked_triton
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -44,9 +49,24 @@ def test_all_launches_compile(capability: int):
         if multiplies_on_tensor_cores(launch):
             expect(instruction in ptx, f"{launch}: no {instruction}")
         else:
-            assert "mma" not in ptx, f"{launch}: products of float32 are rounded"
+            rounds = masked_triton.ROUNDS and capability == 100 and launch.name == "masked.convolve"
+            left_to_reference = rounds and "*u8" in dict(launch.types).values()
+            assert ("mma" in ptx) == left_to_reference, f"{launch}: products of float32 are rounded"
         expect("cp.async" in ptx, f"{launch}: no loads ahead")
     expect_known_spills(launches(), capability)
+
+
+@pytest.mark.parametrize("major", (9, 10))
+@pytest.mark.parametrize("learned", (False, True))
+def test_what_triton_rounds_is_left_to_the_reference(
+    learned: bool, major: int, monkeypatch: pytest.MonkeyPatch
+):
+    """On a device that is not here, with a Triton before 3.8."""
+    _, _, mask, _ = CONVS[0].tensors(torch.float32, learned)
+    input = mock.Mock(dtype=torch.float32, is_cuda=True)
+    monkeypatch.setattr(masked_triton, "ROUNDS", True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
+    assert masked_triton._left_to_reference(input, mask) == (major == 10 and not learned)
 
 
 def test_in_the_interpreter(interpreter: subprocess.Popen[str]):
