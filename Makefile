@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 BUILD_TOOLS := setuptools pybind11 ninja wheel
 EVERYTHING := ".[vision,experiments,dev]"
 
-.PHONY: demo test bench results paper gpu gpu-table1 spills lint sanitize clean
+.PHONY: demo test bench results paper gpu-smoke gpu gpu-table1 spills lint sanitize clean
 
 demo: $(VENV)/.built
 	$(BIN)/drive prune
@@ -43,7 +43,6 @@ gpu:
 	$$python benchmarks/gpu.py $(if $(OUT_DIR),--out $(OUT_DIR)) $(if $(MINUTES),--minutes $(MINUTES))
 
 # The first three minutes of that: do the pruning kernels work here, and how fast? make gpu-smoke OUT_DIR=folder
-.PHONY: gpu-smoke
 gpu-smoke:
 	@for python in $(PYTHON) $(wildcard $(BIN)/python); do $$python -c 'import torch' 2>/dev/null && break; done; \
 	$$python benchmarks/gpu_smoke.py $(if $(OUT_DIR),--out $(OUT_DIR))
