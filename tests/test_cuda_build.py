@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
-import subprocess
-from importlib.util import find_spec
+import sys
 from pathlib import Path
 
 import pytest
 
 import drive_kernels
+
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+
+from gpu_passes import PASSES, cuobjdump, main
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 HOT = ("survey", "apply_list", "apply_keys")
@@ -17,14 +20,6 @@ SOURCES = 2  # prune.cu and shards.cu have each of them
 
 if drive_kernels._C is None or drive_kernels._C.build_info()["cuda"] == "not built":
     pytest.skip("compiled without CUDA", allow_module_level=True)
-
-
-def cuobjdump(*options: str) -> str:
-    triton = find_spec("triton")  # which carries the tool
-    assert triton is not None and triton.origin is not None
-    tool = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    command = [str(tool), *options, drive_kernels._C.__file__]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def hot(function: str) -> str | None:
@@ -89,3 +84,16 @@ def test_hot_loops_load_16_bytes_and_round_as_ieee_does(architecture: str):
         assert "FMUL.FTZ" not in part and "FFMA" not in part, (
             f"{function}: products neither flushed nor fused"
         )
+
+
+def test_page_of_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """docs/gpu-passes.md can be made again."""
+    monkeypatch.setattr(sys, "argv", ["gpu_passes.py", "--out", str(tmp_path / "page.md")])
+    main()
+    page = (tmp_path / "page.md").read_text()
+    rows = {line.split(" | ")[0]: line.split(" | ")[1:] for line in page.splitlines()}
+    assert all(len(rows[f"| {each.kernel}"]) == 8 for each in PASSES)
+    ratios = [
+        float(line.split(" | ")[-1].rstrip(" |")) for line in page.splitlines() if "| float32 |" in line
+    ]
+    assert len(ratios) == 3 and ratios == sorted(ratios, reverse=True) and min(ratios) > 17 / 12
