@@ -138,12 +138,6 @@ def test_rows_of_plain_tensors(size: int):
     returned(run(size, row_cases, range(40)))
 
 
-@pytest.mark.gpu
-def test_rows_of_plain_tensors_on_one_device():
-    """Two ranks that share a GPU: what they do alone is done there, their counts travel through the host."""
-    returned(run(2, row_cases, range(20), "cuda"))
-
-
 def rank_tensors(rows: int = 40) -> tuple[list[Tensor], list[Tensor]]:
     """Weights and gradients of this rank alone."""
     generator = torch.Generator().manual_seed(dist.get_rank())
