@@ -27,14 +27,13 @@ def misleading(n: int, samples: int) -> Step:
 
 
 def guarded() -> Step:
-    """Two tensors would lose nearly all they have, but for min_keep."""
+    """Three tensors would lose all they have but for min_keep: small ones, and one that many blocks count."""
     generator = torch.Generator().manual_seed(1)
-    weights = [
-        torch.randn(n, generator=generator) * scale for n, scale in ((30_000, 1), (9000, 1e-3), (50, 1e-3))
-    ]
+    sizes = ((400_000, 1.0), (300_000, 1e-3), (9000, 1e-3), (50, 1e-3))
+    weights = [torch.randn(n, generator=generator) * scale for n, scale in sizes]
     grads = [torch.randn(w.shape, generator=generator) for w in weights]
     masks = [torch.rand(w.shape, generator=generator) < 0.9 for w in weights]
-    return Step(weights, grads, [], masks, False, 30_000, 40)
+    return Step(weights, grads, [], masks, False, 600_000, 40)
 
 
 def unaligned() -> Step:
