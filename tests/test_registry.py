@@ -5,6 +5,7 @@ test_cuda_on_host.py has the compiled part's side of it.
 
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 import sys
@@ -117,9 +118,9 @@ def test_every_op_with_a_gpu_kernel_has_a_reference():
         assert (op.reference is not None) == bool(op.triton or "cuda" in op.compiled), name
         schema = getattr(torch.ops.drive, name).default._schema
         if op.reference is not None:
-            code = op.reference.__code__
-            arguments = code.co_varnames[: code.co_argcount - len(op.reference.__defaults__ or ())]
-            assert list(arguments) == [a.name for a in schema.arguments], name
+            parameters = inspect.signature(op.reference).parameters.values()
+            arguments = [p.name for p in parameters if p.default is p.empty]
+            assert arguments == [a.name for a in schema.arguments], name
         if "cuda" in op.compiled:
             fallback = getattr(torch.ops.drive_fallback, name).default
             assert str(fallback._schema) == str(schema).replace("drive::", "drive_fallback::")
