@@ -45,7 +45,8 @@ __global__ void __launch_bounds__(kThreads) sum_bits(char* data, int64_t n, Coun
   if (threadIdx.x == 0) atomicAdd(sum, static_cast<Counter>(total));
 }
 
-inline __global__ void scramble_sums(Counter* sums, int count) {
+template <class Sum>  // a template, as kernels of several files are
+__global__ void scramble_sums(Sum* sums, int count) {
   for (int i = threadIdx.x; i < count; i += blockDim.x) sums[i] = scramble(sums[i]);
 }
 

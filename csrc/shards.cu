@@ -354,7 +354,8 @@ at::Tensor checksum_cuda(at::TensorList inputs) {
       default: add_bits<int32_t>(device, dense, 2 * n, sum++);
     }
   }
-  launch(scramble_sums, 1, kThreads, device.stream, data_of<Counter>(sums), static_cast<int>(sums.numel()));
+  launch(scramble_sums<Counter>, 1, kThreads, device.stream, data_of<Counter>(sums),
+         static_cast<int>(sums.numel()));
   return sums;
 }
 
