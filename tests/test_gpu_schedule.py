@@ -13,11 +13,11 @@ import gpu_smoke
 import pytest
 from gpu_run import Outcome, Stage, go_through
 
-# Seconds of a first step to 90 % on an H200, as an expert reads the kernels: torch.mul by its bandwidth, and
-# from 1.8 (1 B, float32) to 4 times that.
+# Seconds of a first step to 90 % on an H200, on paper, before the kernels had 16 KB a chunk: torch.mul by its
+# bandwidth, and from 1.8 (1 B, float32) to 4 times that. docs/gpu-passes.md has less.
 STEP = {"138M": 0.75e-3, "1B": 5e-3, "11M": 0.12e-3}
 RIVAL = 100  # steps that one of PyTorch's ways takes: ten times what the goal asks for
-START = 8  # seconds until a script has imported PyTorch, here: 2 to 15 on two cores that six share
+START = 8  # seconds until a script has imported PyTorch: 2 to 15 on two cores, which were busy
 
 
 def case(size: str, ours: int, rivals: int, rounds: int, checks: int) -> float:
