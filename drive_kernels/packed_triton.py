@@ -172,7 +172,7 @@ def add_parts(parts: Tensor, bias: Tensor | None, output: Tensor) -> None:
     launch_kernel(
         add_up, grid,
         parts=parts, bias=bias, output=output, entries=entries, outputs=outputs, splits=parts.shape[0],
-        BLOCK=TUNING.entries,
+        BLOCK=TUNING.entries, enable_fp_fusion=True,
     )  # fmt: skip
 
 
