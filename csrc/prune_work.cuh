@@ -426,8 +426,7 @@ __device__ void with_type(const Item& item, Body body) {
 }
 
 // body(a value of the item's dtype; as a type, whether all its operands are aligned; the item) for a chunk in
-// vectors.
-// What is needed of the item there is held in registers, and what would be needed of others is not.
+// vectors. What is needed of the item there is held in registers, and what would be needed of others is not.
 template <class Key, class Body>
 __device__ void with_vectors(const Item item, Body body) {
   __builtin_assume(item.dense);

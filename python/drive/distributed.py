@@ -174,13 +174,10 @@ class _Plan:
     def apply(self, operands: Operands, chosen: list[_Choice]) -> None:
         """(Step 5) Writes weights and masks of all parts, those included that another rank counts."""
         thresholds, tie_ends = self._cuts(chosen)
-        listed = self._listed if len(chosen) == 1 and self._is_listed(chosen[0].threshold) else None
-        owners = [part.owner for part in self._parts]
-        for owner, found in ((True, listed), (False, None)):
-            here = [t for t, is_owner in enumerate(owners) if is_owner == owner]
-            if here:
-                cuts = [thresholds[t] for t in here], [tie_ends[t] for t in here]
-                torch.ops.drive.shard_apply_(*_some(operands, here), found, *cuts)
+        # one call, which writes all or nothing; what is listed is of the parts that this rank counts
+        complete = all(part.owner for part in self._parts)
+        listed = complete and len(chosen) == 1 and self._is_listed(chosen[0].threshold)
+        torch.ops.drive.shard_apply_(*operands, self._listed if listed else None, thresholds, tie_ends)
 
     def _cuts(self, chosen: list[_Choice]) -> tuple[list[int], list[int]]:
         """(Step 4) By tensor: the threshold, and the position here at which the ties on it end to survive."""
