@@ -94,7 +94,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(call install,$(BUILD_TOOLS) "torch>=2.10")
 	touch $@
 
-$(VENV)/.built: $(VENV)/.installed setup.py $(wildcard csrc/*)
+$(VENV)/.built: $(VENV)/.installed setup.py $(wildcard csrc/* csrc/*/* csrc/*/*/*)
 	$(call install,--no-build-isolation -e $(EVERYTHING))
 	touch $@
 

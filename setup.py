@@ -1,6 +1,6 @@
 """Build of drive_kernels._C: the CPU part always, the CUDA part where it can be.
 
-DRIVE_CUDA=auto (default) builds csrc/*.cu if torch was built with CUDA and a toolkit is found, 1 insists
+DRIVE_CUDA=auto (default) builds the *.cu of csrc if torch was built with CUDA and a toolkit is found, 1 insists
 on it, 0 leaves it out. No GPU need be visible: without TORCH_CUDA_ARCH_LIST a default list serves.
 """
 
@@ -77,8 +77,9 @@ def cuda_architectures(sources: list[str]) -> list[str]:
 
 
 def extension() -> cpp_extension.CppExtension:
-    sources, cuda_sources = sorted(glob.glob("csrc/*.cpp")), sorted(glob.glob("csrc/*.cu"))
-    headers = sorted(glob.glob("csrc/*.h") + glob.glob("csrc/*.cuh"))
+    sources, cuda_sources, headers, cuda_headers = (
+        sorted(glob.glob(f"csrc/**/*.{kind}", recursive=True)) for kind in ("cpp", "cu", "h", "cuh")
+    )
     flags = {"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS}
     make = cpp_extension.CppExtension
     if names := cuda_architectures(cuda_sources):
@@ -94,23 +95,15 @@ def extension() -> cpp_extension.CppExtension:
             *(f"-gencode=arch={re.sub('.*_', 'compute_', name)},code={name}" for name in names),
         ]
     return make(
-        "drive_kernels._C", sources, depends=headers, extra_compile_args=flags, extra_link_args=["-fopenmp"]
+        "drive_kernels._C",
+        sources,
+        depends=headers + cuda_headers,
+        include_dirs=[os.path.abspath("csrc")],
+        extra_compile_args=flags,
+        extra_link_args=["-fopenmp"],
     )
-
-
-class Build(cpp_extension.BuildExtension):
-    """prune.cpp and prune.cu would both be compiled to prune.o."""
-
-    def build_extensions(self) -> None:
-        names = self.compiler.object_filenames
-        self.compiler.object_filenames = lambda sources, *args, **options: [
-            name.removesuffix(".o") + (".cuda.o" if source.endswith(".cu") else ".o")
-            for source in sources
-            for name in names([source], *args, **options)
-        ]
-        super().build_extensions()
 
 
 # The licence is here since pyproject.toml can name it in two ways only: one is an error before setuptools 77,
 # the other is deprecated since.
-setup(license="BSD-3-Clause", ext_modules=[extension()], cmdclass={"build_ext": Build})
+setup(license="BSD-3-Clause", ext_modules=[extension()], cmdclass={"build_ext": cpp_extension.BuildExtension})

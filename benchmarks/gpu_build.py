@@ -16,7 +16,7 @@ from distutils.core import run_setup  # isort: skip
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "gpu"
 LIBRARY = BUILD / "lib"  # what is imported: drive, drive_kernels and its compiled part
-LEFT_OUT = ("sparse", "blocked")  # names of sources begin so
+LEFT_OUT = "csrc/sparse/"
 
 
 def main() -> None:
@@ -24,7 +24,7 @@ def main() -> None:
     arguments = ["-q", "build", "--build-lib", str(LIBRARY), "--build-temp", str(BUILD / "temp")]
     package = run_setup("setup.py", arguments, stop_after="commandline")
     for extension in package.ext_modules:
-        extension.sources = [s for s in extension.sources if not Path(s).name.startswith(LEFT_OUT)]
+        extension.sources = [s for s in extension.sources if not s.startswith(LEFT_OUT)]
     package.run_commands()
 
 

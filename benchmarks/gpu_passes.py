@@ -140,7 +140,7 @@ def expected(shapes: Shapes, itemsize: int, an_entry: float) -> tuple[int, float
 
 PAGE = """# A step on a GPU, on paper
 
-What `drive::prune_` launches for a first step to 90 % in float32 (csrc/prune.cu), with the registers and
+What `drive::prune_` launches for a first step to 90 % in float32 (csrc/prune/cuda/prune.cu), with the registers and
 shared memory of its kernels as compiled for {architecture}. **Nothing here was measured on a GPU**:
 `make gpu` measures ([gpu.md](gpu.md)). Made by `python benchmarks/gpu_passes.py --out docs/gpu-passes.md`.
 

@@ -7,7 +7,7 @@
 #include <string>
 
 #if defined(DRIVE_WITH_CUDA)
-#include "served.h"
+#include "common/served.h"
 #endif
 
 namespace {

@@ -136,4 +136,4 @@ for _name, _fake, _reference in (
     torch.library.register_fake(f"drive::{_name}", _fake, lib=_library)
     _library.impl(_name, _reference, "CompositeExplicitAutograd")
 
-# Their gradients are registered in csrc/blocked_autograd.cpp.
+# Their gradients are registered in csrc/sparse/blocked/autograd.cpp.

@@ -1,6 +1,6 @@
 """drive::prune_ in Triton: for GPUs where the compiled kernels are missing.
 
-The step of csrc/prune.cpp without the host ever waiting: every kernel reads from device memory what it has
+The step of csrc/prune/prune.cpp without the host ever waiting: every kernel reads from device memory what it has
 to do and returns early where that is nothing, so a step can be captured in a CUDA graph (after a first call,
 which compiles). All tensors go through one work list of chunks.
 
@@ -125,7 +125,7 @@ ALIVE = tl.constexpr(4)
 NONFINITE = tl.constexpr(5)
 COUNTS = tl.constexpr(6)
 
-# Keys are those of csrc/key.h. Digits are shorter: tl.histogram takes time for every bucket.
+# Keys are those of csrc/prune/key.h. Digits are shorter: tl.histogram takes time for every bucket.
 DIGIT_BITS = tl.constexpr(8)
 BUCKETS = tl.constexpr(256)
 TOP32 = tl.constexpr(0x7F800001)  # above every finite score's key
@@ -442,7 +442,7 @@ def list_chunks(table, chunk_item, work, work_item, BLOCK: tl.constexpr):
 
 @triton.jit
 def scrambled(x):
-    """Pseudo-random numbers for indices (splitmix64, as in csrc/sample.h): samples must not fall in step with
+    """Pseudo-random numbers for indices (splitmix64, as in csrc/prune/sample.h): samples must not fall in step with
     a tensor's shape, and a step should depend on nothing but its input."""
     x = x.to(tl.uint64) + 0x9E3779B97F4A7C15
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
@@ -881,7 +881,7 @@ def _item(
 
 
 def _merged(dims: list[Dim]) -> list[Dim]:
-    """Joins neighbouring dimensions that every operand steps through evenly, as csrc/walk.h does."""
+    """Joins neighbouring dimensions that every operand steps through evenly, as csrc/prune/walk.h does."""
     merged: list[Dim] = []
     for size, *strides in dims:
         if merged and merged[-1][1:] == tuple(size * stride for stride in strides):
@@ -1028,7 +1028,7 @@ def _check(
     prune: int,
     min_keep: int,
 ) -> None:
-    """Raise unless the arguments fit together, as csrc/prune_arguments.h does: kernels see addresses only."""
+    """Raise unless the arguments fit together, as csrc/prune/arguments.h does: kernels see addresses only."""
     op = "drive::prune_"
     if not weights:
         raise ValueError(f"{op}: weights must not be empty")

@@ -7,7 +7,7 @@ import Triton, the first call of such an op does.
 Not every GPU can run them: compiled kernels need machine code of its architecture, or PTX that its driver
 compiles, and Triton supports compute capability 8.0 and later. This is found out for each GPU when it is
 first used, and said in one warning. The compiled part hands over what it cannot run to the op of the same
-name in `drive_fallback` (csrc/implement.h).
+name in `drive_fallback` (csrc/common/implement.h).
 """
 
 from __future__ import annotations

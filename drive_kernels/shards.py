@@ -1,7 +1,7 @@
 """drive::shard_* - what one rank does for an exact global step over tensors that are spread over ranks.
 
 drive::prune_ in pieces, between which the ranks add up their counts (python/drive/distributed.py tells the
-algorithm). Scores and keys are those of drive::prune_ (prune.py, csrc/key.h): a key is 1 + the bits of
+algorithm). Scores and keys are those of drive::prune_ (prune.py, csrc/prune/key.h): a key is 1 + the bits of
 |score| as an integer, 0 for an entry that is pruned already. `wide` keys are of 64 bits, of float64 scores:
 whether they are is a question to all tensors, and the ops are called with some.
 
@@ -248,7 +248,7 @@ def _checksum(tensor: Tensor) -> Tensor:
     """The sum of bits * (a multiplier of the position), scrambled, modulo 2^64.
 
     Multipliers are scattered over 64 bits, so that the differences of two tensors do not add up to 0; entries
-    of 8 bytes are two of 4, so that no bit is pushed out of the sum. The sum is scrambled (csrc/sampling.h),
+    of 8 bytes are two of 4, so that no bit is pushed out of the sum. The sum is scrambled (csrc/prune/sampling.h),
     so that the checksums of several tensors do not add up as the tensors do.
     """
     bits = tensor.detach().flatten().view(_BITS[tensor.element_size()])

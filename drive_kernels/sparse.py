@@ -275,7 +275,7 @@ for _name, _fake, _reference in (
     torch.library.register_fake(f"drive::{_name}", _fake, lib=_library)
     _library.impl(_name, _reference, "CompositeExplicitAutograd")
 
-# Their gradients are registered in csrc/sparse_autograd.cpp.
+# Their gradients are registered in csrc/sparse/autograd.cpp.
 
 # Under autocast these are computed in float32: no CPU multiplies 16-bit floats one by one faster.
 for _name in ("sparse_conv2d", "sparse_linear", "to_blocks", "blocked_norm"):

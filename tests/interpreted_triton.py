@@ -203,7 +203,7 @@ def test_unaligned_operands(at: tuple[int, int, int], plain: int):
 
 PROGRAM = r"""
 #include <cstdio>
-#include "key.h"
+#include "prune/key.h"
 int main() {
   unsigned long long bits;
   int wide;

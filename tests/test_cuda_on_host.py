@@ -1,4 +1,4 @@
-"""csrc/*.cu without a GPU: threads are fibers on the host (tests/cuda_on_host). Against the oracle."""
+"""csrc/**/*.cu without a GPU: threads are fibers on the host (tests/cuda_on_host). Against the oracle."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ HERE = Path(__file__).parent / "cuda_on_host"
 @pytest.fixture(scope="module")
 def host() -> ModuleType:
     """The module, built again whenever a source changes: 20 seconds."""
-    sources = sorted([*HERE.rglob("*.*"), *(ROOT / "csrc").glob("*")])
+    sources = sorted([*HERE.rglob("*.*"), *(ROOT / "csrc").rglob("*.*")])
     state = hashlib.sha256(b"".join(path.read_bytes() for path in sources) + torch.__version__.encode())
     library = ROOT / "build" / "cuda_on_host" / f"cuda_on_host-{state.hexdigest()[:16]}.so"
     if not library.exists():

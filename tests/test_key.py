@@ -1,4 +1,4 @@
-"""csrc/key.h on the host: integer order is score order, digits cover every bit."""
+"""csrc/prune/key.h on the host: integer order is score order, digits cover every bit."""
 
 import subprocess
 from pathlib import Path
@@ -12,7 +12,7 @@ PROGRAM = r"""
 #include <cstdio>
 #include <cstring>
 #include <limits>
-#include "key.h"
+#include "prune/key.h"
 using namespace drive;
 
 static_assert(key_of_bits<int32_t>(0) == 1, "zero");

@@ -49,7 +49,7 @@ def codes(toolkit: Path, known: str | None) -> list[str] | None:
         runpy.run_path(str(ROOT / "setup.py"))
     (extension,) = found["ext_modules"]
     flags = extension.extra_compile_args
-    if "csrc/prune.cu" not in extension.sources:
+    if "csrc/prune/cuda/prune.cu" not in extension.sources:
         assert not any("-DDRIVE_WITH_CUDA" in flag for flag in flags["cxx"])
         return None
     found = [flag.removeprefix("-gencode=arch=") for flag in flags["nvcc"] if "arch" in flag]

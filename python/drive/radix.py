@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 # Buckets of all problems together in one round: 32 KiB of int64. One problem alone has at most 2^11 of them,
-# as csrc/key.h's digits: a third of a 32-bit key a round.
+# as csrc/prune/key.h's digits: a third of a 32-bit key a round.
 _BUCKETS = 1 << 12
 _BITS = 11
 

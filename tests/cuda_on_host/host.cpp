@@ -6,12 +6,12 @@
 #define TORCH_LIBRARY_IMPL(space, key, m) \
   [[maybe_unused]] void C10_CONCATENATE(not_registered, C10_UID)(torch::Library& m)
 
-#include "../../csrc/prune.cu"
-#include "../../csrc/shards.cu"
+#include "prune/cuda/prune.cu"
+#include "prune/cuda/shards.cu"
 
 namespace drive {
 
-// In place of csrc/served.cu: the device runs what a test says.
+// In place of csrc/common/served.cu: the device runs what a test says.
 static const char* fault = nullptr;
 const char* why_not_served(c10::DeviceIndex) { return fault; }
 

@@ -1,4 +1,4 @@
-// In place of csrc/launch.cuh's kernel<<<blocks, threads, 0, stream>>>(arguments...).
+// In place of csrc/prune/cuda/launch.cuh's kernel<<<blocks, threads, 0, stream>>>(arguments...).
 #pragma once
 
 #include <cuda_runtime.h>

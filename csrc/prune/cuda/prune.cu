@@ -1,0 +1,219 @@
+// drive::prune_ on GPUs: the k best scores survive, exactly, in two passes over the entries and without the
+// host knowing anything: every launch below reads what the ones before left in device memory.
+//
+//   1. Sample: up to 2^17 keys bracket the threshold, lo <= T <= hi, by a radix search for two ranks (sample,
+//      narrow).
+//   2. Survey (reads theta, G and an old mask): how many keys lie above, at and inside the bracket; one
+//      bit an entry, "at or above hi"; a list of the keys inside, chunk by chunk. Also the sum of |S|, and
+//      the count of non-finite scores, which makes the rest of the step a no-op.
+//   3. Threshold T, the k-th largest key: a radix search through the list (count). The survey's counts
+//      prove that the bracket held; if it did not, or the list is full, through all entries.
+//   4. Ties: of the entries on the threshold the first ones in row-major order survive. They are counted by
+//      chunk of that order (ties); a scan finds the chunk in which the last survivor lies, and a look at that
+//      chunk finds it (cut).
+//   5. Apply (reads theta and the bits, and the chunk's list; or theta, G and old mask again, where T lies on
+//      the bracket's edge or outside; writes theta, mask).
+//
+// Where min_keep is given and a tensor would fall below it, steps 3 and 4 run twice more before step 5:
+// for every tensor by itself (its guard; a small tensor's by one block), and for all entries that no guard keeps.
+//
+// A digit's bucket is chosen by every block of the next launch for itself (pick): a histogram is complete
+// when its launch is, and an all-reduce can go between.
+//
+// Bytes an entry, float32: read 8, written 1/8; read 4 1/8, written 4 + 1: 17.3, where torch.mul moves 12.
+// Scratch: 0.23 byte an entry (bits 0.125, list 0.094, counts 0.01; of 64-bit keys 0.3) and less than 1 MB, or for
+// ten thousand tensors 4 MB.
+//
+// work_list.cuh: the host side. work.cuh: entries and their keys. block.cuh: what a block does together.
+// step.cuh: what launches leave to each other. search.cuh: steps 1, 3, 4. passes.cuh: steps 2, 5.
+// Here: the launches.
+#include <ATen/ops/empty.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <tuple>
+
+#include "common/implement.h"
+#include "prune/arguments.h"
+#include "prune/cuda/launch.cuh"
+#include "prune/cuda/passes.cuh"
+#include "prune/cuda/search.cuh"
+#include "prune/cuda/step.cuh"
+#include "prune/cuda/work.cuh"
+#include "prune/cuda/work_list.cuh"
+#include "prune/key.h"
+#include "prune/sampling.h"
+
+namespace drive {
+namespace {
+
+using namespace gpu;
+
+// ---- Sizes ----
+
+// 2^14 samples put 4 % of the entries into the bracket (k = n / 2), 2^17 1.4 %, less than the list holds from
+// there on.
+constexpr int64_t kMaxSample = 1 << 17;
+constexpr int64_t kManyEntries = 1 << 20;
+// The list has room for one entry of 64 (1.6 %), and for 2^16 at least.
+constexpr int64_t kEntriesPerPlace = 64;
+constexpr int64_t kMinPlaces = 1 << 16;
+
+// Counters of a segment. Tensors of 2^18 entries (of 64-bit keys 2^19) or more have one in the selection of guards:
+// 0.19 byte an entry, no more than the bits and the list whose memory they take over.
+template <class Key>
+constexpr int64_t kHistograms = kDigits<Key> * kBuckets;
+template <class Key>
+constexpr int64_t kSegment = (int64_t{1} << 18) * kDigits<Key> / kDigits<int32_t>;
+
+// ---- Launchers ----
+
+// Where everything lies in the scratch memory; what must start at zero comes first.
+struct Layout {
+  int64_t zeros, bytes;
+};
+
+template <class Key>
+Layout lay_out(Step<Key>& step, const WorkList& list, int64_t survey_blocks, char* memory) {
+  Arena arena{memory};
+  const auto items = static_cast<int64_t>(list.items.size());
+  const bool guards = step.min_keep > 0;
+  arena.take(step.totals, 1);
+  arena.take(step.guarded, 1);
+  arena.take(step.alive, items);
+  arena.take(step.nonfinite, items);
+  arena.take(step.kept, items);
+  arena.take(step.bracket.histograms, 2 * kHistograms<Key>);
+  arena.take(step.all.histograms, kHistograms<Key>);
+  arena.take(step.all.ties, list.chunks);
+  if (guards) {
+    arena.take(step.rest.histograms, kHistograms<Key>);
+    arena.take(step.rest.ties, list.chunks);
+    arena.take(step.guards.ties, list.chunks);
+  }
+  Layout layout{arena.used, 0};
+
+  arena.take(step.work.items, items);
+  arena.take(step.work.dims, static_cast<int64_t>(list.dims.size()));
+  arena.take(step.bracket.searches, 2 * (kDigits<Key> + 1));
+  arena.take(step.all.searches, kDigits<Key> + 1);
+  arena.take(step.all.cuts, 1);
+  if (guards) {
+    arena.take(step.rest.searches, kDigits<Key> + 1);
+    arena.take(step.rest.cuts, 1);
+    arena.take(step.guards.searches, step.segments * (kDigits<Key> + 1));
+    arena.take(step.guards.cuts, items);
+  }
+  arena.take(step.sums, survey_blocks);
+  arena.take(step.chunks, list.chunks);
+  // One after the other: the sample, the survey's findings, the guards' histograms.
+  Arena sample = arena, guarding = arena;
+  sample.take(step.sample, step.samples);
+  guarding.take(step.guards.histograms, step.segments * kHistograms<Key>);
+  arena.take(step.bits, list.words);
+  arena.take(step.list, step.places);
+  arena.take(step.positions, step.places);
+  layout.bytes = std::max({arena.used, sample.used, guarding.used});
+  return layout;
+}
+
+// Steps 3 and 4.
+template <class Key, Stage kStage>
+void select(const Step<Key>& step, int64_t tensors, int64_t blocks, cudaStream_t stream) {
+  for (int digit = 0; digit < kDigits<Key>; ++digit) {
+    launch(count<Key, kStage>, blocks, kThreads, stream, step, digit);
+  }
+  launch(ties<Key, kStage>, blocks, kThreads, stream, step);
+  launch(cut<Key, kStage>, tensors, kThreads, stream, step);
+}
+
+using Outputs = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+
+// Everything about a step that the host decides.
+template <class Key>
+Step<Key> planned(const PruneArguments& arguments, WorkList& list) {
+  Step<Key> step{};
+  step.work = work_of(arguments, list);
+  step.keep = std::max<int64_t>(0, list.entries - arguments.prune);
+  step.min_keep = arguments.min_keep;
+  for (Item& item : list.items) {
+    const bool own = step.min_keep > 0 && item.numel >= kSegment<Key>;
+    item.segment = own ? static_cast<int32_t>(step.segments++) : -1;
+  }
+  if (list.entries > kMinSample) {
+    step.samples = list.entries > kManyEntries ? kMaxSample : kMinSample;
+    step.ranks = bracket_ranks(step.keep, list.entries, step.samples);
+  }
+  step.places = std::max(list.entries / kEntriesPerPlace, std::min(list.entries, kMinPlaces));
+  return step;
+}
+
+template <class Key>
+Outputs run(const PruneArguments& arguments) {
+  WorkList list(arguments);
+  Step<Key> step = planned<Key>(arguments, list);
+  const auto items = static_cast<int64_t>(list.items.size());
+  const at::TensorOptions device = arguments.weights[0].options();
+  const at::Tensor kept = at::empty({items}, device.dtype(at::kLong));
+  const at::Tensor nonfinite = at::empty({items}, device.dtype(at::kLong));
+  const at::Tensor scores = at::empty({2}, device.dtype(at::kDouble));
+  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
+  int processors = 0;
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount,
+                                        arguments.weights[0].device().index()));
+  const auto blocks = [&](int each) {
+    return std::max<int64_t>(1, std::min<int64_t>(list.chunks, processors * each));
+  };
+  constexpr Tuning kTuned = kTuning<Key>;
+  const int64_t survey_blocks = blocks(kTuned.survey), count_blocks = blocks(kTuned.count);
+  step.kept_out = kept.data_ptr<int64_t>();
+  step.nonfinite_out = nonfinite.data_ptr<int64_t>();
+  step.scores_out = scores.data_ptr<double>();
+  const Layout layout = lay_out(step, list, survey_blocks, nullptr);
+  const at::Tensor memory = at::empty({layout.bytes}, device.dtype(at::kByte));
+  lay_out(step, list, survey_blocks, static_cast<char*>(memory.data_ptr()));
+
+  C10_CUDA_CHECK(cudaMemsetAsync(memory.data_ptr(), 0, layout.zeros, stream));
+  copy_to_device(list.items, step.work.items, stream);
+  copy_to_device(list.dims, step.work.dims, stream);
+  if (step.samples > 0) {
+    launch(sample<Key>, count_blocks, kThreads, stream, step);
+    for (int digit = 1; digit < kDigits<Key>; ++digit) {
+      launch(narrow<Key>, count_blocks, kThreads, stream, step, digit);
+    }
+  }
+  launch(survey<Key>, survey_blocks, kThreads, stream, step);
+  select<Key, Stage::all>(step, 1, count_blocks, stream);
+  if (step.min_keep > 0) {
+    launch(tally<Key>, count_blocks, kThreads, stream, step);
+    launch(judge<Key>, 1, kThreads, stream, step);
+    if (step.segments > 0) {
+      launch(clear<Key>, count_blocks, kThreads, stream, step);
+      select<Key, Stage::guards>(step, items, count_blocks, stream);
+    }
+    launch(guard<Key>, std::min<int64_t>(items, processors * kTuned.count), kThreads, stream, step);
+    select<Key, Stage::rest>(step, 1, count_blocks, stream);
+  }
+  launch(apply_list<Key>, blocks(kTuned.list), kThreads, stream, step);
+  launch(apply_keys<Key>, blocks(kTuned.keys), kThreads, stream, step);
+  launch(finish<Key>, 1, kThreads, stream, step, static_cast<int>(survey_blocks));
+  return {kept, nonfinite, scores};
+}
+
+Outputs prune_cuda(at::TensorList weights, at::TensorList grads, at::TensorList mask_grads,
+                   at::TensorList masks, bool fresh, int64_t prune, int64_t min_keep) {
+  const PruneArguments arguments{weights, grads, mask_grads, masks, fresh, prune, min_keep};
+  const bool wide = arguments.check();
+  const c10::cuda::CUDAGuard guard(weights[0].device());
+  Outputs outputs = wide ? run<int64_t>(arguments) : run<int32_t>(arguments);
+  arguments.bump_versions();
+  return outputs;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(drive, CUDA, m) { implement<prune_cuda>(m, "prune_"); }
+
+}  // namespace drive

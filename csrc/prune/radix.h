@@ -1,0 +1,50 @@
+// Radix selection of the k-th largest key (step 3 of prune.cpp).
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <vector>
+
+#include "prune/key.h"
+#include "prune/work.h"
+
+namespace drive {
+
+// The k-th largest key between lo and hi. count(prefix, digit, counts) adds up, by bucket of
+// that digit, the keys that agree with the prefix in the digits before.
+template <class Key, class Count>
+Key kth_largest(int64_t k, Key lo, Key hi, const Count& count) {
+  using Bits = typename KeyTraits<Key>::Bits;
+  Bits prefix = 0;
+  for (int digit = 0; digit < kDigits<Key>; ++digit) {
+    int found = bucket(lo, digit);
+    if (!has_prefix(lo, hi, digit + 1)) {
+      std::vector<int64_t> counts(kBuckets);
+      count(static_cast<Key>(prefix), digit, counts);
+      for (found = kBuckets - 1; counts[found] < k; --found) k -= counts[found];
+    }
+    prefix |= static_cast<Bits>(found) << digit_shift<Key>(digit);
+  }
+  return static_cast<Key>(prefix);
+}
+
+// counts += the histograms that fill(i, histogram) makes for every i in [0, n), over all threads.
+template <class Fill>
+void count_parallel(int64_t n, std::vector<int64_t>& counts, const Fill& fill) {
+  std::vector<std::vector<int64_t>> partial(at::get_num_threads(), std::vector<int64_t>(counts.size()));
+  parallel(n, kGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) fill(i, partial[at::get_thread_num()]);
+  });
+  for (const auto& part : partial) {
+    for (size_t b = 0; b < counts.size(); ++b) counts[b] += part[b];
+  }
+}
+
+template <class Key>
+void add_keys(const Key* keys, int64_t n, Key prefix, int digit, std::vector<int64_t>& counts) {
+  for (int64_t i = 0; i < n; ++i) {
+    if (has_prefix(keys[i], prefix, digit)) ++counts[bucket(keys[i], digit)];
+  }
+}
+
+}  // namespace drive

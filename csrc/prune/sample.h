@@ -1,0 +1,91 @@
+// A bracket for the k-th largest key, from a sample (step 1 of prune.cpp).
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <functional>
+#include <utility>
+#include <vector>
+
+#include "prune/key.h"
+#include "prune/sampling.h"
+#include "prune/work.h"
+
+namespace drive {
+
+// 2^14 samples put 2.4 % (k = n / 10) to 4 % (k = n / 2) of the entries into the bracket, 2^16 half of
+// that, which pays from some 64 M entries on.
+constexpr int64_t kMaxSample = 1 << 16;
+constexpr int64_t kEntriesPerSample = 1 << 12;
+constexpr int64_t kSampleRun = 512;  // samples gathered together
+
+// Keys of `m` entries of one item.
+template <class Key>
+void sample_item(const Item& item, const int64_t* position, int64_t m, Staging& room, Key* keys) {
+  std::array<Offsets, kSampleRun> at;
+  for (int64_t i = 0; i < m; ++i) at[i] = item.walk.at(position[i]);
+  for (int o = 0; o < kMaxOperands; ++o) {
+    const char* data = item.data(o);
+    const int64_t size = item.entry_size(o);
+    // a loop of its own for each operand: short enough for many cache misses at a time
+    for (int64_t i = 0; data && i < m; ++i) {
+      std::memcpy(room.operand[o] + i * size, data + at[i][o] * size, size);
+    }
+  }
+  const Entries entries{room.operand[kWeight], item.data(kGrad) ? room.operand[kGrad] : nullptr,
+                        item.data(kMaskGrad) ? room.operand[kMaskGrad] : nullptr,
+                        item.fresh ? nullptr : reinterpret_cast<uint8_t*>(room.operand[kMask])};
+  std::array<Key, kSampleRun> found;
+  kernels_for<Key>(item).compute_keys(entries, padded<Key>(m), found.data());
+  std::copy_n(found.begin(), m, keys);
+}
+
+// (Step 1) Keys of `count` entries: a random one of each of `count` equal parts.
+template <class Key>
+std::vector<Key> sample(const std::vector<Item>& items, const std::vector<int32_t>& ids, int64_t n,
+                        int64_t count) {
+  std::vector<int64_t> ends;
+  for (const int32_t id : ids) ends.push_back((ends.empty() ? 0 : ends.back()) + items[id].numel());
+  std::vector<Key> keys(count);
+  parallel((count + kSampleRun - 1) / kSampleRun, 1, [&](int64_t first, int64_t last) {
+    Staging room;
+    std::array<int64_t, kSampleRun> position;
+    for (int64_t run = first; run < last; ++run) {
+      const int64_t length = std::min(kSampleRun, count - run * kSampleRun);
+      for (int64_t j = 0; j < length; ++j) {
+        const int64_t part = run * kSampleRun + j;
+        position[j] = sampled_entry(part, count, n);
+      }
+      for (int64_t j = 0; j < length;) {  // the part of the run that lies in one item
+        const int64_t which = std::upper_bound(ends.begin(), ends.end(), position[j]) - ends.begin();
+        const auto stop = std::lower_bound(position.begin() + j, position.begin() + length, ends[which]);
+        const int64_t m = stop - position.begin() - j;
+        for (int64_t i = j; i < j + m; ++i) position[i] -= ends[which] - items[ids[which]].numel();
+        sample_item<Key>(items[ids[which]], &position[j], m, room, &keys[run * kSampleRun + j]);
+        j += m;
+      }
+    }
+  });
+  return keys;
+}
+
+// lo <= hi: the k-th largest of the items' n keys very likely lies between them.
+template <class Key>
+std::pair<Key, Key> bracket(const std::vector<Item>& items, const std::vector<int32_t>& ids, int64_t n,
+                            int64_t k) {
+  if (n <= kMinSample) return {kDead<Key>, kTop<Key>};
+  const int64_t count = n / kEntriesPerSample < kMinSample ? kMinSample : kMaxSample;
+  std::vector<Key> keys = sample<Key>(items, ids, n, count);
+  const BracketRanks ranks = bracket_ranks(k, n, count);
+  const auto ranked = [&](int64_t rank) {
+    const auto nth = keys.begin() + rank - 1;
+    std::nth_element(keys.begin(), nth, keys.end(), std::greater<Key>());
+    return *nth;
+  };
+  const Key hi = ranks.high == 0 ? kTop<Key> : ranked(ranks.high);
+  const Key lo = ranks.low == 0 ? kDead<Key> : ranked(ranks.low);
+  return {std::min<Key>(lo, hi - 1), hi};
+}
+
+}  // namespace drive
