@@ -99,4 +99,4 @@ $(VENV)/.built: $(VENV)/.installed setup.py $(wildcard csrc/* csrc/*/* csrc/*/*/
 	touch $@
 
 clean:
-	rm -rf build $(VENV) *.egg-info drive_kernels/*.so
+	rm -rf build $(VENV) *.egg-info python/drive_kernels/*.so

@@ -1,6 +1,6 @@
 """Build of drive_kernels._C: the CPU part always, the CUDA part where it can be.
 
-DRIVE_CUDA=auto (default) builds the *.cu of csrc if torch was built with CUDA and a toolkit is found, 1 insists
+DRIVE_CUDA=auto (default) builds csrc/**/*.cu if torch was built with CUDA and a toolkit is found, 1 insists
 on it, 0 leaves it out. No GPU need be visible: without TORCH_CUDA_ARCH_LIST a default list serves.
 """
 

@@ -12,7 +12,7 @@ from sizes import Size
 from torch import Tensor, nn
 
 from drive import Masks, fused_drive_prune
-from drive.workload import Inputs
+from drive.experiments.bench.workload import Inputs
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "SGD with momentum": partial(torch.optim.SGD, lr=1e-3, momentum=0.9),

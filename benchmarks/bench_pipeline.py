@@ -11,12 +11,12 @@ from collections.abc import Callable
 
 import torch
 
-from drive.batches import Batches
-from drive.compute import Compute
-from drive.dataset import Dataset
-from drive.models import Network, names
-from drive.recipe import Recipe
-from drive.train import train
+from drive.experiments.data.batches import Batches
+from drive.experiments.data.dataset import Dataset
+from drive.experiments.training.compute import Compute
+from drive.experiments.training.loop import train
+from drive.experiments.training.networks import Network, names
+from drive.experiments.training.recipe import Recipe
 
 
 def images_a_second(count: int, device: str, work: Callable[[], object]) -> float:

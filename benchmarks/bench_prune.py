@@ -13,9 +13,9 @@ import pytest
 import torch
 from sizes import Size
 
-from drive import bench
+from drive.experiments.bench import step as bench
+from drive.experiments.bench.workload import Case, Inputs, validate
 from drive.files import write_atomic
-from drive.workload import Case, Inputs, validate
 
 CASE = Case("any size", torch.float32, 0.9, old_masks=False)
 

@@ -23,9 +23,8 @@ import torch
 from gpu_providers import CHECKED, OURS, PROVIDERS, RIVALS, Provider, Unavailable
 from gpu_rows import NAN, WRONG, Row
 
-from drive.bench import Step
-from drive.fused import PruneOp
-from drive.workload import (
+from drive.experiments.bench.step import Step
+from drive.experiments.bench.workload import (
     Case,
     Inputs,
     Shapes,
@@ -35,6 +34,7 @@ from drive.workload import (
     validate,
     vgg16_shapes,
 )
+from drive.fused import PruneOp
 
 SIZES: dict[str, Shapes] = {
     "1M": [(128, 128, 3, 3)] * 7,

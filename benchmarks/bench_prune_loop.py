@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import drive
-from drive.capture import WARM_UP
+from drive._scoring.capture import WARM_UP
 from drive.files import write_atomic
 from drive.methods import Drive
 

@@ -40,7 +40,7 @@ from torch.nn import functional as F
 import drive
 from drive.sparse.laid_out import OneDnnLinear
 from drive.sparse.measure import interleaved
-from drive_kernels import sparse
+from drive_kernels.sparse.pattern import pattern_of
 
 ops, ops_mkldnn = torch.ops.drive, torch.ops.mkldnn
 SPARSITIES = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.993)
@@ -156,7 +156,7 @@ def layers(rows: Rows, sparsities: list[float], batches: list[int]) -> None:
             continue
         x = torch.randn(batch, channels, side, side)
         weight, mask = pruned((channels, channels, 3, 3), sparsity)
-        pattern, values = sparse.pattern_of(mask), weight[mask]
+        pattern, values = pattern_of(mask), weight[mask]
         ours = partial(convolve, pattern=pattern, shape=list(mask.shape))
         blocks = ops.to_blocks(x)
         close(ours(x, values), dense_conv(x, weight))
@@ -187,7 +187,7 @@ def linear(rows: Rows, sparsities: list[float], batches: list[int]) -> None:
         if not any(rows.missing(*key, mode) for mode in MODES):
             continue
         x, (weight, mask) = torch.randn(batch, FEATURES), pruned((FEATURES, FEATURES), sparsity)
-        pattern, values = sparse.pattern_of(mask), weight[mask]
+        pattern, values = pattern_of(mask), weight[mask]
         packed, csr = ops_mkldnn._reorder_linear_weight(weight, batch), weight.to_sparse_csr()
         ours = partial(multiply, pattern=pattern, shape=list(mask.shape))
         close(ours(x, values), F.linear(x, weight))

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from drive.files import write_atomic
 from drive.sparse import gpu
-from drive.structures import structure
+from drive.targets.structures import structure
 
 SIZE = 4096  # inputs and outputs
 BLOCK = "32x32"
@@ -85,7 +85,7 @@ def unstructured(size: int, sparsity: float, device: str) -> Tensor:
 def blocks(size: int, sparsity: float, device: str) -> Tensor:
     found = structure(BLOCK)
     assert found is not None
-    return found.spread(unstructured(size // 32, sparsity, device), 1)
+    return found.expand(unstructured(size // 32, sparsity, device), 1)
 
 
 def two_of_four(size: int, sparsity: float, device: str) -> Tensor:

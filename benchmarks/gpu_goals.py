@@ -11,7 +11,7 @@ import torch
 from gpu_providers import CHECKED, YARDSTICK
 from gpu_rows import NAN, WRONG, Cases, Row, best_of_pytorch, markdown, name_of, number, ours
 
-from drive.workload import Case
+from drive.experiments.bench.workload import Case
 
 Found = dict[str, Row]
 

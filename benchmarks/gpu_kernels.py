@@ -32,7 +32,7 @@ from linear_cases import BlockCase, PackedCase
 from test_masked import CASES, TOLERANCE, Case
 from ugly import Step, laid_out, sample_inputs
 
-from drive_kernels import block, packed
+from drive_kernels.linear import block, packed
 
 HALVES = (torch.float32, torch.bfloat16, torch.float16)
 BOTH = (False, True)
@@ -58,7 +58,7 @@ class Device:
 
 def prune_steps() -> None:
     """drive::prune_, also with the bracket that a test gives it."""
-    from drive_kernels import prune_triton
+    from drive_kernels.prune.triton import host, launch
 
     dense = []  # in row-major order and not
     for dtype, layout in product((torch.float32, torch.float64), ("contiguous", "channels_last")):
@@ -66,15 +66,15 @@ def prune_steps() -> None:
             laid_out(torch.ones(40, 30, 3, 3, dtype=t), layout) for t in (dtype, dtype, torch.bool)
         )
         dense.append(Step([weight], [grad], [], [mask], True, 1, 0))
-    for sigmas in (prune_triton.TUNING.sigmas, 0.0):
-        with mock.patch.object(prune_triton, "TUNING", prune_triton.TUNING._replace(sigmas=sigmas)):
+    for sigmas in (host.TUNING.sigmas, 0.0):
+        with mock.patch.object(host, "TUNING", host.TUNING._replace(sigmas=sigmas)):
             for step, fresh, min_keep in product((*sample_inputs(), *dense), BOTH, (0, 1)):
-                prune_triton.prune_(*replace(step, fresh=fresh, min_keep=min_keep).clone().args())
+                launch.prune_(*replace(step, fresh=fresh, min_keep=min_keep).clone().args())
 
 
 def masked_layers() -> None:
     """As test_masked.py has them on a device."""
-    from drive_kernels import masked_triton
+    from drive_kernels.linear import masked_triton
 
     def call(case: Case, dtype: torch.dtype, learned: bool) -> None:
         tensors = case.tensors(dtype, learned)
@@ -99,7 +99,7 @@ def masked_layers() -> None:
 
 def sparse_layers() -> None:
     """As test_gpu_linear_triton.py has them on a device."""
-    from drive_kernels import block_triton, packed_triton
+    from drive_kernels.linear import block_triton, packed_triton
 
     for rows, dtype in product((1, 3, 16, 100), HALVES):
         for shape in ((1024, 1024), (70, 130)):
@@ -112,7 +112,7 @@ def sparse_layers() -> None:
 
 def measured_layers() -> None:
     """As bench_sparse_gpu.py has them."""
-    from drive_kernels import block_triton, masked_triton, packed_triton
+    from drive_kernels.linear import block_triton, masked_triton, packed_triton
 
     size = bench_sparse_gpu.SIZE
     mask = bench_sparse_gpu.blocks(size, 0.9, "cpu")

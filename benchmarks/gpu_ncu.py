@@ -19,7 +19,7 @@ from bench_prune_gpu import SIZES
 from gpu_rows import NAN, markdown, name_of
 from gpu_run import tool
 
-from drive.workload import Case, Inputs, implementation
+from drive.experiments.bench.workload import Case, Inputs, implementation
 
 KERNELS = "regex:drive.*(survey|apply)"  # of mangled names, so that no other library's match
 STALL = "smsp__average_warps_issue_stalled_{}_per_issue_active.ratio"  # warps that wait so, an issue

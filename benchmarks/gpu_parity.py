@@ -16,7 +16,7 @@ from test_gpu import assert_parity
 from test_prune_op import sampled_positions
 from ugly import Step, sample_inputs
 
-from drive.workload import implementation
+from drive.experiments.bench.workload import implementation
 
 
 def misleading(n: int, samples: int) -> Step:

@@ -15,8 +15,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import drive_kernels
+from drive.experiments.bench.workload import Shapes, resnet18_shapes, vgg16_shapes
 from drive.files import write_atomic
-from drive.workload import Shapes, resnet18_shapes, vgg16_shapes
 
 # Of an H200: 4.8 TB/s of HBM3e, of which copies reach seven eighths; four schedulers in each of 132
 # multiprocessors at 1.755 GHz; what lies between two kernels of which one needs what the other left.
@@ -140,8 +140,8 @@ def expected(shapes: Shapes, itemsize: int, an_entry: float) -> tuple[int, float
 
 PAGE = """# A step on a GPU, on paper
 
-What `drive::prune_` launches for a first step to 90 % in float32 (csrc/prune/cuda/prune.cu), with the registers and
-shared memory of its kernels as compiled for {architecture}. **Nothing here was measured on a GPU**:
+What `drive::prune_` launches for a first step to 90 % in float32 (csrc/prune/cuda/prune.cu), with the
+registers and shared memory of its kernels as compiled for {architecture}. **Nothing here was measured on a GPU**:
 `make gpu` measures ([gpu.md](gpu.md)). Made by `python benchmarks/gpu_passes.py --out docs/gpu-passes.md`.
 
 {passes}

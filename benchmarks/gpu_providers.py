@@ -9,12 +9,12 @@ import cub_topk
 import torch
 from torch import Tensor
 
-from drive import bench
-from drive.bench import Step
+from drive.experiments.bench import step as bench
+from drive.experiments.bench.step import Step
+from drive.experiments.bench.workload import CHUNK, Case, Inputs, implementation
 from drive.fused import fused_drive_prune
 from drive.reference import drive_prune
-from drive.workload import CHUNK, Case, Inputs, implementation
-from drive_kernels.prune import kth_by_kthvalue
+from drive_kernels.prune.op import kth_by_kthvalue
 
 ONE_BLOCK = 20_000_000  # entries above which kthvalue, one block of threads, would hold everyone up
 

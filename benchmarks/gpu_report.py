@@ -26,9 +26,9 @@ from gpu_rows import (
     ours,
 )
 
-from drive import bench
+from drive.experiments.bench import step as bench
+from drive.experiments.bench.workload import Case
 from drive.files import write_atomic
-from drive.workload import Case
 
 HEADER = """# One pruning step on {device}
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from gpu_providers import COMPILED, CUB, PROVIDERS, PYTORCH, TRITON, YARDSTICK
 
-from drive.workload import Case
+from drive.experiments.bench.workload import Case
 
 WRONG = "WRONG MASKS"
 NOT_YET = "not measured"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from drive import bench
-from drive.workload import Shapes
+from drive.experiments.bench import step as bench
+from drive.experiments.bench.workload import Shapes
 
 BATCH = 32  # images or rows
 

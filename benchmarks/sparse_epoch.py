@@ -20,12 +20,12 @@ from torch import nn
 from torch.nn import functional as F
 
 import drive
-from drive.batches import Batches
-from drive.bench import machine
-from drive.data import load
+from drive.experiments.bench.step import machine
+from drive.experiments.data.batches import Batches
+from drive.experiments.data.sources import load
+from drive.experiments.training.networks import Network
 from drive.figures import figure_of, save_figure
 from drive.files import write_atomic
-from drive.models import Network
 
 WINDOW = 20  # steps that a point of the figure is the mean of
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformer import Block
 
 import drive
-from drive.models import Network
+from drive.experiments.training.networks import Network
 
 TOKENS, WIDTH, HEADS = 128, 768, 12
 

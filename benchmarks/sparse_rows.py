@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from drive.bench import machine
+from drive.experiments.bench.step import machine
 from drive.files import write_atomic
 
 # What a row is of; IN_A_ROW: the same convolutions, called many times in a row.

@@ -41,7 +41,7 @@ KNOWN_VERSIONS = ("3.6", "3.8")
 KNOWN_SPILLS = {
     ("3.6", 90, "prune.survey"): 2,
     ("3.6", 100, "prune.survey"): 2,
-    ("3.8", 100, "masked.correlate"): 4,
+    ("3.8", 100, "linear.correlate"): 4,
 }
 
 
@@ -69,8 +69,8 @@ class Launch(NamedTuple):
 
     @property
     def name(self) -> str:
-        stem = self.kernel.fn.__module__.rpartition(".")[2].removesuffix("_triton")
-        return f"{stem}.{self.kernel.fn.__name__}"
+        room = self.kernel.fn.__module__.split(".")[1]
+        return f"{room}.{self.kernel.fn.__name__}"
 
     def __str__(self) -> str:
         names = self.kernel.arg_names

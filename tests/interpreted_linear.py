@@ -13,7 +13,7 @@ import triton.language as tl
 from linear_cases import BLOCKS, PACKED, BlockCase, PackedCase, assert_close
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-from drive_kernels import block_triton, packed_triton
+from drive_kernels.linear import block_triton, packed_triton
 
 
 @pytest.fixture(autouse=True)

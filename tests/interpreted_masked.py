@@ -10,7 +10,7 @@ from ahead_of_time import patch_once
 from test_masked import CASES, Case, assert_right
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-from drive_kernels import masked_triton
+from drive_kernels.linear import masked_triton
 
 patch_once()
 

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from ugly import Step, laid_out, sample_inputs, steps, valued
 
-from drive_kernels import prune_triton
-from drive_kernels.prune import reference
-from drive_kernels.prune_triton import HEADER, PLACE, SELECTION, Tuning
+from drive_kernels.prune.op import reference
+from drive_kernels.prune.triton import access, host, launch, tables
+from drive_kernels.prune.triton.host import Tuning
+from drive_kernels.prune.triton.tables import HEADER, PLACE, SELECTION
 
 CSRC = Path(__file__).parent.parent / "csrc"
 
@@ -47,18 +48,18 @@ def memory(tensor: Tensor) -> Tensor:
 
 def assert_same(step: Step, tuning: Tuning = SMALL) -> str:
     """Every byte is the reference's. Returns where the threshold lay."""
-    tables = []
-    on_device = prune_triton._on_device
+    made = []
+    on_device = host.on_device
 
     def keep(*arguments) -> Tensor:
-        tables.append(on_device(*arguments))
-        return tables[0]
+        made.append(on_device(*arguments))
+        return made[0]
 
     ours, theirs = step.to("cpu"), step.to("cpu")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prune_triton, "TUNING", tuning)
-        patch.setattr(prune_triton, "_on_device", keep)
-        kept, nonfinite, scores = prune_triton.prune_(*ours.args())
+        patch.setattr(host, "TUNING", tuning)
+        patch.setattr(host, "on_device", keep)
+        kept, nonfinite, scores = launch.prune_(*ours.args())
     expected = reference(*theirs.args())
     for name in ("weights", "grads", "mask_grads", "masks"):
         for index, pair in enumerate(zip(getattr(ours, name), getattr(theirs, name), strict=True)):
@@ -67,7 +68,7 @@ def assert_same(step: Step, tuning: Tuning = SMALL) -> str:
     assert torch.equal(nonfinite, expected[1])
     # float64 sums in another order
     torch.testing.assert_close(scores, expected[2], rtol=1e-12, atol=0, equal_nan=True)
-    return PLACES[tables[0][tables[0][SELECTION.value] + PLACE.value].item()]
+    return PLACES[made[0][made[0][SELECTION.value] + PLACE.value].item()]
 
 
 @settings(
@@ -182,7 +183,7 @@ def test_offsets_beyond_2_31():
     far = torch.empty(2**31 + 2**30, dtype=torch.bfloat16)[:: 2**30]
     far.copy_(torch.tensor([1.0, 2.0, 3.0]))
     mask = torch.zeros(3, dtype=torch.bool)
-    kept, _, _ = prune_triton.prune_([far], [torch.ones(3, dtype=torch.bfloat16)], [], [mask], True, 1, 0)
+    kept, _, _ = launch.prune_([far], [torch.ones(3, dtype=torch.bfloat16)], [], [mask], True, 1, 0)
     assert (kept.tolist(), far.tolist(), mask.tolist()) == ([2], [0, 2, 3], [False, True, True])
 
 
@@ -196,8 +197,8 @@ def test_unaligned_operands(at: tuple[int, int, int], plain: int):
     operands = (step.weights[0], step.grads[0], step.masks[0])
     w, g, m = (t[begin : begin + 1050] for t, begin in zip(operands, at, strict=True))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prune_triton, "TUNING", SMALL)
-        assert prune_triton._item(w, g, m, None, False).plain_chunks == plain
+        patch.setattr(host, "TUNING", SMALL)
+        assert host.as_item(w, g, m, None, False).plain_chunks == plain
     assert_same(Step([w], [g], [], [m], False, 500, 0))
 
 
@@ -219,7 +220,7 @@ int main() {
 @triton.jit
 def keys_of(scores, keys, BLOCK: tl.constexpr):
     lane = tl.arange(0, BLOCK)
-    tl.store(keys + lane, prune_triton.key_of(tl.load(scores + lane)))
+    tl.store(keys + lane, access.key_of(tl.load(scores + lane)))
 
 
 def test_keys_are_those_of_key_h(tmp_path: Path):
@@ -241,7 +242,7 @@ def test_keys_are_those_of_key_h(tmp_path: Path):
     run = subprocess.run([str(program)], input="\n".join(lines), capture_output=True, text=True, check=True)
     *keys, tops = run.stdout.splitlines()
     assert ours == [int(key) for key in keys]
-    assert tops.split() == [str(prune_triton.TOP32.value), str(prune_triton.TOP64.value)]
+    assert tops.split() == [str(tables.TOP32.value), str(tables.TOP64.value)]
 
 
 @triton.jit
@@ -265,12 +266,12 @@ def test_histogram_leaves_out_what_is_masked():
 def test_header_and_rows_are_as_long_as_they_say():
     step = step_of([[5], [4, 3]], "normal")
     items = [
-        prune_triton._item(w, g, m, None, False)
+        host.as_item(w, g, m, None, False)
         for w, g, m in zip(step.weights, step.grads, step.masks, strict=True)
     ]
     for min_keep in (0, 1):
-        table = prune_triton._table(items, False, 9, min_keep, 0, 100)
+        table = host.table_of(items, False, 9, min_keep, 0, 100)
         states = 1 + len(items) * (min_keep > 0)
-        walks = 2 * prune_triton.DIM.value
-        rows = len(items) * prune_triton.ROW.value
-        assert len(table) == HEADER.value + rows + states * prune_triton.STATE.value + walks
+        walks = 2 * tables.DIM.value
+        rows = len(items) * tables.ROW.value
+        assert len(table) == HEADER.value + rows + states * tables.STATE.value + walks

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from drive_kernels import block, packed
+from drive_kernels.linear import block, packed
 
 # Rounding of the output; of sums of at most some hundred products in float32, in another order.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}

@@ -7,9 +7,18 @@ import json
 import pytest
 import torch
 
-from drive import bench, cli
-from drive.workload import SCORES, Case, Inputs, prove, resnet18_shapes, validate, vgg16_shapes
-from drive_kernels.prune import reference
+from drive.experiments.bench import step as bench
+from drive.experiments.bench.workload import (
+    SCORES,
+    Case,
+    Inputs,
+    prove,
+    resnet18_shapes,
+    validate,
+    vgg16_shapes,
+)
+from drive.experiments.cli import app as cli
+from drive_kernels.prune.op import reference
 
 prune_ = torch.ops.drive.prune_
 
@@ -110,7 +119,7 @@ def test_checks_notice(check, scores, op):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize("scores", SCORES)
 def test_proof_accepts_the_reference(monkeypatch, scores, dtype, old_masks):
-    monkeypatch.setattr("drive.workload.CHUNK", 100)
+    monkeypatch.setattr("drive.experiments.bench.workload.CHUNK", 100)
     inputs = Inputs(TINY, dtype, scores=scores)
     for sparsity in (0.0, 0.3, 0.5, 0.9, 0.9999):
         case = Case("11M", dtype, sparsity, old_masks, scores)

@@ -16,9 +16,9 @@ import pytest
 import torch
 from ugly import sample_inputs
 
-from drive.cli import main
-from drive.workload import Case, Inputs
-from drive_kernels.prune import reference
+from drive.experiments.bench.workload import Case, Inputs
+from drive.experiments.cli.app import main
+from drive_kernels.prune.op import reference
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.append(str(BENCHMARKS))
@@ -197,7 +197,7 @@ def test_wrong_masks_are_not_timed(monkeypatch):
 def test_checked_by_the_definition_where_the_reference_fails(monkeypatch, entries: int, calls: int):
     """For lack of memory; with too many entries it is not even asked, as it might lose the device."""
     fails = mock.Mock(side_effect=torch.OutOfMemoryError("no"))
-    monkeypatch.setattr("drive.workload.reference", fails)
+    monkeypatch.setattr("drive.experiments.bench.workload.reference", fails)
     monkeypatch.setattr(gpu_bench, "INDEXED", entries)
     assert measured(CASE)[COMPILED].checked == "by the definition" and fails.call_count == calls
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from test_data import image_folder
 
-from drive import cache, data, imagefolder
-from drive.dataset import Dataset
-from drive.inputs import InputError
+from drive.experiments.data import cache, imagefolder
+from drive.experiments.data import sources as data
+from drive.experiments.data.dataset import Dataset
+from drive.experiments.runs.inputs import InputError
 
 
 @pytest.fixture

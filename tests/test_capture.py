@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 
-from drive import capture
-from drive.capture import WARM_UP, WORTHWHILE, GraphedGradients, captured
-from drive.gradients import LossGradients
+from drive._scoring import capture
+from drive._scoring.capture import WARM_UP, WORTHWHILE, GraphedGradients, captured
+from drive._scoring.gradients import LossGradients
 from drive.methods import Problem
 
 LOSS = nn.functional.cross_entropy

@@ -15,10 +15,10 @@ from test_data import image_folder
 
 import drive
 import drive_kernels
-from drive.cli import main
-from drive.compute import Compute
-from drive.inputs import InputError
-from drive.models import Network
+from drive.experiments.cli.app import main
+from drive.experiments.runs.inputs import InputError
+from drive.experiments.training.compute import Compute
+from drive.experiments.training.networks import Network
 
 ROOTS = [str(Path(module.__file__).parents[1]) for module in (drive, drive_kernels)]
 TINY = ["--epochs", "2", "--limit-train", "128", "--batch-size", "32"]

@@ -22,7 +22,7 @@ from ugly import Step, laid_out, sample_inputs, steps, valued
 from worlds import returned, run
 
 from drive_kernels import registry
-from drive_kernels.prune import reference
+from drive_kernels.prune.op import reference
 
 ROOT = Path(__file__).parent.parent
 HERE = Path(__file__).parent / "cuda_on_host"

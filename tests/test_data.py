@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from drive import data
-from drive.batches import Batches, crop_and_flip
-from drive.dataset import Dataset
-from drive.inputs import InputError
+from drive.experiments.data import sources as data
+from drive.experiments.data.batches import Batches, crop_and_flip
+from drive.experiments.data.dataset import Dataset
+from drive.experiments.runs.inputs import InputError
 
 ARCHIVE = Path(__file__).parents[1] / "../shared/data/cifar10.tar.gz"
 

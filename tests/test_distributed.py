@@ -320,7 +320,7 @@ def test_memory():
 
 def missed_brackets(seeds: range, device: str = "cpu") -> None:
     """Where the sample misleads, or there is no room for what is inside: the same by whole passes."""
-    from drive import distributed
+    from drive.distributed import step as distributed
 
     for sigmas, share in ((-3, 16), (5, 1 << 40)):
         distributed._SIGMAS, distributed._ENTRIES_PER_LISTED, distributed._MIN_SAMPLE = sigmas, share, 64

@@ -17,12 +17,14 @@ from torch import nn
 
 import drive
 import drive_kernels
-from drive import cell_run, report, train
-from drive.comparison import Comparison, Config
-from drive.data import load
-from drive.dataset import Dataset
-from drive.inputs import InputError
-from drive.models import Network
+from drive.experiments.data.dataset import Dataset
+from drive.experiments.data.sources import load
+from drive.experiments.paper import report
+from drive.experiments.paper import trainer as cell_run
+from drive.experiments.paper.compare import Comparison, Config
+from drive.experiments.runs.inputs import InputError
+from drive.experiments.training import loop as train
+from drive.experiments.training.networks import Network
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 pytest.importorskip("matplotlib", reason="drive prune draws figures")

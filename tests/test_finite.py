@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from drive.finite import FiniteCheck, LateChecks
+from drive._scoring.finite import FiniteCheck, LateChecks
 
 
 def check(step: int, *nonfinite: int) -> FiniteCheck:

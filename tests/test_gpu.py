@@ -18,13 +18,13 @@ from test_prune_op import sampled_positions
 from torch import Tensor
 from ugly import LAYOUTS, NARROW, Step, laid_out, sample_inputs, steps, valued
 
-from drive import workload
+from drive.experiments.bench import workload
+from drive.experiments.bench.workload import SCORES, Case, Inputs, prove, vgg16_shapes
 from drive.fused import PruneOp, prune_step
 from drive.masks import Masks
 from drive.reference import drive_prune
 from drive.result import PruneResult
-from drive.workload import SCORES, Case, Inputs, prove, vgg16_shapes
-from drive_kernels.prune import reference
+from drive_kernels.prune.op import reference
 
 DEVICE = "cuda"
 GIB = 1 << 30

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from drive.sparse import BlockLinear, PackedLinear, SemiStructuredLinear, gpu, measure
 from drive.sparse.convert import _choose
-from drive.structures import structure
-from drive_kernels import block, packed
+from drive.targets.structures import structure
+from drive_kernels.linear import block, packed
 
 ops = torch.ops.drive
 FLOAT64 = torch.float64
@@ -61,7 +61,7 @@ def test_pattern_of_blocks(size: int):
 def test_block_of():
     units = torch.tensor([[True, False], [False, True]])
     for size in block.BLOCKS:
-        mask = structure(f"{size}x{size}").spread(units, 1)
+        mask = structure(f"{size}x{size}").expand(units, 1)
         assert block.block_of(mask) == size
     mask[0, 0] = False
     assert block.block_of(mask) is None
@@ -163,7 +163,7 @@ def anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
 def mask_for(kind: type[nn.Module], rows: int = 64, columns: int = 128) -> Tensor:
     torch.manual_seed(0)
     if kind is BlockLinear:
-        return structure("32x32").spread(torch.rand(rows // 32, columns // 32) < 0.5, 1)
+        return structure("32x32").expand(torch.rand(rows // 32, columns // 32) < 0.5, 1)
     if kind is SemiStructuredLinear:
         return torch.tensor([True, False, False, True]).repeat(rows, columns // 4)
     return torch.rand(rows, columns) < 0.5

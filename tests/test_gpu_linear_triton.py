@@ -13,7 +13,7 @@ from test_gpu_linear import KINDS, layer_of, masked
 from torch import nn
 
 from drive.sparse import convert, report
-from drive_kernels import block
+from drive_kernels.linear import block
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -26,7 +26,7 @@ from ahead_of_time import (  # noqa: E402
 )
 from triton_launches import linear as launches  # noqa: E402
 
-from drive_kernels import packed_triton  # noqa: E402
+from drive_kernels.linear import packed_triton  # noqa: E402
 
 
 @pytest.fixture(scope="module", autouse=True)

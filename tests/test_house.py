@@ -1,8 +1,10 @@
-"""Who may import whom, and what `import drive` must not need."""
+"""Who may import or include whom, how large files and folders are, what `import drive` must not need."""
 
 from __future__ import annotations
 
-import ast
+import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,54 +12,74 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-DRIVE = ROOT / "python" / "drive"
-
-# The library, lowest first: a module may import those before it. What is not listed serves the command
-# line and may import all of these; none of these may import it.
-LIBRARY = (
-    "files", "figures", "placement", "team", "shards", "packed", "targets", "masks", "finite", "result",
-    "copies", "radix", "distributed", "fused", "schedules",
-    "gradients", "reference", "capture", "feed", "sgd", "scopes", "structures", "restore", "methods.base",
-    "methods.second_order",
-    "methods.drive", "methods.snip", "methods.grasp", "methods.synflow", "methods.crop", "methods.early_crop",
-    "methods.magnitude", "methods.gradual", "methods.imp", "methods.rigl", "methods.random", "methods",
-    "selection", "paths", "prune",
-    "sparse.packing", "sparse.layers", "sparse.laid_out", "sparse.masked", "sparse.gpu", "sparse.chains",
-    "sparse.measure", "sparse.report",
-    "sparse.convert", "sparse",
-)  # fmt: skip
+# Whose headers a room of csrc includes beside its own.
+HEADERS = {
+    "csrc": {"csrc/common"},
+    "csrc/common": set(),
+    "csrc/prune": {"csrc/common"},
+    "csrc/prune/cuda": {"csrc/common", "csrc/prune"},
+    "csrc/sparse": {"csrc/common", "csrc/sparse/kernels"},
+    "csrc/sparse/kernels": set(),
+    "csrc/sparse/blocked": {"csrc/common", "csrc/sparse", "csrc/sparse/kernels"},
+}
 
 
-def imported(path: Path, package: str) -> set[str]:
-    """Full names of the modules that a file imports, relative ones resolved."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            base = package.split(".")[: len(package.split(".")) - (node.level - 1)] if node.level else []
-            prefix = ".".join([*base, *([node.module] if node.module else [])])
-            found |= {prefix} | {f"{prefix}.{alias.name}" for alias in node.names}
+def lint_imports(folder: Path) -> subprocess.CompletedProcess[str]:
+    """Checks the contracts in pyproject.toml on the packages in a folder's `python`."""
+    config = ["--config", str(ROOT / "pyproject.toml"), "--no-cache"]
+    return subprocess.run(
+        [sys.executable, "-c", "from importlinter.cli import lint_imports_command as run; run()", *config],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(folder / "python")},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_arrows_run_one_way():
+    run = lint_imports(ROOT)
+    assert run.returncode == 0, run.stdout
+    assert "0 broken" in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("module", "arrow", "broken"),
+    (
+        ("drive/masks.py", "from .prune import prune", "drive.masks is not allowed to import drive.prune"),
+        ("drive/targets/scopes.py", "import drive.experiments.runs.locks", "drive.experiments"),
+        ("drive/experiments/data/cache.py", "from drive.experiments.cli import app", "experiments.cli"),
+        ("drive_kernels/library.py", "import drive.files", "drive_kernels is not allowed to import drive"),
+        ("drive/another.py", "", "drive.another"),
+    ),
+)
+def test_one_arrow_turned_round_is_seen(module: str, arrow: str, broken: str, tmp_path: Path):
+    """As is a module that no room has."""
+    shutil.copytree(
+        ROOT / "python", tmp_path / "python", ignore=shutil.ignore_patterns("*.so", "__pycache__")
+    )
+    with (tmp_path / "python" / module).open("a") as file:
+        file.write(f"\n{arrow}\n")
+    run = lint_imports(tmp_path)
+    assert run.returncode != 0
+    assert broken in run.stdout
+
+
+def forbidden_includes(root: Path) -> list[str]:
+    found = []
+    for path in sorted((root / "csrc").rglob("*.*")):
+        room = str(path.parent.relative_to(root))
+        for header in re.findall(r'^#include "(.+)"', path.read_text(), re.M):
+            if str(Path("csrc", header).parent) not in {room, *HEADERS[room]}:
+                found.append(f"{path.relative_to(root)} includes {header}")
     return found
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "drive_kernels").glob("*.py")), ids=lambda p: p.name)
-def test_kernels_never_import_drive(path: Path):
-    assert not {name for name in imported(path, "drive_kernels") if name.split(".")[0] == "drive"}
-
-
-@pytest.mark.parametrize("module", LIBRARY)
-def test_arrows_point_one_way(module: str):
-    base = DRIVE / module.replace(".", "/")
-    path = base / "__init__.py" if base.is_dir() else base.with_suffix(".py")
-    package = "drive." + module if base.is_dir() else ".".join(["drive", *module.split(".")[:-1]])
-    known = {p.stem for p in DRIVE.glob("*.py")} | {p.name for p in DRIVE.iterdir() if p.is_dir()}
-    used = {name.removeprefix("drive.") for name in imported(path, package) if name.startswith("drive.")}
-    used = {name for name in used if name.split(".")[0] in known or name in LIBRARY}
-    allowed = set(LIBRARY[: LIBRARY.index(module)])
-    outside = {n for n in used if n not in allowed and not any(n.startswith(f"{a}.") for a in allowed)}
-    outside -= {"methods"} if module.startswith("methods") or module == "prune" else set()
-    assert not outside, f"{module} must not import {outside}"
+def test_headers_are_included_one_way(tmp_path: Path):
+    assert forbidden_includes(ROOT) == []
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    with (tmp_path / "csrc" / "common" / "recycle.h").open("a") as file:
+        file.write('#include "prune/key.h"\n')
+    assert forbidden_includes(tmp_path) == ["csrc/common/recycle.h includes prune/key.h"]
 
 
 def test_import_is_light(tmp_path: Path):

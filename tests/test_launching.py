@@ -11,8 +11,8 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from ahead_of_time import Launch
 
-from drive_kernels import packed_triton
 from drive_kernels.launching import launch_kernel
+from drive_kernels.linear import packed_triton
 
 
 class Kernel:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from ugly import laid_out, moved
 
 from drive.sparse import MaskedConv2d, MaskedLinear
-from drive_kernels import masked
+from drive_kernels.linear import masked
 
 ops = torch.ops.drive
 # One rounding of a float32 sum, whose order is free.
@@ -147,7 +147,7 @@ def test_triton_on_the_device(case: Case, dtype: torch.dtype, learned: bool):
 @pytest.mark.parametrize("wide", (False, True))
 def test_triton_large_on_the_device(wide: bool, monkeypatch: pytest.MonkeyPatch):
     """Many tiles, and pieces of the gradients to weight and mask."""
-    from drive_kernels import masked_triton
+    from drive_kernels.linear import masked_triton
 
     if wide:
         monkeypatch.setattr(masked_triton, "TUNING", masked_triton.TUNING._replace(narrow=0))

@@ -16,7 +16,7 @@ from ahead_of_time import CAPABILITIES, Launch, assert_passes, expect, expect_kn
 from triton_launches import CONVS
 from triton_launches import masked as launches
 
-from drive_kernels import masked_triton
+from drive_kernels.linear import masked_triton
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -49,7 +49,7 @@ def test_all_launches_compile(capability: int):
         if multiplies_on_tensor_cores(launch):
             expect(instruction in ptx, f"{launch}: no {instruction}")
         else:
-            rounds = masked_triton.ROUNDS and capability == 100 and launch.name == "masked.convolve"
+            rounds = masked_triton.ROUNDS and capability == 100 and launch.name == "linear.convolve"
             left_to_reference = rounds and "*u8" in dict(launch.types).values()
             assert ("mma" in ptx) == left_to_reference, f"{launch}: products of float32 are rounded"
         expect("cp.async" in ptx, f"{launch}: no loads ahead")

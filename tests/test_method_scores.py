@@ -12,7 +12,7 @@ from torch.nn.utils import prune as torch_prune
 
 import drive
 from drive import Masks, methods
-from drive.selection import ordered
+from drive.rounds import ordered
 
 LOSS = nn.functional.cross_entropy
 

@@ -15,7 +15,8 @@ from torch import nn
 
 import drive
 from drive import Masks, methods
-from drive.selection import ordered
+from drive._scoring.sgd import sgd_epoch
+from drive.rounds import ordered
 
 LOSS = nn.functional.cross_entropy
 
@@ -305,7 +306,7 @@ def test_signed_order_is_that_of_sort(values: list[float]):
 def test_early_crop_is_crop_on_the_trained_network():
     trained, model = network().train(), network().train()
     data, options = batches(4), {"sparsity": 0.9, "iterations": 4, "accumulate": 2}
-    train = drive.sgd.sgd_epoch(batches(3), LOSS, lr=0.05)
+    train = sgd_epoch(batches(3), LOSS, lr=0.05)
     early = prune(model, data, method=methods.EarlyCrop(latest=2), train=train, **options)
     for number in range(2):
         train(trained, None, number)

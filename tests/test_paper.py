@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from drive.models import Network
-from drive.paper import METHODS, ROWS, SMALL, TABLE1, TABLE2
-from drive.recipe import Recipe, Steps
-from drive.tables import describe
+from drive.experiments.paper.published import METHODS, ROWS, SMALL, TABLE1, TABLE2
+from drive.experiments.paper.tables import describe
+from drive.experiments.training.networks import Network
+from drive.experiments.training.recipe import Recipe, Steps
 
 
 def test_all_rows_are_there() -> None:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import drive
 from drive import Masks, methods
-from drive.capture import CAN_BE_ENDED, RECOVERS, WARM_UP, WORTHWHILE, Capture
+from drive._scoring.capture import CAN_BE_ENDED, RECOVERS, WARM_UP, WORTHWHILE, Capture
 
 DEVICE = "cuda"
 LOSS = nn.functional.cross_entropy

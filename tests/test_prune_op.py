@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from ugly import Step, laid_out, sample_inputs, steps, valued
 
 import drive_kernels
-from drive_kernels.prune import kth_by_kthvalue, reference
+from drive_kernels.prune.op import kth_by_kthvalue, reference
 
 prune_ = torch.ops.drive.prune_
 

@@ -17,8 +17,8 @@ import torch
 from ugly import Step, sample_inputs
 
 import drive_kernels
-from drive import info
-from drive_kernels.prune import reference
+from drive.experiments.cli import info
+from drive_kernels.prune.op import reference
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -35,7 +35,8 @@ from ahead_of_time import (
 )
 from triton_launches import prune as launches
 
-from drive_kernels import prune_triton
+from drive_kernels.prune.triton import bracket, host, passes, search, ties
+from drive_kernels.prune.triton import launch as launcher
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -97,10 +98,8 @@ def test_plain_chunks_move_16_bytes_at_a_time(name: str, wide: bool, fresh: bool
     assert len(found) > 500
     # Vectors a thread: 16 entries of float32, bfloat16, float16 and float64, in a branch each; and of a third
     # operand in a branch of that, where scores are float64.
-    threads = 32 * prune_triton.TUNING.plain_warps
-    vectors = [
-        prune_triton.TUNING.chunk * size // 16 // threads for size in ((4, 2, 2, 8) if wide else (4, 2, 2))
-    ]
+    threads = 32 * host.TUNING.plain_warps
+    vectors = [host.TUNING.chunk * size // 16 // threads for size in ((4, 2, 2, 8) if wide else (4, 2, 2))]
     loads = found.count("LDG.E.128.CONSTANT") + found.count("LDG.E.128")
     expect(loads == sum(vectors) * (3 if wide else 2), f"{launch}: {loads} loads of 16 bytes")
     narrow = [op for op in found if re.match(r"(LDG|STG)\.E\.[US]?(8|16)\b", op)]
@@ -128,7 +127,7 @@ def served(setup: str) -> list[str]:
 import sys
 {setup}
 import torch
-from drive.info import facts
+from drive.experiments.cli.info import facts
 print(facts()["drive::prune_"]["cuda"])
 print(torch._C._dispatch_has_kernel_for_dispatch_key("drive::prune_", "CUDA"), "triton" in sys.modules)
 """
@@ -196,7 +195,7 @@ def test_info(implementations: dict[str, str | None], says: str, monkeypatch: py
 def test_refuses(changed: dict[str, object], error: type[Exception], message: str):
     good = Step([torch.ones(2)], [torch.ones(2)], [], [torch.ones(2, dtype=torch.bool)], True, 1, 0)
     with pytest.raises(error, match=f"drive::prune_: .*{message}"):
-        prune_triton.prune_(*replace(good, **changed).args())
+        launcher.prune_(*replace(good, **changed).args())
 
 
 @pytest.mark.gpu
@@ -206,10 +205,10 @@ def test_refuses(changed: dict[str, object], error: type[Exception], message: st
 @pytest.mark.parametrize("index", range(len(sample_inputs())))
 def test_on_the_device(index: int, changed: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
     """Also where the list is too short, or the bracket does not hold: through all entries."""
-    monkeypatch.setattr(prune_triton, "TUNING", prune_triton.TUNING._replace(**changed))
+    monkeypatch.setattr(host, "TUNING", host.TUNING._replace(**changed))
     step = sample_inputs()[index]
     ours, theirs = step.to("cuda"), step.to("cpu")
-    outputs, expected = prune_triton.prune_(*ours.args()), reference(*theirs.args())
+    outputs, expected = launcher.prune_(*ours.args()), reference(*theirs.args())
     for mine, other in zip(ours.masks + ours.weights, theirs.masks + theirs.weights, strict=True):
         assert torch.equal(mine.cpu(), other)
     for mine, other in zip(outputs[:2], expected[:2], strict=True):
@@ -218,22 +217,23 @@ def test_on_the_device(index: int, changed: dict[str, Any], monkeypatch: pytest.
 
 
 def test_a_captured_table_is_what_any_is():
-    table = prune_triton._table(
-        [prune_triton._item(torch.ones(3, 4, 5).transpose(0, 2), None, torch.ones(5, 4, 3) > 0, None, False)],
+    table = host.table_of(
+        [host.as_item(torch.ones(3, 4, 5).transpose(0, 2), None, torch.ones(5, 4, 3) > 0, None, False)],
         True, 7, 2, 0, 1 << 40,
     )  # fmt: skip
     device = torch.device("cpu")
     for numbers in (table, [0, -1, 2**63 - 1, -(2**63), 2**53 + 1]):
-        assert torch.equal(prune_triton._by_arguments(numbers, device), torch.tensor(numbers))
+        assert torch.equal(host._by_arguments(numbers, device), torch.tensor(numbers))
 
 
 @pytest.mark.gpu
 def test_captured():
     """Two steps in one graph, replayed when all that the host had is gone; the first ever call is refused."""
     steps = [sample_inputs()[index].to("cuda") for index in (0, 1)]
-    for kernel in vars(prune_triton).values():
-        if hasattr(kernel, "device_caches"):
-            kernel.device_caches.clear()
+    for module in (bracket, passes, search, ties):
+        for kernel in vars(module).values():
+            if hasattr(kernel, "device_caches"):
+                kernel.device_caches.clear()
     graph = torch.cuda.CUDAGraph()
     with (
         pytest.raises(
@@ -241,14 +241,14 @@ def test_captured():
         ),
         torch.cuda.graph(graph),
     ):
-        prune_triton.prune_(*steps[0].args())
+        launcher.prune_(*steps[0].args())
     for step in steps:
-        prune_triton.prune_(*step.clone().args())
+        launcher.prune_(*step.clone().args())
     expected, before = [step.to("cpu") for step in steps], [step.clone() for step in steps]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for step in steps:
-            prune_triton.prune_(*step.args())
+            launcher.prune_(*step.args())
     torch._C._host_emptyCache()
     for step in expected:
         reference(*step.args())

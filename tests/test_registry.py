@@ -17,12 +17,16 @@ import pytest
 import torch
 
 import drive_kernels
-from drive import info, workload
-from drive_kernels import block, masked, prune, registry
+from drive.experiments.bench import workload
+from drive.experiments.cli import info
+from drive_kernels import registry
+from drive_kernels.linear import block, masked
+from drive_kernels.prune.op import reference
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from drive_kernels import masked_triton, prune_triton
+from drive_kernels.linear import masked_triton
+from drive_kernels.prune.triton import launch
 
 NO_IMAGE = "no kernel image is available for execution on the device"
 GPUS = {0: ("Tesla T4", (7, 5)), 1: ("NVIDIA A100", (8, 0)), 2: ("NVIDIA B300", (10, 3))}
@@ -57,11 +61,11 @@ def test_each_gpu_has_its_own():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(2):
-            assert registry._serving("prune_", 0) is prune.reference
+            assert registry._serving("prune_", 0) is reference
             assert registry._serving("masked_linear", 0) is masked.linear_reference
             assert registry._serving("block_linear_backward", 0) is block.backward_reference
             assert registry._serving("masked_linear", 1) is masked_triton.masked_linear
-            assert registry._serving("prune_", 2) is prune_triton.prune_
+            assert registry._serving("prune_", 2) is launch.prune_
             assert registry._serving("masked_linear", 2) is masked_triton.masked_linear
     assert [str(w.message) for w in caught] == [
         "drive: slower implementations serve cuda:0, Tesla T4 (see drive info): "
@@ -101,7 +105,7 @@ def test_benchmarks_time_what_they_name(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(torch.cuda, "current_device", lambda gpu=gpu: gpu)
         for name, op, wrong in (
             ("compiled", torch.ops.drive.prune_, compiled),
-            ("triton", prune_triton.prune_, triton),
+            ("triton", launch.prune_, triton),
         ):
             if wrong is None:
                 assert workload.implementation(name) is op

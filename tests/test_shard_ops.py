@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from ugly import Step, sample_inputs, steps
 
-from drive_kernels import shards
-from drive_kernels.shards import COUNTS, Operands, top_key
+from drive_kernels.prune import shards
+from drive_kernels.prune.shards import COUNTS, Operands, top_key
 
 OPS = torch.ops.drive
 INSIDE = COUNTS.index("inside")

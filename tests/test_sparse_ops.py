@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import drive_kernels
-from drive_kernels import blocked, sparse
+from drive_kernels.sparse import blocked, linear
+from drive_kernels.sparse import conv as convolution
+from drive_kernels.sparse.pattern import gather_reference, index_of, pattern_of, scatter_reference
 
 ops = torch.ops.drive
 # sums of at most some thousand products, in another order
@@ -100,9 +102,9 @@ def assert_conv_right(conv: Conv, dtype: torch.dtype, density: float, blocks: bo
     grad = torch.randn_like(expected)
     expected.backward(grad)
 
-    index = sparse.index_of(mask)
+    index = index_of(mask)
     ours = leaves(x, weight.flatten()[index], bias)
-    pattern = sparse.pattern_of(mask, conv.groups)
+    pattern = pattern_of(mask, conv.groups)
     given = ops.to_blocks(ours[0]) if blocks else ours[0]
     found = ops.sparse_conv2d(given, ours[1], pattern, ours[2], *conv.options)
     found = ops.from_blocks(found, conv.batch) if blocks else found
@@ -153,7 +155,7 @@ def test_what_is_not_finite_stays_where_it_belongs(size: tuple[int, int, int], s
     batch, height, width = size
     conv = Conv(batch, 4, 3, height, width, stride=stride)
     x, weight, _, mask = conv.inputs(torch.float32, 1.0)
-    pattern = sparse.pattern_of(mask)
+    pattern = pattern_of(mask)
     for spoilt, of in ((2, "input"), (1, "grad")):
         x_, values = leaves(x, weight.flatten())
         with torch.no_grad():
@@ -174,7 +176,7 @@ def test_rows_see_nothing_beyond_their_ends(width: int):
     """What is not finite at one row's end stays away from the next one's beginning, and the other way."""
     conv = Conv(2, 2, 3, 5, width)
     x, weight, _, mask = conv.inputs(torch.float32, 1.0)
-    pattern = sparse.pattern_of(mask)
+    pattern = pattern_of(mask)
     for column in (0, -1):
         for spoilt in (torch.nan, torch.inf):
             x_ = x.clone()
@@ -241,7 +243,7 @@ def strided(t: Tensor, layout: str) -> Tensor:
 def test_strided_input_and_gradient(layout: str):
     conv = Conv(17, 6, 5, 7, 9)
     x, weight, bias, mask = conv.inputs(torch.float64, 0.4)
-    pattern, index = sparse.pattern_of(mask), sparse.index_of(mask)
+    pattern, index = pattern_of(mask), index_of(mask)
     expected = F.conv2d(x, weight, bias, 1, 1)
     given, values, offset = leaves(x, weight.flatten()[index], bias)
     found = ops.sparse_conv2d(strided(given, layout), values, pattern, offset, *conv.options)
@@ -258,11 +260,11 @@ def test_residual_and_relu():
     residual = torch.randn(17, 6, 8, 8, dtype=torch.float64)
     theirs = leaves(x, weight, bias, residual)
     expected = (F.conv2d(*theirs[:3], 1, 1) + theirs[3]).relu()
-    index = sparse.index_of(mask)
+    index = index_of(mask)
     ours = leaves(x, weight.flatten()[index], bias, residual)
     found = ops.from_blocks(
         ops.sparse_conv2d(
-            ops.to_blocks(ours[0]), ours[1], sparse.pattern_of(mask), ours[2], *conv.options,
+            ops.to_blocks(ours[0]), ours[1], pattern_of(mask), ours[2], *conv.options,
             ops.to_blocks(ours[3]), True,
         ),
         17,
@@ -286,9 +288,9 @@ def assert_linear_right(rows: int, inputs: int, outputs: int, dtype: torch.dtype
     expected = F.linear(*theirs)
     grad = torch.randn_like(expected)
     expected.backward(grad)
-    index = sparse.index_of(mask)
+    index = index_of(mask)
     ours = leaves(x, weight.flatten()[index], bias)
-    found = ops.sparse_linear(ours[0], ours[1], sparse.pattern_of(mask), ours[2], [outputs, inputs])
+    found = ops.sparse_linear(ours[0], ours[1], pattern_of(mask), ours[2], [outputs, inputs])
     found.backward(grad)
     for mine, other in (
         (found, expected), (ours[0].grad, theirs[0].grad), (ours[1].grad, theirs[1].grad.flatten()[index]),
@@ -320,7 +322,7 @@ def test_linear_of_more_dimensions():
     mask = torch.rand(5, 7) < 0.5
     weight = torch.randn(5, 7).masked_fill_(~mask, 0)
     for x in (torch.randn(7), torch.randn(2, 3, 7), torch.randn(7, 4, 2).permute(1, 2, 0)):
-        found = ops.sparse_linear(x, weight[mask], sparse.pattern_of(mask), None, [5, 7])
+        found = ops.sparse_linear(x, weight[mask], pattern_of(mask), None, [5, 7])
         torch.testing.assert_close(found, F.linear(x, weight), **TOLERANCE[torch.float32])
 
 
@@ -375,7 +377,7 @@ def test_blocks_and_back(batch: int):
 
 def test_gather_and_scatter():
     mask = torch.rand(40, 3000) < 0.01
-    weight, index = torch.randn(40, 3000), sparse.index_of(mask)
+    weight, index = torch.randn(40, 3000), index_of(mask)
     assert torch.equal(ops.sparse_gather(weight, index), weight[mask])
     assert torch.equal(ops.sparse_scatter(weight[mask], index, [40, 3000]), weight * mask)
 
@@ -383,7 +385,7 @@ def test_gather_and_scatter():
 def samples() -> list[tuple[object, tuple[object, ...]]]:
     conv = Conv(5, 4, 6, 6, 5, stride=(2, 1), groups=2)
     x, weight, bias, mask = conv.inputs(torch.float64, 0.5)
-    pattern, index = sparse.pattern_of(mask, 2), sparse.index_of(mask)
+    pattern, index = pattern_of(mask, 2), index_of(mask)
     x, values, bias, weight = leaves(x, weight.flatten()[index], bias, weight)
     in_blocks = ops.to_blocks(x).detach().requires_grad_()
     output = ops.sparse_conv2d(in_blocks, values, pattern, bias, *conv.options).detach()
@@ -396,9 +398,9 @@ def samples() -> list[tuple[object, tuple[object, ...]]]:
         (ops.sparse_conv2d, (in_blocks, values, pattern, None, *conv.options, output.requires_grad_(), True)),
         (ops.sparse_conv2d_backward, (output.detach(), in_blocks.detach(), values.detach(), pattern,
                                       *conv.options, [True, True, True])),
-        (ops.sparse_linear, (row, entries, sparse.pattern_of(flat), bias, [6, 9])),
+        (ops.sparse_linear, (row, entries, pattern_of(flat), bias, [6, 9])),
         (ops.sparse_linear_backward, (torch.randn(3, 6, dtype=torch.float64), row.detach(), entries.detach(),
-                                      sparse.pattern_of(flat), [6, 9], [True, False, True])),
+                                      pattern_of(flat), [6, 9], [True, False, True])),
         (ops.sparse_gather, (weight, index)),
         (ops.sparse_scatter, (values.detach(), index, conv.shape)),
         (ops.to_blocks, (x,)),
@@ -416,7 +418,7 @@ def test_opcheck(index: int):
 def test_gradcheck():
     conv = Conv(3, 2, 3, 4, 5, stride=(2, 1))
     x, weight, bias, mask = conv.inputs(torch.float64, 0.5)
-    pattern, index = sparse.pattern_of(mask), sparse.index_of(mask)
+    pattern, index = pattern_of(mask), index_of(mask)
 
     def convolve(x: Tensor, dense: Tensor, bias: Tensor) -> Tensor:
         return ops.sparse_conv2d(x, ops.sparse_gather(dense, index), pattern, bias, *conv.options)
@@ -425,7 +427,7 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(convolve, leaves(x, weight, bias))
     flat = torch.rand(4, 6) < 0.5
     assert torch.autograd.gradcheck(
-        lambda x, v: ops.sparse_linear(x, v, sparse.pattern_of(flat), None, [4, 6]),
+        lambda x, v: ops.sparse_linear(x, v, pattern_of(flat), None, [4, 6]),
         leaves(torch.randn(3, 6, dtype=torch.float64), torch.randn(int(flat.sum()), dtype=torch.float64)),
     )
 
@@ -436,12 +438,12 @@ def test_references_agree(index: int):
     op, arguments = samples()[index]
     name = op._qualified_op_name.removeprefix("drive::")
     references = {
-        "sparse_conv2d": sparse.conv2d_reference,
-        "sparse_conv2d_backward": sparse.conv2d_backward_reference,
-        "sparse_linear": sparse.linear_reference,
-        "sparse_linear_backward": sparse.linear_backward_reference,
-        "sparse_gather": sparse.gather_reference,
-        "sparse_scatter": sparse.scatter_reference,
+        "sparse_conv2d": convolution.conv2d_reference,
+        "sparse_conv2d_backward": convolution.conv2d_backward_reference,
+        "sparse_linear": linear.linear_reference,
+        "sparse_linear_backward": linear.linear_backward_reference,
+        "sparse_gather": gather_reference,
+        "sparse_scatter": scatter_reference,
         "to_blocks": blocked.to_blocks_reference,
         "from_blocks": blocked.from_blocks_reference,
         "blocked_norm": blocked.norm_reference,
@@ -452,7 +454,7 @@ def test_references_agree(index: int):
 def good() -> dict[str, object]:
     x, weight, bias, mask = Conv(2, 4, 6, 5, 5).inputs(torch.float32, 0.5)
     return {
-        "input": x, "values": weight[mask], "pattern": sparse.pattern_of(mask), "bias": bias,
+        "input": x, "values": weight[mask], "pattern": pattern_of(mask), "bias": bias,
         "shape": [6, 4, 3, 3], "stride": [1, 1], "padding": [1, 1], "dilation": [1, 1], "groups": 1,
     }  # fmt: skip
 
@@ -502,12 +504,12 @@ def test_16_bits_are_computed_in_float32(dtype: torch.dtype):
     conv = Conv(17, 6, 8, 9, 7)
     cases = []
     x, weight, bias, mask = conv.inputs(torch.float32, 0.3)
-    cases.append((ops.sparse_conv2d, x, weight, bias, sparse.pattern_of(mask), conv.options))
+    cases.append((ops.sparse_conv2d, x, weight, bias, pattern_of(mask), conv.options))
     x, weight = torch.randn(5, 40), torch.randn(30, 40)
     cases.append((ops.sparse_linear, x, weight, torch.randn(30), None, ([30, 40],)))
     for op, x, weight, bias, pattern, options in cases:
         mask = weight != 0
-        pattern, index = pattern or sparse.pattern_of(mask), sparse.index_of(mask)
+        pattern, index = pattern or pattern_of(mask), index_of(mask)
         narrow = leaves(x.to(dtype), weight.to(dtype), bias.to(dtype))
         wide = leaves(*(t.detach().float() for t in narrow))
         found, expected = (
@@ -524,4 +526,4 @@ def test_16_bits_are_computed_in_float32(dtype: torch.dtype):
 def test_inputs_and_values_must_be_of_one_type():
     x, mask = torch.randn(3, 4, dtype=torch.bfloat16), torch.ones(2, 4, dtype=torch.bool)
     with pytest.raises(TypeError, match="values must be BFloat16, as input is, got Float"):
-        ops.sparse_linear(x, torch.ones(8), sparse.pattern_of(mask), None, [2, 4])
+        ops.sparse_linear(x, torch.ones(8), pattern_of(mask), None, [2, 4])

@@ -13,7 +13,8 @@ from test_sparse_ops import TOLERANCE, Conv, run_variant
 from torch import Tensor
 from torch.nn import functional as F
 
-from drive_kernels import pair, sparse
+from drive_kernels.sparse import pair
+from drive_kernels.sparse.pattern import pattern_of
 
 ops = torch.ops.drive
 
@@ -56,7 +57,7 @@ def arguments(
     return [
         ops.to_blocks(x),
         [weight[mask], weight2[mask2]],
-        [*sparse.pattern_of(mask, first.groups), *sparse.pattern_of(mask2, second.groups)],
+        [*pattern_of(mask, first.groups), *pattern_of(mask2, second.groups)],
         [bias, bias2],
         [*first.shape, *second.shape],
         *([*a, *b] for a, b in zip(first.options[1:4], second.options[1:4], strict=True)),

@@ -9,7 +9,8 @@ from hypothesis import assume, given, settings
 from torch import Tensor, nn
 
 import drive
-from drive import Masks, methods, scopes
+from drive import Masks, methods
+from drive.targets import scopes
 
 LOSS = nn.functional.cross_entropy
 KINDS = ("linear", "conv", "grouped", "transposed", "grouped transposed")

@@ -22,15 +22,19 @@ from test_data import image_folder
 
 import drive
 import drive_kernels
-from drive import cell_run, data, reproduce, tables, train
-from drive.cell_run import CellRun
-from drive.cli import main
-from drive.compute import Compute
-from drive.dataset import seed_of
-from drive.experiment import Experiment, Outcome
-from drive.locks import locked
-from drive.paper import METHODS, ROWS
-from drive.plans import POWERS, Key, Plan, ablated, ablation, compared
+from drive.experiments.cli import paper as reproduce
+from drive.experiments.cli.app import main
+from drive.experiments.data import sources as data
+from drive.experiments.data.dataset import seed_of
+from drive.experiments.paper import tables
+from drive.experiments.paper import trainer as cell_run
+from drive.experiments.paper.grids import POWERS, Key, Plan, ablated, ablation, compared
+from drive.experiments.paper.published import METHODS, ROWS
+from drive.experiments.paper.queue import Experiment, Outcome
+from drive.experiments.paper.trainer import CellRun
+from drive.experiments.runs.locks import locked
+from drive.experiments.training import loop as train
+from drive.experiments.training.compute import Compute
 
 pytest.importorskip("matplotlib", reason="tables come with figures")
 

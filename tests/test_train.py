@@ -14,14 +14,14 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import drive
-from drive.batches import Batches
-from drive.compute import Compute
-from drive.dataset import Dataset
-from drive.history import Epoch, Log
-from drive.inputs import InputError
-from drive.models import Network, names
-from drive.recipe import Recipe
-from drive.train import Checkpoint, Paused, evaluate, train
+from drive.experiments.data.batches import Batches
+from drive.experiments.data.dataset import Dataset
+from drive.experiments.runs.inputs import InputError
+from drive.experiments.training.compute import Compute
+from drive.experiments.training.history import Epoch, Log
+from drive.experiments.training.loop import Checkpoint, Paused, evaluate, train
+from drive.experiments.training.networks import Network, names
+from drive.experiments.training.recipe import Recipe
 
 pytest.importorskip("lightning", reason="networks are trained on lightning's Fabric")
 

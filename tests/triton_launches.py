@@ -12,7 +12,8 @@ from linear_cases import BlockCase, PackedCase
 from test_masked import Case
 from ugly import Step, laid_out, sample_inputs
 
-from drive_kernels import block, block_triton, masked_triton, packed_triton, prune_triton
+from drive_kernels.linear import block, block_triton, masked_triton, packed_triton
+from drive_kernels.prune.triton import launch
 
 
 @cache
@@ -29,7 +30,7 @@ def prune() -> frozenset[Launch]:
         for step in (*sample_inputs(), *more):
             for fresh in (False, True):
                 for min_keep in (0, 1):
-                    prune_triton.prune_(*replace(step, fresh=fresh, min_keep=min_keep).clone().args())
+                    launch.prune_(*replace(step, fresh=fresh, min_keep=min_keep).clone().args())
     return frozenset(found)
 
 

@@ -1,9 +1,9 @@
 """DRIVE: exact, fused pruning of neural networks before or during training (arXiv 2404.03687)."""
 
 from . import methods, reference, schedules, sparse
+from .collapse import Collapse, collapse
 from .fused import fused_drive_prune
 from .masks import Masks
-from .paths import Collapse, collapse
 from .prune import prune
 from .result import PruneResult
 

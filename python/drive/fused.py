@@ -11,13 +11,13 @@ from torch import Tensor
 
 import drive_kernels  # noqa: F401  (defines torch.ops.drive)
 
-from .distributed import sharded_step
+from .distributed.placement import distributed_like, is_dtensor, local
+from .distributed.shards import Shards
+from .distributed.step import sharded_step
+from .distributed.team import Said, Team, team_of, together
 from .masks import Masks, zero_pruned_
-from .placement import distributed_like, is_dtensor, local
 from .result import PruneResult
-from .shards import Shards
-from .targets import Include, Operands, Target, Tensors, operands
-from .team import Said, Team, team_of, together
+from .targets.targets import Include, Operands, Target, Tensors, operands
 
 PruneOp = Callable[..., tuple[Tensor, Tensor, Tensor]]
 

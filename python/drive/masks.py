@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from typing_extensions import Self
 
-from .packed import FORMAT, write_packed, write_sharded
-from .placement import check_placed, distributed_like, is_dtensor, local, reshard, sharded_like
-from .targets import Include, Target, prunable, unwrap
+from .bits import FORMAT, write_packed, write_sharded
+from .distributed.placement import check_placed, distributed_like, is_dtensor, local, reshard, sharded_like
+from .targets.targets import Include, Target, prunable, unwrap
 
 
 class Masks(Mapping[str, Tensor]):

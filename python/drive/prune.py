@@ -11,20 +11,20 @@ import torch.distributed as dist
 from torch import nn
 
 from . import methods, schedules
-from .capture import Capture, captured, check_capture
-from .feed import endless
-from .finite import LateChecks
+from ._scoring.capture import Capture, captured, check_capture
+from ._scoring.feed import endless
+from ._scoring.finite import LateChecks
+from ._scoring.gradients import Batch, LossFn, loss_gradients
+from ._scoring.restore import scoring, undone_on_error
+from ._scoring.sgd import Train, sgd_epoch
+from .distributed.placement import is_dtensor
+from .distributed.team import team_of, together, together_from
 from .fused import check_sparsity
-from .gradients import Batch, LossFn, loss_gradients
 from .masks import Masks
 from .methods.base import Method, Problem
-from .placement import is_dtensor
-from .restore import scoring, undone_on_error
-from .scopes import Groups
-from .selection import Selection
-from .sgd import Train, sgd_epoch
-from .targets import Include, prunable
-from .team import team_of, together, together_from
+from .rounds import Selection
+from .targets.scopes import Groups
+from .targets.targets import Include, prunable
 
 
 def prune(
@@ -76,11 +76,11 @@ def prune(
             step in 1..iterations -> sparsity. Default: the method's own, or exponential when
             a one-shot method is asked for several iterations.
         scope: "global": one ranking over all tensors. "uniform", "erk": one per tensor, of the same
-            sparsity or of densities by Erdos-Renyi-Kernel (`drive.scopes`); the count over all is exact.
-            Default: the method's own, global but for RigL.
+            sparsity or of densities by Erdos-Renyi-Kernel (`drive.targets.scopes`); the count over all is
+            exact. Default: the method's own, global but for RigL.
         structure: "unstructured"; "N:M" ("2:4", say): N survivors in every M neighbours along the
             inputs, whose sparsity is 1 - N / M; "RxC" ("4x4"): blocks of so many outputs and inputs,
-            by the sum of their scores, `round(sparsity * blocks)` of them (`drive.structures`).
+            by the sum of their scores, `round(sparsity * blocks)` of them (`drive.targets.structures`).
         min_keep: survivors that every tensor keeps at least.
         masks: masks to start from, of a model pruned before; they are not changed.
         include: which parameters to prune, as in `fused_drive_prune`.

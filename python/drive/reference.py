@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from drive_kernels.prune import KthLargest, kth_by_topk, reference
+from drive_kernels.prune.op import KthLargest, kth_by_topk, reference
 
+from ._scoring.gradients import LossFn
 from .fused import check_sparsity, prune_step
-from .gradients import LossFn
 from .masks import Masks
 from .result import PruneResult
-from .targets import Include, Target, Tensors, prunable
+from .targets.targets import Include, Target, Tensors, prunable
 
 
 def drive_prune(
@@ -36,7 +36,7 @@ def drive_prune(
 ) -> PruneResult:
     """`fused_drive_prune`, term by term in PyTorch: same arguments, same masks, far slower.
 
-    Concatenates every score, selects by `kth_largest` (`drive_kernels.prune.kth_by_topk` or
+    Concatenates every score, selects by `kth_largest` (`drive_kernels.prune.op.kth_by_topk` or
     `kth_by_kthvalue`) and scatters the masks back. Source: arXiv 2404.03687, Eq. 6-7.
     """
     return prune_step(

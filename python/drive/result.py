@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .finite import FiniteCheck
+from ._scoring.finite import FiniteCheck
 from .masks import Masks
 
 

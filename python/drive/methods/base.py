@@ -10,11 +10,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from drive.capture import GraphedGradients
-from drive.gradients import Batch, LossFn, LossGradients
+from drive._scoring.capture import GraphedGradients
+from drive._scoring.gradients import Batch, LossFn, LossGradients
+from drive._scoring.sgd import Train
 from drive.masks import Masks
 from drive.schedules import Schedule
-from drive.sgd import Train
 
 Stage = Literal["initialisation", "warm-up", "training"]
 Spread = Literal["no", "copies", "shards"]

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
-from drive.gradients import Batch
+from drive._scoring.gradients import Batch
 
 from .base import Problem
 

@@ -5,7 +5,7 @@ import copy
 import torch
 from torch import Tensor
 
-from drive.targets import unwrap
+from drive.targets.targets import unwrap
 
 from .base import Method, Problem, Ranking
 

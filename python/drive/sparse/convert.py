@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from drive.masks import Masks
-from drive.targets import unwrap
+from drive.targets.targets import unwrap
 
 from .chains import link, trace
 from .gpu import candidates, reasons_against

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Self
 
-from drive_kernels import block, packed
+from drive_kernels.linear import block, packed
 
+from .kept import Kept
 from .layers import _check_mask, _share
-from .packing import Kept
 
 
 class _GpuLinear(nn.Linear, ABC):

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from .kept import Kept
 from .layers import _share
-from .packing import Kept
 
 
 class _LaidOutLinear(nn.Linear, ABC):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from .packing import Packing
+from .kept import Packing
 
 _M = TypeVar("_M", bound=nn.Module)
 

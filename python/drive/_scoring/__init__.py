@@ -1,0 +1,1 @@
+"""How gradients come about, and what must be as before once a model has been scored."""

@@ -1,0 +1,108 @@
+"""Layer collapse: what lost every weight, and which survivors lead nowhere."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .masks import Masks
+from .targets.targets import unwrap
+
+
+@dataclass(frozen=True)
+class Collapse:
+    """What pruning cut off.
+
+    Attributes:
+        empty: tensors in which nothing survives.
+        disconnected: tensors with survivors, none of which lies on a path from an input to an output.
+        effective: tensor -> survivors on such a path (their share is the effective density of Vysogorets and
+            Kempe, arXiv 2202.12002).
+    """
+
+    empty: list[str]
+    disconnected: list[str]
+    effective: dict[str, int]
+
+
+def collapse(model: nn.Module, masks: Masks, inputs: Any) -> Collapse:
+    """Which survivors of `masks` lie on a path from the inputs to the outputs.
+
+    Runs forward and backward once, in float64 and eval mode, on a copy of the model with positive random
+    weights in place of the survivors: with nothing to cancel, the output depends on a weight if and only if
+    there is a path. Weights are divided by their number of inputs, so that nothing overflows in deep
+    networks; biases are zero, and normalisations (modules that have "Norm" in their name) pass their input
+    on. The model is not changed, nor is the RNG.
+
+    Args:
+        masks: of the model's tensors.
+        inputs: of one batch, for their shapes: [B, ...] floating-point (replaced by positive noise), or
+            integers (taken as they are).
+
+    Raises:
+        ValueError: the masks are of another model.
+        TypeError: the model does not return a tensor, or a dict or tuple of some.
+    """
+    positive = copy.deepcopy(unwrap(model)).double().eval()
+    devices = {w.device for w in positive.parameters() if w.is_cuda}
+    with torch.random.fork_rng(list(devices)), torch.enable_grad():
+        torch.manual_seed(0)
+        masks.apply_(positive)  # raises if they are of another model
+        _make_positive(positive, masks)
+        masks.apply_(positive)
+        outputs = positive(_noise(inputs))
+        weights = {name: positive.get_parameter(name) for name in masks}
+        total = torch.stack([out.sum() for out in _tensors(outputs)]).sum()
+        grads = torch.autograd.grad(total, list(weights.values()), allow_unused=True)
+    kept = {name: int(mask.sum()) for name, mask in masks.items()}
+    effective = {
+        name: 0 if grad is None else int(((grad != 0) & (weight != 0)).sum())
+        for (name, weight), grad in zip(weights.items(), grads, strict=True)
+    }
+    return Collapse(
+        empty=[name for name, count in kept.items() if masks[name].numel() and not count],
+        disconnected=[name for name, count in kept.items() if count and not effective[name]],
+        effective=effective,
+    )
+
+
+@torch.no_grad()
+def _make_positive(model: nn.Module, masks: Masks) -> None:
+    for module in model.modules():
+        if "Norm" in type(module).__name__:  # one that centres would make negative numbers, for ReLU to cut
+            module.register_forward_hook(lambda _, inputs, output: inputs[0])
+        for name, parameter in module.named_parameters(recurse=False):
+            if isinstance(module, nn.Embedding):
+                continue
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif parameter.dim() > 1:
+                parameter.uniform_(0.5, 1).div_(parameter[0].numel())
+            else:
+                parameter.fill_(1)
+    for name in masks:  # embeddings that are pruned, tied ones say
+        parameter = model.get_parameter(name)
+        parameter.uniform_(0.5, 1).div_(max(1, parameter[0].numel()) if parameter.dim() else 1)
+
+
+def _noise(inputs: Any) -> Any:
+    if isinstance(inputs, Tensor):
+        return torch.rand_like(inputs, dtype=torch.float64) + 0.5 if inputs.is_floating_point() else inputs
+    if isinstance(inputs, Mapping):
+        return {name: _noise(value) for name, value in inputs.items()}
+    return type(inputs)(map(_noise, inputs)) if isinstance(inputs, list | tuple) else inputs
+
+
+def _tensors(outputs: Any) -> list[Tensor]:
+    if isinstance(outputs, Tensor):
+        return [outputs]
+    parts = list(outputs.values()) if isinstance(outputs, Mapping) else outputs
+    found = [part for part in parts if isinstance(part, Tensor)] if isinstance(parts, list | tuple) else []
+    if not found:
+        raise TypeError(f"collapse: the model must return tensors, got {type(outputs).__name__}")
+    return found

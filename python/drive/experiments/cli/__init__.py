@@ -1,0 +1,1 @@
+"""The command `drive`: options in, run folders out."""

@@ -1,0 +1,371 @@
+"""The command `drive`: options in, run folders out, one clear line for whatever is wrong."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from drive import methods
+from drive.experiments.bench.step import SIZES
+from drive.experiments.paper.pages import PAGES
+from drive.experiments.runs import inputs
+from drive.experiments.runs.folder import keep_config, make_folder, write_json
+from drive.experiments.runs.inputs import InputError
+from drive.experiments.runs.progress import bars
+from drive.files import write_atomic
+
+from .console import BAD_INPUT, INTERRUPTED, complain, load, open_console
+from .info import facts
+from .options import (
+    BatchSize,
+    ChannelsLast,
+    Compile,
+    Data,
+    DataDir,
+    Device,
+    Devices,
+    Epochs,
+    Fractions,
+    LearningRate,
+    LimitTrain,
+    Model,
+    Names,
+    Out,
+    Precision,
+    Resume,
+    SparseOps,
+    TensorBoard,
+    compare_defaults,
+    file,
+    given,
+    option,
+    prune_defaults,
+    train_defaults,
+)
+from .paper import reproduce
+
+# the root of typer's usage errors, whichever click it stands on
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="DRIVE: prune a neural network before it is trained, and train what is left.",
+)
+
+
+@app.callback(invoke_without_command=True)
+def _drive(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def _comparison(
+    context: typer.Context,
+    data: Data = None,
+    data_dir: DataDir = None,
+    model: Model = None,
+    methods: Annotated[
+        Names | None,
+        option("--methods", f"out of {', '.join(methods.names())} "
+               "[default: drive prune: drive,snip,magnitude; drive compare: all]",
+               inputs.several_of(methods.names()), "A,B"),
+    ] = None,
+    sparsities: Annotated[
+        Fractions | None,
+        option("--sparsities", "fractions of zeros [default: 0.9,0.95,0.98,0.993]",
+               inputs.sparsities, "X,Y"),
+    ] = None,
+    seeds: Annotated[
+        int | None,
+        option("--seeds", "runs with seeds 0..N-1 [default: drive prune: digits 5, else 1; drive compare: 3]",
+               inputs.whole_number(1)),
+    ] = None,
+    epochs: Epochs = None,
+    warmup_epochs: Annotated[
+        int | None,
+        option("--warmup-epochs", "of these, dense ones before pruning [default: 5]",
+               inputs.whole_number(0)),
+    ] = None,
+    iterations: Annotated[
+        int | None,
+        option("--iterations", "of DRIVE and SynFlow [default: 100]", inputs.whole_number(1)),
+    ] = None,
+    batch_size: BatchSize = None,
+    lr: LearningRate = None,
+    sparse_ops: SparseOps = False,
+    device: Device = None,
+    limit_train: LimitTrain = None,
+    out: Out = None,
+    resume: Resume = False,
+) -> None:  # fmt: skip
+    options = given(
+        data=data, data_dir=data_dir, model=model, methods=methods, sparsities=sparsities, seeds=seeds,
+        epochs=epochs, warmup_epochs=warmup_epochs, iterations=iterations, batch_size=batch_size, lr=lr,
+        sparse_ops=sparse_ops, device=device, limit_train=limit_train,
+    )  # fmt: skip
+    command = str(context.info_name)
+    defaults = {"prune": prune_defaults, "compare": compare_defaults}[command]
+    with open_console(command, out, resume, options, defaults) as (folder, settings, console):
+        from drive.experiments.paper import report
+        from drive.experiments.paper.compare import Comparison, Config
+        from drive.experiments.training.compute import deterministic
+
+        config = Config.read(settings)
+        deterministic(config.threads)
+        comparison = Comparison(config, load(settings, console), folder)
+        inputs.require("matplotlib.figure")  # now, not after hours of training
+        keep_config(folder, command, settings)
+        with bars(console) as progress:
+            results = comparison.run(progress)
+        summary = report.summarise(comparison, results)
+        times = report.timings(config, results)
+        write_json(folder / "timing.json", times)
+        report.draw_accuracy(summary, folder / "accuracy.png")
+        report.draw_layers(summary, folder / "layers.png")
+        report.draw_time(summary, times, folder / "time.png")
+        write_atomic(folder / "tables.md", report.markdown(summary, times).encode())
+        write_json(folder / "report.json", summary)
+        console.print(report.table(summary))
+        console.print(report.details(summary, times))
+        console.print(summary["verdict"], highlight=False)
+        console.print(f"results in {folder}", highlight=False)
+
+
+for page in PAGES.values():
+    app.command(page.name, help=page.help)(reproduce)
+app.command(
+    "prune",
+    help="""Prune a network by DRIVE, SNIP and magnitude, train the rest, compare with the dense one.
+
+    Without arguments: scikit-learn's handwritten digits and a small CNN, about a minute on a CPU.
+    The folder then holds report.json, timing.json, tables.md, accuracy.png, layers.png, time.png, and, of
+    DRIVE's network at the highest sparsity (first seed), checkpoint.pt and masks.safetensors.
+
+    Examples:
+
+        drive prune
+
+        drive prune --resume
+
+        drive prune --data cifar10 --model vgg16_bn --device cuda --seeds 3 --out runs/vgg
+
+        drive prune --data imagefolder --data-dir photos --sparsities 0.9,0.98 --limit-train 2000
+    """,
+)(_comparison)
+app.command(
+    "compare",
+    help="""Compare all pruning methods, also those that prune in the course of a training.
+
+    As `drive prune`, with every method and three seeds.
+
+    Examples:
+
+        drive compare
+
+        drive compare --methods drive,snip,synflow,imp --sparsities 0.9,0.98 --seeds 3
+
+        drive compare --resume
+    """,
+)(_comparison)
+
+
+@app.command()
+def train(
+    data: Data = None,
+    data_dir: DataDir = None,
+    model: Model = None,
+    masks: Annotated[
+        Path | None, file("--masks", "masks.safetensors: train this sparse network [default: dense]")
+    ] = None,
+    init: Annotated[
+        Path | None, file("--init", "checkpoint whose weights to start from [default: random ones]")
+    ] = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    lr: LearningRate = None,
+    precision: Precision = None,
+    channels_last: ChannelsLast = False,
+    compile: Compile = False,
+    sparse_ops: SparseOps = False,
+    seed: Annotated[int | None, option("--seed", "[default: 0]", inputs.whole_number(0))] = None,
+    device: Device = None,
+    devices: Devices = None,
+    limit_train: LimitTrain = None,
+    tensorboard: TensorBoard = False,
+    out: Out = None,
+    resume: Resume = False,
+) -> None:
+    """Train one network, dense or with the masks that `drive prune` or `drive.prune` made.
+
+    The folder holds checkpoint.pt and log.csv, whole after every epoch, and at the end report.json.
+
+    Examples:
+
+        drive train
+
+        drive train --masks runs/prune/masks.safetensors --epochs 30
+
+        drive train --data cifar10 --model resnet18 --device cuda --precision bfloat16 --out runs/resnet
+
+        drive train --resume --out runs/resnet
+    """
+    options = given(
+        data=data, data_dir=data_dir, model=model, masks=masks, init=init, epochs=epochs,
+        batch_size=batch_size, lr=lr, precision=precision, channels_last=channels_last, compile=compile,
+        sparse_ops=sparse_ops, seed=seed, device=device, devices=devices, limit_train=limit_train,
+        tensorboard=tensorboard,
+    )  # fmt: skip
+    with open_console("train", out, resume, options, train_defaults) as (folder, settings, console):
+        from drive.experiments.training.command import Training
+        from drive.experiments.training.compute import deterministic
+
+        deterministic(settings["threads"])
+        training = Training(settings, load(settings, console), folder)
+        keep_config(folder, "train", settings)
+        with bars(console) as progress:
+            result = training.run(progress)
+        console.print(
+            f"{100 * result['accuracy']:.2f} % test accuracy at {100 * result['sparsity']:.2f} % pruned; "
+            f"results in {folder}", highlight=False,
+        )  # fmt: skip
+
+
+@app.command()
+def bench(
+    size: Annotated[
+        str,
+        option("--size", "entries: those of ResNet-18, VGG-16, or two of them", inputs.one_of(SIZES), "NAME"),
+    ] = "11M",
+    sparsities: Annotated[
+        Fractions | None,
+        option("--sparsities", "fractions of zeros [default: 0.9]", inputs.sparsities, "X,Y"),
+    ] = None,
+    rounds: Annotated[int, option("--rounds", "of the quick ones", inputs.whole_number(1))] = 9,
+    out: Annotated[Path | None, file("--out", "folder for bench.json and bench.png", "DIR")] = None,
+) -> None:
+    """Time one pruning step on the CPU against its rivals, on real shapes, validated first.
+
+    11M takes some 20 seconds, 138M two minutes and 10 GB of memory, 300M four and 22 GB: the rivals'.
+
+    Examples:
+
+        drive bench
+
+        drive bench --size 138M --sparsities 0.5,0.9 --out runs/bench
+    """
+    from drive.experiments.bench import page
+    from drive.experiments.bench import step as timing
+
+    if out is not None:
+        inputs.require("matplotlib.figure")
+        make_folder(out)
+    console = Console()
+    cases = timing.cases([size], [torch.float32], sparsities or [0.9])
+    with bars(console) as progress:
+        rows = list(progress.track(timing.run(cases, rounds), total=len(cases), description="timing"))
+    console.print(timing.machine(), highlight=False)
+    for row in rows:
+        console.print(page.table(row))
+    if out is not None:
+        write_json(out / "bench.json", [row.as_dict() for row in rows])
+        page.draw(rows, out / "bench.png")
+        console.print(f"results in {out}", highlight=False)
+
+
+@app.command("sparse-bench")
+def sparse_bench(
+    checkpoint: Annotated[
+        Path, file("--checkpoint", "checkpoint.pt of drive prune or drive train [required]")
+    ],
+    masks: Annotated[
+        Path | None, file("--masks", "its masks.safetensors [default: weights that are 0 are pruned]")
+    ] = None,
+    batch_size: Annotated[int, option("--batch-size", "images in a batch", inputs.whole_number(1))] = 32,
+    out: Annotated[
+        Path | None,
+        file("--out", "folder for sparse.json and a figure each of inference and training", "DIR"),
+    ] = None,
+) -> None:
+    """Time a saved sparse network on the sparse ops against the dense ones, layer by layer and as a whole.
+
+    Examples:
+
+        drive sparse-bench --checkpoint runs/prune/checkpoint.pt
+
+        drive sparse-bench --checkpoint runs/train/checkpoint.pt --batch-size 1 --out runs/sparse
+    """
+    from drive.experiments.bench import step as timing
+    from drive.experiments.bench.sparse import MODES, Saved
+
+    if out is not None:
+        inputs.require("matplotlib.figure")
+        make_folder(out)
+    saved = Saved(checkpoint, masks)
+    console = Console()
+    console.print(timing.machine(), highlight=False)
+    found = {}
+    for mode in MODES:
+        with console.status(f"measuring {mode}"):
+            found[mode] = saved.convert(mode, batch_size)
+        console.print(f"\n{mode}, {batch_size} images a batch", highlight=False)
+        console.print(str(found[mode]), highlight=False, soft_wrap=True)
+    if out is not None:
+        write_json(out / "sparse.json", {mode: one.as_dict() for mode, one in found.items()})
+        for mode, one in found.items():
+            one.draw(out / f"{mode}.png", f"{saved.network.name}, {mode}, {batch_size} images a batch")
+        console.print(f"results in {out}", highlight=False)
+
+
+@app.command()
+def info(as_json: Annotated[bool, typer.Option("--json", help="as JSON")] = False) -> None:
+    """What was built, what runs where, and why something does not.
+
+    Examples:
+
+        drive info
+
+        drive info --json
+    """
+    found = facts()
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    table = Table(show_header=False, box=None)
+    for section, entries in found.items():
+        table.add_row(f"[bold]{section}[/]", "")
+        for name, text in entries.items():
+            table.add_row(f"  {name}".replace("[", r"\["), text.replace("[", r"\["))
+    Console().print(table)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit status: 0, 2 for bad input, 130 for Ctrl-C."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    command = " ".join(["drive", *words[:1]])
+    try:
+        return int(app(args=words, prog_name="drive", standalone_mode=False) or 0)
+    except UsageError as error:
+        return complain(command, _usage_message(error), BAD_INPUT)
+    except InputError as error:
+        return complain(command, str(error), BAD_INPUT)
+    except (KeyboardInterrupt, typer.Abort):
+        return complain(command, "interrupted", INTERRUPTED)
+    except OSError as error:
+        return complain(command, str(error), 1)
+
+
+def _usage_message(error: Any) -> str:
+    """One of typer's usage errors in the words of all others, where it is about an option's value."""
+    if isinstance(error, typer.BadParameter) and error.param:
+        return f"{error.param.opts[0]} {error.message or 'must be given'}"
+    return str(error.format_message())

@@ -1,0 +1,1 @@
+"""Images with labels: from the network, from folders, in batches."""

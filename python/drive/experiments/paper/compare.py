@@ -1,0 +1,124 @@
+"""`drive prune`, `drive compare`: pruning methods against each other and the dense network, on any data."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from rich.progress import Progress
+
+from drive import methods
+from drive.experiments.data.dataset import Dataset
+from drive.experiments.runs.inputs import InputError
+from drive.experiments.training.compute import Compute
+from drive.experiments.training.networks import Network
+from drive.experiments.training.recipe import Recipe
+from drive.files import write_atomic
+
+from .cell import Cell
+from .queue import Experiment
+from .trainer import Result
+from .variants import Variant, dense
+
+
+@dataclass(frozen=True)
+class Config:
+    """All that the results depend on: the options of `drive prune` and `drive compare`."""
+
+    data: str
+    data_dir: str | None
+    limit_train: int | None
+    model: str
+    methods: list[str]
+    sparsities: list[float]
+    seeds: int
+    epochs: int
+    warmup_epochs: int
+    iterations: int
+    batch_size: int
+    lr: float
+    sparse_ops: bool
+    device: str
+    threads: int
+
+    @classmethod
+    def read(cls, options: dict[str, Any]) -> Config:
+        """From a run's stored options."""
+        if set(options) != {field.name for field in fields(cls)}:
+            raise InputError("--out must hold a run of this version of drive, got other options in it")
+        return cls(**options)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Comparison:
+    """A run in a folder: `cells/`, then checkpoint and masks of one network.
+
+    `checkpoint.pt` and `masks.safetensors` are of the first seed's network at the highest sparsity,
+    pruned by DRIVE (or the first method, if DRIVE is not among them).
+
+    Args:
+        data: of the run, its images limited already if they are to be.
+    """
+
+    def __init__(self, config: Config, data: Dataset, folder: Path):
+        self.config, self.data, self.folder = config, data, folder
+        self.network = Network(config.model, data.classes, data.channels, data.side)
+        self.network.build()  # one that does not fit the images says so now
+        self.cells = [
+            cell
+            for seed in range(config.seeds)
+            for cell in (
+                self._cell(dense(config.warmup_epochs), 0.0, seed),
+                *(
+                    self._cell(variant_of(name, config), sparsity, seed)
+                    for name in config.methods
+                    for sparsity in config.sparsities
+                ),
+            )
+        ]
+
+    def run(self, progress: Progress) -> list[Result]:
+        """Train every network that is not finished yet; the results of all, in the order of `cells`.
+
+        Raises:
+            InputError: the data are not those that the run was started with; training diverges; another
+                process is at work on the run.
+        """
+        config = self.config
+        kept = "drive" if "drive" in config.methods else config.methods[0]
+        exported = self._cell(variant_of(kept, config), max(config.sparsities), seed=0)
+        experiment = Experiment(self.folder, self.cells, lambda _: self.data)
+        experiment.data(self.cells[0])  # checked even if nothing is left to train
+        outcome = experiment.run(progress, keep_going=False, keep_networks=[exported])
+        if outcome.open:
+            raise InputError(f"--out must be no other process's, got {self.folder}")
+        for name in ("checkpoint.pt", "masks.safetensors"):
+            source = experiment.cells_folder / exported.name / name
+            write_atomic(self.folder / name, source.read_bytes())
+        return [outcome.results[cell] for cell in self.cells]
+
+    def _cell(self, variant: Variant, sparsity: float, seed: int) -> Cell:
+        config = self.config
+        return Cell(
+            config.data, config.model, variant, sparsity, seed,
+            Recipe(config.epochs, config.lr, config.batch_size),
+            Compute(config.device, sparse_ops=config.sparse_ops), limit=config.limit_train,
+        )  # fmt: skip
+
+
+def variant_of(name: str, config: Config) -> Variant:
+    """A method as the two commands run it: gradual and RigL within the epochs of the others."""
+    method, epochs = methods.get(name), config.epochs
+    part = max(1, epochs * 3 // 4)
+    if name == "gradual":
+        return Variant(name, name, iterations=part)
+    if name == "rigl":
+        return Variant(name, name, iterations=part + 1)  # the first comes before any training
+    if name in ("imp", "early_crop"):
+        return Variant(name, name, rounds=epochs)
+    several = config.iterations if method.iterations > 1 and name != "crop" else None
+    warmup = config.warmup_epochs if method.stage == "warm-up" else 0
+    return Variant(name, name, warmup=warmup, iterations=several)

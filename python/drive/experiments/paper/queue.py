@@ -1,0 +1,141 @@
+"""Many cells in a folder, resumable: what is finished is never done again, what fails stops nothing else.
+
+Several processes may share the folder, one on each GPU say: each takes cells that no other is at work on.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import traceback
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.progress import Progress
+
+from drive.experiments.data.dataset import Dataset
+from drive.experiments.runs.folder import read_json, write_json
+from drive.experiments.runs.inputs import InputError
+from drive.experiments.runs.locks import locked
+from drive.experiments.training.loop import Paused
+from drive.files import write_atomic
+
+from .cell import Cell
+from .trainer import CellRun, Result
+
+
+@dataclass
+class Outcome:
+    """What is known of an experiment's cells."""
+
+    results: dict[Cell, Result] = field(default_factory=dict)
+    failures: dict[Cell, str] = field(default_factory=dict)  # the first line of what was raised
+    open: list[Cell] = field(default_factory=list)  # not begun, paused, or in the hands of another process
+
+
+class Experiment:
+    """Cells in `folder/cells`, a folder each.
+
+    Args:
+        folder: of the run.
+        cells: all of them, in the order in which they are to be trained; those of one data set together.
+        load: a data set by its name.
+        tensorboard: write TensorBoard's files beside each cell's `log.csv`.
+    """
+
+    def __init__(
+        self, folder: Path, cells: Sequence[Cell], load: Callable[[str], Dataset], *,
+        tensorboard: bool = False,
+    ):  # fmt: skip
+        self.cells_folder, self._tensorboard = folder / "cells", tensorboard
+        self.cells, self._load = list(dict.fromkeys(cells)), load
+        self._loaded: tuple[str, Dataset | Exception] | None = None  # the last one: they may be large
+
+    def run(
+        self, progress: Progress, *,
+        deadline: float = math.inf, pause: bool = False, keep_going: bool = True,
+        keep_networks: Collection[Cell] = (),
+    ) -> Outcome:  # fmt: skip
+        """Train what is not finished yet.
+
+        Args:
+            deadline: of time.monotonic(); no cell is begun after it.
+            pause: leave the cell in hand too, at the end of an epoch after the deadline.
+            keep_going: what a cell raises is kept, and the others are trained; otherwise it is raised.
+            keep_networks: cells whose trained networks and masks are kept.
+        """
+        overall = progress.add_task("all networks", total=len(self.cells))
+        found = Outcome()
+        for cell in self.cells:
+            try:
+                result = self.result(cell)
+                if result is None and time.monotonic() < deadline:
+                    result = self._train(
+                        cell, progress, deadline if pause else math.inf, cell in keep_networks
+                    )
+                if result is None:
+                    found.open.append(cell)
+                else:
+                    found.results[cell] = result
+            except Exception as error:
+                if not keep_going:
+                    raise
+                # not the error itself: its frames would keep the network, and a GPU's memory
+                found.failures[cell] = str(error).strip().partition("\n")[0] or type(error).__name__
+            progress.advance(overall)
+        return found
+
+    def result(self, cell: Cell) -> Result | None:
+        """Of a finished cell."""
+        path = self.cells_folder / cell.name / "result.json"
+        return read_json(path) if path.exists() else None
+
+    def data(self, cell: Cell) -> Dataset:
+        """The data set of a cell, on its device.
+
+        Raises:
+            InputError: it cannot be loaded, or is not what the folder's other cells were trained on.
+        """
+        if self._loaded is None or self._loaded[0] != cell.data:
+            self._loaded = None  # frees the memory first
+            try:
+                data = self._load(cell.data)
+                self._check(cell.data, data)
+                self._loaded = cell.data, data.to(cell.compute.device)
+            except InputError as error:  # and it is not tried again for each cell
+                self._loaded = cell.data, error
+        if isinstance(self._loaded[1], Exception):
+            raise self._loaded[1]
+        return self._loaded[1]
+
+    def _train(self, cell: Cell, progress: Progress, deadline: float, keep_network: bool) -> Result | None:
+        """None: it was paused, or another process is at work on it."""
+        data = self.data(cell)
+        folder = self.cells_folder / cell.name
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder) as mine:
+            if not mine:
+                return None
+            if (result := self.result(cell)) is not None:  # by another process, a moment ago
+                return result
+            try:
+                return CellRun(
+                    cell, self.cells_folder, data, progress, deadline=deadline, keep_network=keep_network,
+                    tensorboard=self._tensorboard,
+                ).run()  # fmt: skip
+            except Paused:
+                return None
+            except Exception:
+                write_atomic(folder / "failure.txt", traceback.format_exc().encode())
+                raise
+
+    def _check(self, name: str, data: Dataset) -> None:
+        self.cells_folder.mkdir(parents=True, exist_ok=True)
+        path, here = self.cells_folder / f"{name}.json", data.fingerprint()
+        if not path.exists():
+            write_json(path, {"fingerprint": here})
+        elif read_json(path)["fingerprint"] != here:
+            raise InputError(
+                f"--data must be what {self.cells_folder.parent} was started with, got other images or labels"
+            )

@@ -1,0 +1,199 @@
+"""Tables beside the published ones, as Markdown; what is scaled, missing or failed says so in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from statistics import mean, stdev
+
+from drive.experiments.training.recipe import Recipe, Steps
+
+from .grids import ITERATIONS, POWERS, WARMUPS, Key, Plan, grid_name
+from .published import Row
+from .queue import Outcome
+from .trainer import Result
+
+# pruning as the paper counts its seconds: all that comes before the sparse network is trained
+BEFORE_TRAINING = ("warmup_seconds", "round_seconds", "prune_seconds")
+
+
+class Numbers:
+    """The results of a plan's cells, by what several seeds have in common."""
+
+    def __init__(self, plan: Plan, outcome: Outcome):
+        self.plan, self._outcome = plan, outcome
+
+    def results(self, key: Key) -> list[Result]:
+        """Of the seeds that are finished."""
+        found = self._outcome.results
+        return [found[cell] for cell in self.plan.groups.get(key, []) if cell in found]
+
+    def failed(self, key: Key) -> bool:
+        return any(cell in self._outcome.failures for cell in self.plan.groups.get(key, []))
+
+    def accuracies(self, key: Key) -> list[float]:
+        """In %, of the seeds that are finished."""
+        return [100 * r["correct"] / r["tested"] for r in self.results(key)]
+
+    def seconds(self, keys: Sequence[Key], parts: Sequence[str]) -> float | None:
+        """Of some parts of a cell's work, the mean over cells; None: none is finished."""
+        values = [sum(r[part] for part in parts) for key in keys for r in self.results(key)]
+        return mean(values) if values else None
+
+    def shown(self, key: Key, published: float | None = None) -> str:
+        """Mean and deviation, and beside it what is published and the difference; `*`: scaled."""
+        values = self.accuracies(key)
+        if not values:
+            return "failed" if self.failed(key) else "-"
+        text = f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
+        if self.plan.scale != 1:
+            text += " *"
+        if len(values) < self.plan.seeds:
+            text += f" [{len(values)} of {self.plan.seeds} seeds]"
+        if published is not None:
+            text += f" ({published:.2f}, {mean(values) - published:+.2f})"
+        return text
+
+
+def against_paper(title: str, plan: Plan, methods: Sequence[str], outcome: Outcome) -> str:
+    """Methods against each other and against what is published, row by row of the paper."""
+    numbers, lines = Numbers(plan, outcome), [f"# {title}", "", *_warning(plan)]
+    lines += [
+        f"Top-1 test accuracy in %, {_over(plan)}; in brackets the "
+        "published mean of three runs, and ours minus that. Seconds: all that comes before the sparse "
+        "network is trained (dense warm-up, levels of IMP, scoring), mean over the sparsities.", "",
+        *_made_with(plan, outcome),
+    ]  # fmt: skip
+    for row in plan.rows:
+        sparsities = plan.sparsities_of(row)
+        dense = Key(row.name, "dense", 0.0)
+        lines += _heading(row, numbers)
+        lines += [f"Not pruned: {numbers.shown(dense, row.unpruned)}.", ""]
+        lines += _head(["method", *map(_percent, sparsities), "seconds of pruning"])
+        seconds: dict[str, float | None] = {}
+        for method in methods:
+            published = row.published.get(method)
+            keys = [Key(row.name, method, s) for s in sparsities]
+            shown = [numbers.shown(k, published and published.accuracy.get(k.sparsity)) for k in keys]
+            seconds[method] = numbers.seconds(keys, BEFORE_TRAINING)
+            lines.append(_line([method, *shown, _seconds(seconds[method], published and published.seconds)]))
+        lines += ["", *_ratio(row, seconds)]
+    return "\n".join([*lines, *_failures(outcome)])
+
+
+def ablation_page(plan: Plan, outcome: Outcome) -> str:
+    """DRIVE taken apart: its steps, warm-up and iterations, terms of the score."""
+    numbers, lines = Numbers(plan, outcome), ["# Ablation", "", *_warning(plan)]
+    lines += [f"Top-1 test accuracy in %, {_over(plan)}.", "", *_made_with(plan, outcome)]
+    for row in plan.rows:
+        sparsities, warmup = plan.sparsities_of(row), plan.warmup_of(row)
+        whole = grid_name(warmup, 100)
+        lines += _heading(row, numbers)
+        lines += [f"Not pruned: {numbers.shown(Key(row.name, 'dense', 0.0))}.", ""]
+
+        def line(name: str, variant: str, row: Row = row, over: tuple[float, ...] = sparsities) -> str:
+            return _line([name, *(numbers.shown(Key(row.name, variant, s)) for s in over)])
+
+        lines += ["From SNIP to DRIVE:", "", *_head(["", *map(_percent, sparsities)])]
+        lines += [line(name, name) for name in ("SNIP", "iterative SNIP", "warm-up, one-shot SNIP")]
+        lines += [line(f"DRIVE ({warmup} epochs of warm-up, 100 iterations)", whole), ""]
+        for sparsity in sparsities:
+            lines += [f"DRIVE to {_percent(sparsity)}: epochs of warm-up against iterations:", ""]
+            lines += _head(["warm-up", *map(str, ITERATIONS)])
+            for epochs in sorted({*WARMUPS, warmup}):
+                keys = [Key(row.name, grid_name(epochs, n), sparsity) for n in ITERATIONS]
+                lines.append(_line([str(epochs), *map(numbers.shown, keys)]))
+            lines.append("")
+        lines += ["The score, abs(theta)^p * abs(G)^q:", "", *_head(["", "p, q", *map(_percent, sparsities)])]
+        for name, (p, q) in POWERS.items():
+            variant = whole if (p, q) == (2, 2) else name
+            shown = [numbers.shown(Key(row.name, variant, s)) for s in sparsities]
+            lines.append(_line(["" if name.startswith("p ") else name, f"{p}, {q}", *shown]))
+        lines.append("")
+    return "\n".join([*lines, *_failures(outcome)])
+
+
+def _over(plan: Plan) -> str:
+    return "one seed" if plan.seeds == 1 else f"mean ± standard deviation of {plan.seeds} seeds"
+
+
+def _made_with(plan: Plan, outcome: Outcome) -> list[str]:
+    """What the numbers, and the seconds more so, depend on beside the rows' recipes."""
+    found = {
+        ", ".join(f"{what} {value}" for what, value in result["made_with"].items())
+        for result in outcome.results.values()
+    }
+    return [f"Made with {'; '.join(sorted(found))}; {plan.compute.arithmetic}.", ""] if found else []
+
+
+def _warning(plan: Plan) -> list[str]:
+    if plan.scale == 1:
+        return []
+    return [
+        f"**\\* Scaled: {100 * plan.scale:g} % of the epochs (dense warm-up and the levels of IMP too) and "
+        f"{100 * plan.scale:g} % of the training images: no reproduction of published numbers.**",
+        "",
+    ]  # fmt: skip
+
+
+def _heading(row: Row, numbers: Numbers) -> list[str]:
+    """What the row is, and on how many images it was trained."""
+    recipe = row.recipe.scaled(numbers.plan.scale)
+    keys = [key for key in numbers.plan.groups if key.row == row.name]
+    counts = {result["train_images"] for key in keys for result in numbers.results(key)}
+    images = "".join(f", {count:,} training images" for count in sorted(counts))
+    return [f"## {row.model} on {row.data}", "", f"{describe(recipe)}{images}.", ""]
+
+
+def describe(recipe: Recipe) -> str:
+    """A recipe in words."""
+    schedule = recipe.schedule
+    how = type(schedule).__name__.lower()
+    if isinstance(schedule, Steps):
+        shift = recipe.epochs / schedule.epochs
+        how = ", ".join(f"x {drop:g} at {at * shift:g}" for at, drop in schedule.drops)
+    elif rest := asdict(schedule):
+        how += " (" + ", ".join(f"{name} {value:g}" for name, value in rest.items()) + ")"
+    momentum = f" with momentum {recipe.momentum:g}" if recipe.optimizer == "sgd" else ""
+    epochs = "1 epoch" if recipe.epochs == 1 else f"{recipe.epochs} epochs"
+    return (
+        f"{epochs} in batches of {recipe.batch_size}, {recipe.optimizer}{momentum}, "
+        f"learning rate {recipe.lr:g} {how}, weight decay {recipe.weight_decay:g}, "
+        f"crops padded by {recipe.padding}{', flips' if recipe.flip else ''}"
+    )
+
+
+def _seconds(ours: float | None, published: float | None) -> str:
+    text = "-" if ours is None else f"{ours:,.1f}"
+    return text if published is None else f"{text} ({published:,.0f})"
+
+
+def _ratio(row: Row, seconds: dict[str, float | None]) -> list[str]:
+    """How many times longer IMP takes than DRIVE."""
+    imp, drive = seconds.get("imp"), seconds.get("drive")
+    if not imp or not drive:
+        return []
+    text = f"IMP prunes {imp / drive:.1f} times as long as DRIVE"
+    if {"imp", "drive"} <= set(row.published):
+        published = row.published["imp"].seconds / row.published["drive"].seconds
+        text += f" (published: {published:.1f})"
+    return [f"{text}.", ""]
+
+
+def _failures(outcome: Outcome) -> list[str]:
+    if not outcome.failures:
+        return []
+    lines = [f"- {cell.title}: {why}" for cell, why in outcome.failures.items()]
+    return ["Failed:", "", *lines, ""]
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:g} %"
+
+
+def _head(titles: Sequence[str]) -> list[str]:
+    return [_line(titles), _line(["---", *("---:" for _ in titles[1:])])]
+
+
+def _line(parts: Sequence[str]) -> str:
+    return f"| {' | '.join(parts)} |"

@@ -1,0 +1,231 @@
+"""One cell from its initialisation to its result, in a folder that a kill at any moment does not spoil.
+
+Per seed, one initialisation and one order of batches serve all. When a method prunes (its `stage`):
+
+    warm-up         dense, epochs 0..W-1, whose weights are saved and serve all that share them, the dense
+                    network too; pruned; then epochs W..E-1
+    initialisation  pruned, then epochs 0..E-1 (W..E-1, after a warm-up that was asked for)
+    training        gradual, rigl: after each of the first epochs; then the others with the masks held
+                    imp: levels of training, each from the same initialisation; then epochs 0..E-1
+                    early_crop: epochs until its rule says so, E at most; pruned; then epochs 0..E-1
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.progress import Progress
+from torch import nn
+
+from drive import methods, schedules
+from drive.collapse import collapse
+from drive.experiments.data.batches import Batches
+from drive.experiments.data.dataset import Dataset, seed_of
+from drive.experiments.runs.folder import load_tensors, made_with, save_tensors, write_json
+from drive.experiments.runs.locks import locked
+from drive.experiments.runs.progress import task
+from drive.experiments.training.history import Epoch, Log
+from drive.experiments.training.loop import Checkpoint, Paused, evaluate, train
+from drive.masks import Masks
+from drive.prune import prune
+
+from .cell import Cell
+from .variants import dense
+
+SAVE_EVERY = 60.0  # seconds between two savings of a training, or of the levels of IMP, in progress
+
+Result = dict[str, Any]
+
+
+@dataclass
+class Pruned:
+    """A network that is ready for its training, or on the way there."""
+
+    masks: Masks | None = None
+    levels: int = 0  # of IMP that are done
+    prune_seconds: float = 0.0  # of scoring and selecting
+    round_seconds: float = 0.0  # of training in the course of it
+
+
+class CellRun:
+    """The work on one cell.
+
+    Args:
+        root: of all cells; this one's folder is in there.
+        data: on the cell's device, all of them.
+        deadline: of time.monotonic(); after it the work pauses as soon as it can be gone on with.
+        keep_network: leave it in `checkpoint.pt`, and its masks in `masks.safetensors`.
+        tensorboard: write TensorBoard's files beside `log.csv`.
+    """
+
+    def __init__(
+        self, cell: Cell, root: Path, data: Dataset, progress: Progress, *,
+        deadline: float = math.inf, keep_network: bool = False, tensorboard: bool = False,
+    ):  # fmt: skip
+        self.cell, self.root, self.progress = cell, root, progress
+        self.deadline, self.keep_network, self.tensorboard = deadline, keep_network, tensorboard
+        self.folder = root / cell.name
+        self.images = cell.images(data)
+        self.batches: Batches = cell.batches(self.images)
+        self.network = cell.network(self.images)
+
+    def run(self) -> Result:
+        """Train, or go on from where it was left.
+
+        Returns:
+            The result, which `result.json` holds then.
+
+        Raises:
+            InputError: training diverges.
+            Paused: the deadline is over.
+        """
+        cell, folder = self.cell, self.folder
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob(".*.partial"):  # of a killed process
+            left.unlink()
+        write_json(folder / "config.json", cell.as_dict())
+        torch.manual_seed(seed_of(cell.seed, "initialisation"))
+        model = cell.compute.place(self.network.build())
+        warmup = self._warm_up(model)
+        pruned = self._pruned(model)
+        masks = pruned.masks
+        # how many of the layers lead nowhere is a matter of the masks alone
+        cut_off = collapse(model, masks, self.images.train_x[:1].float()) if masks else None
+
+        partial = self._checkpoint(folder / "training.pt")
+        epochs = range(cell.variant.first_epoch, cell.recipe.epochs)
+        with task(self.progress, f"{cell.title}: training", len(epochs) * len(self.batches)) as advance:
+            history = train(
+                model, self.batches, cell.recipe, epochs=epochs, compute=cell.compute, masks=masks,
+                checkpoint=partial, on_step=advance,
+                log=Log(folder, tuple(warmup), tensorboard=self.tensorboard),
+            )  # fmt: skip
+        if self.keep_network:
+            if masks is not None:
+                masks.save(folder / "masks.safetensors")
+            state = {"network": self.network.as_dict(), "model": model.state_dict()}
+            save_tensors(folder / "checkpoint.pt", state)
+        tested = len(self.images.test_y)
+        # a training tests its last epoch
+        accuracy = history[-1].accuracy if history else evaluate(model, self.batches, cell.compute) / tested
+        assert accuracy is not None
+        result = {
+            "data": cell.data,
+            "model": cell.model,
+            "method": cell.variant.name,
+            "sparsity": cell.sparsity,
+            "seed": cell.seed,
+            "scale": cell.scale,
+            "epochs": cell.recipe.epochs,
+            "train_images": len(self.images.train_y),
+            "correct": round(accuracy * tested),
+            "tested": tested,
+            "final_loss": history[-1].loss if history else None,
+            "kept": {name: int(mask.sum()) for name, mask in (masks or {}).items()},
+            "empty": cut_off.empty if cut_off else [],
+            "disconnected": cut_off.disconnected if cut_off else [],
+            "warmup_seconds": _seconds(warmup),
+            "prune_seconds": pruned.prune_seconds,
+            "round_seconds": pruned.round_seconds,
+            "train_seconds": _seconds(history),
+            "made_with": {**made_with(cell.compute.device), "threads": torch.get_num_threads()},
+        }
+        write_json(folder / "result.json", result)
+        for name in ("training.pt", "pruned.pt", "failure.txt"):
+            (folder / name).unlink(missing_ok=True)
+        return result
+
+    def _checkpoint(self, path: Path) -> Checkpoint:
+        return Checkpoint(path, self.network.as_dict(), SAVE_EVERY, self.deadline)
+
+    def _warm_up(self, model: nn.Module) -> list[Epoch]:
+        """The first dense epochs, in a folder of their own; a process that comes second waits for them."""
+        cell, epochs = self.cell, self.cell.variant.warmup
+        if not epochs:
+            return []
+        shared = replace(cell, variant=dense(epochs, "warmup"), sparsity=0.0)
+        folder = self.root / shared.name
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder, wait=True):
+            write_json(folder / "config.json", shared.as_dict())
+            title = f"{cell.model} on {cell.data}, seed {cell.seed}: dense warm-up"
+            with task(self.progress, title, epochs * len(self.batches)) as advance:
+                return train(
+                    model, self.batches, cell.recipe, epochs=range(epochs), compute=cell.compute,
+                    checkpoint=self._checkpoint(folder / "training.pt"), on_step=advance,
+                    log=Log(folder, tensorboard=self.tensorboard),
+                )  # fmt: skip
+
+    def _pruned(self, model: nn.Module) -> Pruned:
+        """Prune in place, or take over what was pruned before."""
+        path, found = self.folder / "pruned.pt", Pruned()
+        if self.cell.variant.method == "dense":
+            return found
+        if path.exists():
+            state = load_tensors(path)
+            model.load_state_dict(state.pop("model"))
+            masks = Masks(state.pop("masks")).to(self.cell.compute.device)
+            found = Pruned(masks, **state)
+        began = time.monotonic()
+        for pruned in self._levels(model, found):
+            found = pruned
+            # what takes no time is done again rather than kept
+            if time.monotonic() - began >= SAVE_EVERY or time.monotonic() >= self.deadline:
+                assert found.masks is not None
+                state = {**vars(found), "model": model.state_dict(), "masks": found.masks.state_dict()}
+                save_tensors(path, state)
+                began = time.monotonic()
+                if began >= self.deadline:
+                    raise Paused
+        return found
+
+    def _levels(self, model: nn.Module, found: Pruned) -> Iterator[Pruned]:
+        """Prune step by step, from what is found; only IMP, which trains for long, has several."""
+        cell, variant, method = self.cell, self.cell.variant, self.cell.variant.make()
+        iterations = variant.iterations or method.iterations_to(cell.sparsity)
+        recipe, length, targets = cell.recipe, 1, [cell.sparsity]
+        if isinstance(method, methods.Imp):
+            # level by level the same as in one call: each ends in the initialisation with its masks
+            recipe, length = replace(cell.recipe, epochs=variant.rounds), variant.rounds
+            targets, iterations = schedules.plan("exponential", cell.sparsity, iterations), 1
+        trained: list[Epoch] = []
+
+        def train_round(model: nn.Module, masks: Masks | None, number: int) -> None:
+            span = range(number * length, (number + 1) * length)
+            trained.extend(train(model, self.batches, recipe, epochs=span, compute=cell.compute, masks=masks))
+
+        bars = len(targets) * iterations * method.accumulate
+        with task(self.progress, f"{cell.title}: pruning", bars) as advance:
+            for _ in range(found.levels):
+                advance()
+            for target in targets[found.levels :]:
+                trained.clear()
+                began = time.monotonic()
+                masks = prune(
+                    model, self.batches.endless("prune", on_batch=advance), F.cross_entropy, method=method,
+                    sparsity=target, iterations=iterations, masks=found.masks, train=train_round,
+                    seed=seed_of(cell.seed, "prune"), autocast=cell.compute.autocast_dtype, progress=False,
+                )  # fmt: skip
+                if torch.device(cell.compute.device).type == "cuda":
+                    torch.cuda.synchronize(cell.compute.device)
+                seconds, rounds = time.monotonic() - began, _seconds(trained)
+                found = Pruned(
+                    masks,
+                    found.levels + 1,
+                    found.prune_seconds + seconds - rounds,
+                    found.round_seconds + rounds,
+                )
+                if isinstance(method, methods.Imp):
+                    advance()
+                yield found
+
+
+def _seconds(epochs: list[Epoch]) -> float:
+    return sum((epoch.seconds for epoch in epochs), 0.0)

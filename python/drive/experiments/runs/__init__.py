@@ -1,0 +1,1 @@
+"""What all commands have in common: folders of runs, input that is rejected in one line, progress."""

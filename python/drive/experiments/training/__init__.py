@@ -1,0 +1,1 @@
+"""Training networks, dense or pruned: recipes, the loop, its checkpoints and history."""

@@ -1,0 +1,98 @@
+"""`drive train`: one network, dense or sparse, in a run folder."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import Progress
+
+from drive.experiments.data.batches import Batches
+from drive.experiments.data.dataset import Dataset, seed_of
+from drive.experiments.runs.folder import Options, load_tensors, write_json
+from drive.experiments.runs.inputs import InputError
+from drive.masks import Masks
+
+from .compute import Compute
+from .history import Log
+from .loop import Checkpoint, evaluate, train
+from .networks import Network
+from .recipe import Recipe
+
+
+class Training:
+    """A run in a folder: `checkpoint.pt`, whole after every epoch, and at the end `report.json`."""
+
+    def __init__(self, options: Options, data: Dataset, folder: Path):
+        """Build the network, load weights and masks.
+
+        Args:
+            options: of `drive train`; init and masks are paths or None.
+            data: the images.
+            folder: of the run.
+
+        Raises:
+            InputError: images that do not fit the model; initial weights or masks of another one; devices
+                that are not here.
+        """
+        self.options, self.folder, self.device = options, folder, options["device"]
+        self.compute = Compute(**{field.name: options[field.name] for field in fields(Compute)})
+        self.data = data.to(self.device)
+        self.network = Network(options["model"], data.classes, data.channels, data.side)
+        torch.manual_seed(seed_of(options["seed"], "initialisation"))
+        self.model = self.network.build()
+        self._load_weights()
+        self.masks = self._load_masks()
+        self.compute.place(self.model)
+
+    def run(self, progress: Progress) -> dict[str, Any]:
+        """Train, or go on from the checkpoint.
+
+        Returns:
+            The report: the options, the loss of every epoch, test accuracy and sparsity.
+
+        Raises:
+            InputError: training diverges.
+        """
+        batches = Batches(self.data, self.options["batch_size"], self.options["seed"])
+        epochs = self.options["epochs"]
+        bar = progress.add_task(f"training {self.network.name}", total=epochs * len(batches))
+        history = train(
+            self.model, batches, Recipe(epochs, self.options["lr"], self.options["batch_size"]),
+            epochs=range(epochs), masks=self.masks,
+            compute=self.compute,
+            checkpoint=Checkpoint(self.folder / "checkpoint.pt", self.network.as_dict()),
+            log=Log(self.folder, tensorboard=self.options["tensorboard"]),
+            on_step=lambda: progress.advance(bar),
+        )  # fmt: skip
+        report = {
+            "config": self.options,
+            "losses": [epoch.loss for epoch in history],
+            "accuracy": evaluate(self.model, batches, self.compute) / len(self.data.test_y),
+            "sparsity": self.masks.sparsity() if self.masks else 0.0,
+        }
+        write_json(self.folder / "report.json", report)
+        return report
+
+    def _load_weights(self) -> None:
+        path = self.options["init"]
+        if path is None:
+            return
+        state = load_tensors(Path(path), "--init")["model"]
+        try:
+            self.model.load_state_dict(state)
+        except (RuntimeError, TypeError, AttributeError) as error:
+            raise InputError(f"--init must hold the weights of {self.network}, got {path}") from error
+
+    def _load_masks(self) -> Masks | None:
+        path = self.options["masks"]
+        if path is None:
+            return None
+        try:
+            return Masks.load(path).apply_(self.model).to(self.device)
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"--masks must be a masks file of {self.network.name}, got {path} ({error})"
+            ) from error

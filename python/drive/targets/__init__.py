@@ -1,0 +1,1 @@
+"""What is pruned: tensors by name, groups that share a ranking, structures that go as one."""

@@ -1,0 +1,179 @@
+"""What a pruning step works on: which tensors of a model are prunable, and are they fit for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
+
+from drive.distributed.placement import check_placed, local, reshard
+
+Target = nn.Module | Mapping[str, Tensor] | Sequence[Tensor]
+Tensors = Mapping[str, Tensor] | Sequence[Tensor]
+Include = Callable[[str, nn.Module | None, Tensor], bool]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_LAYERS = (
+    nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d,
+    nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Operands:
+    """Prunable tensors by name, and in the same order what they are ranked by.
+
+    |theta * grad|, with mask_grads |theta * mask_grad * grad|, without gradients |theta|, or |score|: the
+    scores are overwritten.
+    """
+
+    weights: dict[str, Tensor]
+    grads: list[Tensor]
+    mask_grads: list[Tensor]
+    scores: list[Tensor] | None = None
+
+
+def default_include(name: str, module: nn.Module | None, tensor: Tensor) -> bool:
+    """The weights of Linear, Conv and ConvTranspose layers: not biases, norms or embeddings."""
+    return isinstance(module, _LAYERS) and name.rpartition(".")[2] == "weight"
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module that torch.compile and DistributedDataParallel wrap: names stay those of the model."""
+    while True:
+        if isinstance(model, DistributedDataParallel):
+            inner: object = model.module
+        else:
+            inner = getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def prunable(target: Target, include: Include | None = None, *, op: str = "prunable") -> dict[str, Tensor]:
+    """Prunable tensors by name, tied ones once, each fit to be pruned (ValueError or TypeError if not).
+
+    Args:
+        target: a module (all its parameters are asked for), a mapping of names to tensors, or a
+            sequence of tensors (named "0", "1", ...).
+        include: predicate (name, module or None, tensor) -> bool. Default: for a module the weights
+            of Linear, Conv and ConvTranspose, for a mapping or a sequence every tensor.
+        op: whose argument this is, for the error messages.
+    """
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    owners: dict[int, str] = {}
+    for name, module, tensor in _candidates(target, op):
+        default = default_include if module is not None else _everything
+        if not (include or default)(name, module, tensor) or id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        _check_prunable(op, name, tensor)
+        here = local(tensor)
+        if here.numel() and (owner := owners.setdefault(here.data_ptr(), name)) != name:
+            raise ValueError(
+                f"{op}: {name} shares memory with {owner} but is a different tensor; "
+                "tie weights by assigning the same Parameter"
+            )
+        found[name] = tensor
+    if not found:
+        raise ValueError(f"{op}: nothing to prune: the selection of tensors is empty")
+    devices = sorted({str(t.device) for t in found.values()})
+    if len(devices) > 1:
+        raise ValueError(f"{op}: tensors must be on one device, got {', '.join(devices)}")
+    return found
+
+
+def operands(
+    target: Target, grads: Tensors | None, mask_grads: Tensors | None, include: Include | None, op: str
+) -> Operands:
+    """Prunable tensors with their gradients (`.grad` where `grads` is None), checked."""
+    weights = prunable(target, include, op=op)
+    if grads is None:
+        found = [_own_gradient(op, name, w) for name, w in weights.items()]
+    else:
+        found = match(op, "grads", grads, target, weights)
+    extra = [] if mask_grads is None else match(op, "mask_grads", mask_grads, target, weights)
+    return Operands(weights, found, extra)
+
+
+def _everything(name: str, module: nn.Module | None, tensor: Tensor) -> bool:
+    return True
+
+
+def _candidates(target: Target, op: str) -> Iterator[tuple[str, nn.Module | None, Tensor]]:
+    if isinstance(target, nn.Module):
+        for prefix, module in reshard(unwrap(target)).named_modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                yield (f"{prefix}.{name}" if prefix else name), module, parameter
+    elif isinstance(target, Mapping):
+        for name, tensor in target.items():
+            yield str(name), None, tensor
+    elif isinstance(target, Sequence) and not isinstance(target, str):
+        for index, tensor in enumerate(target):
+            yield str(index), None, tensor
+    else:
+        raise TypeError(
+            f"{op}: target must be a module, a mapping or a sequence of tensors, got {type(target).__name__}"
+        )
+
+
+def _check_prunable(op: str, name: str, tensor: object) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
+    if is_lazy(tensor):
+        raise ValueError(f"{op}: {name} is not initialised yet: run the model once first")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{op}: {name} must be a dense tensor, got layout {tensor.layout}")
+    if tensor.dtype not in DTYPES:
+        raise TypeError(f"{op}: {name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
+    if tensor.is_meta:
+        raise ValueError(f"{op}: {name} has no data: it is on the meta device")
+    if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+        raise ValueError(f"{op}: {name} must not overlap itself in memory (it is an expanded tensor)")
+
+
+def _own_gradient(op: str, name: str, weight: Tensor) -> Tensor:
+    if not weight.is_leaf:
+        raise ValueError(f"{op}: {name} is not a leaf tensor and keeps no gradient: pass grads=")
+    if weight.grad is None:
+        hint = "call loss.backward() first" if weight.requires_grad else "it does not require one"
+        raise ValueError(f"{op}: {name} has no gradient: {hint}, or exclude it")
+    _check_operand(op, f"{name}.grad", weight.grad, weight)
+    return weight.grad
+
+
+def match(
+    op: str, argument: str, given: Tensors, target: Target, weights: Mapping[str, Tensor]
+) -> list[Tensor]:
+    """The tensors of `given` in the order of `weights`, by name or, for a sequence, by position."""
+    if isinstance(given, Mapping):
+        by_name = given
+    elif isinstance(target, Sequence):
+        by_name = {str(index): tensor for index, tensor in enumerate(given)}
+    else:
+        by_name = dict(zip(weights, given, strict=False))
+        if len(given) != len(weights):
+            raise ValueError(f"{op}: {argument} must hold {len(weights)} tensors, got {len(given)}")
+    for name, weight in weights.items():
+        if name not in by_name:
+            raise ValueError(f"{op}: {argument} has no entry for {name}")
+        _check_operand(op, f"{argument}[{name}]", by_name[name], weight)
+    return [by_name[name] for name in weights]
+
+
+def _check_operand(op: str, name: str, tensor: object, weight: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
+    for what in ("shape", "dtype", "device", "layout"):
+        expected, got = getattr(weight, what), getattr(tensor, what)
+        if expected != got:
+            kind = TypeError if what in ("dtype", "layout") else ValueError
+            if what == "shape":
+                expected, got = tuple(expected), tuple(got)
+            raise kind(f"{op}: {name} must have the weight's {what} {expected}, got {got}")
+    check_placed(op, name, tensor, weight)

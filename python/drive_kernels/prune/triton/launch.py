@@ -1,0 +1,185 @@
+"""drive::prune_ in Triton: for GPUs where the compiled kernels are missing.
+
+The step of csrc/prune/prune.cpp without the host ever waiting: every kernel reads from device memory what it
+has to do and returns early where that is nothing, so a step can be captured in a CUDA graph (after a first
+call, which compiles). All tensors go through one work list of chunks.
+
+  1. Sample: random keys, sorted, bracket the threshold, low <= T <= high (sample, bracket).
+  2. Survey (reads theta, G and an old mask): per chunk, how many keys lie above, at and inside the bracket;
+     those inside are listed. Also the sum of |S|, and the count of non-finite scores, which makes
+     everything that follows a no-op (survey).
+  3. Threshold T, the k-th largest key: the counts say whether it lies on an edge of the bracket, or inside,
+     where radix selection among the listed keys finds it; or outside, or the list was too short, then the
+     same goes through all entries (decide, count_digit, pick_digit).
+  4. Ties: of the entries on the threshold those with the lowest global index, in row-major order, survive.
+     They are counted by chunk; a running sum finds the chunk with the last survivor, a look at that chunk
+     finds it (count_ties, locate, recount, cut).
+  5. Apply (reads theta, G, old mask; writes theta, mask). All memory was taken before (apply, finish).
+
+With min_keep, steps 3 and 4 come first for all tensors at once, through all entries: what they choose, the
+guards, survives in any case, and the global selection is among the other entries.
+
+Bytes an entry, float32: 8 + 8 read, 4 + 1 written, 2 more for an old mask. Scratch: 0.06 byte an entry for
+the listed keys (0.13 for 64-bit ones), and 0.02 for the counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from drive_kernels.launching import launch_kernel
+from drive_kernels.prune.op import Outputs
+
+from . import host
+from .bracket import bracket, list_chunks, sample
+from .passes import apply_others, apply_plain, finish, survey
+from .search import count_digit, decide, pick_digit
+from .tables import BUCKETS, COUNTS, DIGIT_BITS, DTYPES
+from .ties import count_ties, cut, locate, recount
+
+
+def _step(items: list[host.Item], wide: bool, fresh: bool, keep: int, min_keep: int) -> Outputs:
+    t = host.TUNING
+    entries, chunks = sum(item.numel for item in items), sum(item.chunks for item in items)
+    plain = sum(item.plain_chunks for item in items)
+    disorderly = any(item.walk != item.logical_walk for item in items)
+    samples, capacity = host.samples_of(entries), max(entries // t.entries_a_listed_key, t.least_listed)
+    keys = torch.int64 if wide else torch.int32
+    table = host.on_device(
+        host.table_of(items, wide, keep, min_keep, samples, capacity), items[0].weight.device
+    )
+    # arguments of the kernels, by their names
+    arguments: dict[str, Any] = {
+        "table": table,
+        "chunk_item": table.new_empty(chunks, dtype=torch.int32),
+        "work": table.new_empty(chunks, dtype=torch.int32),
+        "work_item": table.new_empty(chunks, dtype=torch.int32),
+        "keys": table.new_empty(samples, dtype=keys),
+        "listed": table.new_empty(capacity, dtype=keys),
+        "counts": table.new_empty(COUNTS.value, chunks, dtype=torch.int32),
+        "starts": table.new_empty(chunks),
+        "sums": table.new_empty(chunks, dtype=torch.float64),
+        "histogram": table.new_zeros(len(items) if min_keep else 1, BUCKETS.value),
+        "ties": table.new_zeros(chunks, dtype=torch.int32),
+        "kept": table.new_zeros(len(items)),
+        "nonfinite": table.new_zeros(len(items)),
+        "scores": table.new_empty(2, dtype=torch.float64),
+        "BLOCK": t.chunk,
+        "SAMPLES_A_PROGRAM": t.samples_a_program,
+        "SIGMAS": t.sigmas,
+        "FRESH": fresh,
+        "WIDE": wide,
+    }
+
+    def launch(kernel: Any, programs: int, warps: int, **constants: bool) -> None:
+        everything = {**arguments, **constants}
+        own = {name: everything[name] for name in kernel.arg_names}
+        if programs:  # no fusion to FMA: products are rounded as everywhere else
+            launch_kernel(kernel, (programs,), **own, num_warps=warps, enable_fp_fusion=False)
+
+    def select(selections: int, guarding: bool) -> None:
+        """Steps 3 and 4."""
+        programs = min(chunks, t.programs)
+        for _ in range(host.key_bits(wide) // DIGIT_BITS.value):
+            launch(count_digit, programs, t.chunk_warps, GUARDING=guarding)
+            launch(pick_digit, selections, t.few_warps, GUARDING=guarding)
+        launch(count_ties, programs, t.chunk_warps, GUARDING=guarding)
+        arguments["ties_up_to"] = arguments["ties"].cumsum(0)
+        launch(locate, selections, t.few_warps, GUARDING=guarding)
+        if disorderly:
+            launch(recount, programs, t.chunk_warps)
+            arguments["ties_up_to"] = arguments["ties"].cumsum(0)
+            launch(locate, selections, t.few_warps, GUARDING=guarding)
+        launch(cut, selections, t.chunk_warps, GUARDING=guarding)
+
+    launch(list_chunks, -(-chunks // t.chunk), t.chunk_warps)
+    if min_keep:
+        select(len(items), guarding=True)
+    if samples:
+        launch(sample, samples // t.samples_a_program, t.few_warps)
+        arguments["keys"] = arguments["keys"].sort().values
+        launch(bracket, 1, t.few_warps)
+    launch(survey, plain, t.plain_warps, PLAIN_ONES=True)
+    launch(survey, chunks - plain, t.chunk_warps, PLAIN_ONES=False)
+    arguments["totals"], arguments["total"] = arguments["counts"].sum(1), arguments["sums"].sum()
+    launch(decide, 1, t.few_warps)
+    select(1, guarding=False)
+    launch(apply_plain, plain, t.plain_warps)
+    if plain < chunks or disorderly:
+        launch(apply_others, min(chunks, t.programs), t.chunk_warps)
+    launch(finish, 1, t.few_warps)
+    return arguments["kept"], arguments["nonfinite"], arguments["scores"]
+
+
+def _check(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    mask_grads: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    prune: int,
+    min_keep: int,
+) -> None:
+    """Raise unless the arguments fit together, as csrc/prune/arguments.h does: kernels see addresses only."""
+    op = "drive::prune_"
+    if not weights:
+        raise ValueError(f"{op}: weights must not be empty")
+    device = weights[0].device
+    lengths = [len(tensors) for tensors in (weights, grads, mask_grads, masks)]
+    one = len(weights)
+    if lengths not in ([one, one, one, one], [one, one, 0, one], [one, 0, 0, one]):
+        raise ValueError(
+            f"{op}: weights, grads, mask_grads and masks must be of one length (or mask_grads empty, or both "
+            f"gradients), got {str(lengths)[1:-1]}"
+        )
+    if prune < 0 or min_keep < 0:
+        raise ValueError(f"{op}: prune and min_keep must be >= 0, got {prune}, {min_keep}")
+    for i, weight in enumerate(weights):
+        if weight.dtype not in DTYPES:
+            raise TypeError(
+                f"{op}: weights[{i}] must be float32, bfloat16, float16 or float64, got {weight.dtype}"
+            )
+        if weight.device != device:
+            raise ValueError(f"{op}: weights[{i}] must be on {device}, as weights[0] is, got {weight.device}")
+    for name, tensors in (("grads", grads), ("mask_grads", mask_grads), ("masks", masks)):
+        for i, tensor in enumerate(tensors):
+            weight = weights[i]
+            dtype = torch.bool if name == "masks" else weight.dtype
+            if tensor.shape != weight.shape:
+                shapes = f"{list(weight.shape)}, got {list(tensor.shape)}"
+                raise ValueError(f"{op}: {name}[{i}] must have shape {shapes}")
+            if tensor.dtype != dtype:
+                raise TypeError(f"{op}: {name}[{i}] must be {dtype}, got {tensor.dtype}")
+            if tensor.device != device:
+                raise ValueError(f"{op}: {name}[{i}] must be on {device}, got {tensor.device}")
+            if tensor.layout != torch.strided:
+                raise TypeError(f"{op}: {name}[{i}] must be a dense tensor, got layout {tensor.layout}")
+
+
+def prune_(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    mask_grads: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    fresh: bool,
+    prune: int,
+    min_keep: int,
+) -> Outputs:
+    """drive::prune_ for tensors on one GPU; for tensors on the CPU in Triton's interpreter."""
+    _check(weights, grads, mask_grads, masks, prune, min_keep)
+    # Ties are cut in row-major order: with min_keep in any item, so then all walks are of that order.
+    items = [
+        host.as_item(
+            weight, grads[i] if grads else None, masks[i], mask_grads[i] if mask_grads else None, min_keep > 0
+        )
+        for i, weight in enumerate(weights)
+    ]
+    wide = bool(mask_grads) or any(weight.dtype == torch.float64 for weight in weights)
+    keep = sum(item.numel for item in items) - prune
+    with torch.cuda.device_of(weights[0]):
+        outputs = _step(items, wide, fresh, keep, min_keep)
+    torch.autograd.graph.increment_version([*weights, *masks])
+    return outputs

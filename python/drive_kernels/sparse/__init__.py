@@ -1,0 +1,7 @@
+"""Pruned layers on a CPU: convolutions and linear layers that compute with the non-zeros only."""
+
+from . import blocked as blocked
+from . import conv as conv
+from . import linear as linear
+from . import pair as pair
+from . import pattern as pattern
