@@ -73,8 +73,8 @@ sanitize: $(VENV)/.built
 	    $(BIN)/python setup.py -q build --build-lib $(SANITIZE) --build-temp $(SANITIZE).tmp
 	PYTHONPATH=$(SANITIZE) PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so) $$(g++ -print-file-name=libstdc++.so)" \
-	    $(BIN)/pytest tests/test_prune_op.py tests/test_fused.py tests/test_shard_ops.py tests/test_sparse_ops.py \
-	        tests/test_sparse_pair.py
+	    $(BIN)/pytest tests/core/test_fused.py tests/kernels/prune/test_prune_op.py \
+	        tests/kernels/prune/test_shard_ops.py tests/kernels/sparse
 
 # $(call install,WHAT): nothing newer than what was tested. Where the index could be asked and has no such
 # versions any more, what it has.

@@ -36,7 +36,7 @@ WRITTEN = ("stages.log", "stages.md", "prune.csv", "prune.md", "prune.png", "spa
 def stages(out: Path) -> list[Stage]:
     """What the others need; whether the masks are right; the figures that the goals are about; the rest."""
     tests = [
-        str(path) for path in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in path.read_text()
+        str(path) for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text()
     ]
     pytest = [sys.executable, "-m", "pytest", "-o", "addopts=-v", "-rs", "-m", "gpu", *tests]
 

@@ -25,7 +25,7 @@ from unittest import mock
 
 import torch
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tests" / "helpers"))
 
 import bench_sparse_gpu
 from linear_cases import BlockCase, PackedCase

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tests" / "helpers"))
 from test_gpu import assert_parity
 from test_prune_op import sampled_positions
 from ugly import Step, sample_inputs

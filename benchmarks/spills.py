@@ -15,7 +15,7 @@ from pathlib import Path
 
 import triton
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tests" / "helpers"))
 import triton_launches
 from ahead_of_time import CAPABILITIES, Code, Launch
 

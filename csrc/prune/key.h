@@ -1,5 +1,5 @@
 // Key, digit and bucket: the one definition of the order in which scores are ranked.
-// No torch headers; included by C++ and CUDA, tested on the host (tests/test_key.py).
+// No torch headers; included by C++ and CUDA, tested on the host (tests/kernels/prune/test_key.py).
 #pragma once
 
 #include <cstdint>

@@ -22,7 +22,7 @@ from drive_kernels.prune.triton import access, host, launch, tables
 from drive_kernels.prune.triton.host import Tuning
 from drive_kernels.prune.triton.tables import HEADER, PLACE, SELECTION
 
-CSRC = Path(__file__).parent.parent / "csrc"
+CSRC = Path(__file__).parents[3] / "csrc"
 
 # Small chunks and samples, so that small inputs take every way through the kernels.
 SMALL = Tuning(

@@ -21,8 +21,8 @@ from drive_kernels.linear import masked_triton
 
 @pytest.fixture(scope="module", autouse=True)
 def interpreter() -> Iterator[subprocess.Popen[str]]:
-    """The tests in interpreted_masked.py, while those of this file run."""
-    with interpreted("interpreted_masked.py") as process:
+    """The tests in helpers/interpreted/masked.py, while those of this file run."""
+    with interpreted("masked.py") as process:
         yield process
 
 
@@ -70,5 +70,5 @@ def test_what_triton_rounds_is_left_to_the_reference(
 
 
 def test_in_the_interpreter(interpreter: subprocess.Popen[str]):
-    """Against float64: tests/interpreted_masked.py."""
+    """Against float64: helpers/interpreted/masked.py."""
     assert_passes(interpreter)

@@ -1,4 +1,4 @@
-"""csrc/**/*.cu without a GPU: threads are fibers on the host (tests/cuda_on_host). Against the oracle."""
+"""csrc/**/*.cu without a GPU: threads are fibers on the host (tests/helpers/cuda_on_host). Against the oracle."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from worlds import returned, run
 from drive_kernels import registry
 from drive_kernels.prune.op import reference
 
-ROOT = Path(__file__).parent.parent
-HERE = Path(__file__).parent / "cuda_on_host"
+ROOT = Path(__file__).parents[3]
+HERE = ROOT / "tests" / "helpers" / "cuda_on_host"
 
 
 @pytest.fixture(scope="module")

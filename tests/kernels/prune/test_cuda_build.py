@@ -10,7 +10,7 @@ import pytest
 
 import drive_kernels
 
-sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
 
 from gpu_passes import PASSES, cuobjdump, main
 

@@ -136,8 +136,9 @@ def recorded() -> Iterator[set[Launch]]:
 
 @contextmanager
 def interpreted(file: str) -> Iterator[subprocess.Popen[str]]:
-    """The tests in a file, in a process of their own that has TRITON_INTERPRET=1 when it imports Triton."""
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(HERE / file)]
+    """The tests in a file of interpreted/, in a process of their own that has TRITON_INTERPRET=1 when it
+    imports Triton."""
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(HERE / "interpreted" / file)]
     with subprocess.Popen(
         command,
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},

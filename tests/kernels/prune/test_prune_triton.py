@@ -1,5 +1,5 @@
 """drive::prune_ in Triton without a GPU: its kernels interpreted, compiled ahead of time, disassembled; and
-which implementation is registered for CUDA. tests/test_gpu.py runs it on a device."""
+which implementation is registered for CUDA. test_prune_gpu.py runs it on a device."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ from drive_kernels.prune.triton import launch as launcher
 
 @pytest.fixture(scope="module", autouse=True)
 def interpreter() -> Iterator[subprocess.Popen[str]]:
-    """The tests in interpreted_triton.py, while those of this file run."""
-    with interpreted("interpreted_triton.py") as process:
+    """The tests in helpers/interpreted/prune.py, while those of this file run."""
+    with interpreted("prune.py") as process:
         yield process
 
 
@@ -68,7 +68,7 @@ def test_all_launches_compile(capability: int):
 
 
 def test_the_newest_triton_that_make_installs_is_known():
-    constraints = (Path(__file__).parent.parent / "constraints.txt").read_text()
+    constraints = (Path(__file__).parents[3] / "constraints.txt").read_text()
     newest = re.search(r"^triton<=(\d+\.\d+)", constraints, re.M)
     assert newest and newest[1] in KNOWN_VERSIONS
 
@@ -117,7 +117,7 @@ def test_plain_chunks_stay_in_registers(capability: int):
 
 
 def test_in_the_interpreter(interpreter: subprocess.Popen[str]):
-    """Against the reference: tests/interpreted_triton.py."""
+    """Against the reference: helpers/interpreted/prune.py."""
     assert_passes(interpreter)
 
 

@@ -16,7 +16,7 @@ import torch
 
 from drive import Masks
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 PATIENCE = 120  # seconds for a run; it takes some 10
 
 pytestmark = pytest.mark.skipif(

@@ -31,8 +31,8 @@ from drive_kernels.linear import packed_triton  # noqa: E402
 
 @pytest.fixture(scope="module", autouse=True)
 def interpreter() -> Iterator[subprocess.Popen[str]]:
-    """The tests in interpreted_linear.py, while those of this file run."""
-    with interpreted("interpreted_linear.py") as process:
+    """The tests in helpers/interpreted/linear.py, while those of this file run."""
+    with interpreted("linear.py") as process:
         yield process
 
 
@@ -62,7 +62,7 @@ def test_all_launches_compile(capability: int):
 
 
 def test_in_the_interpreter(interpreter: subprocess.Popen[str]):
-    """Against float64: tests/interpreted_linear.py."""
+    """Against float64: helpers/interpreted/linear.py."""
     assert_passes(interpreter)
 
 

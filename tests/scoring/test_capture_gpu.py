@@ -305,7 +305,7 @@ def assert_falls_back(model: nn.Module, reason: str, replays: list, caplog: pyte
 @needs_an_end
 def test_model_that_waits_for_the_device(replays: list, caplog: pytest.LogCaptureFixture):
     assert_falls_back(
-        Waits(*cnn(dropout=0.3)), r"waits for the device .*test_prune_cuda\.py", replays, caplog
+        Waits(*cnn(dropout=0.3)), r"waits for the device .*test_capture_gpu\.py", replays, caplog
     )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
 import bench_sparse
 import sparse_report

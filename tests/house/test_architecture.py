@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 # Whose headers a room of csrc includes beside its own.
 HEADERS = {
     "csrc": {"csrc/common"},

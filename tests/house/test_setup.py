@@ -11,7 +11,7 @@ import setuptools
 import torch
 from torch.utils import cpp_extension
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 # of nvcc --list-gpu-code
 BEFORE = "sm_50 sm_52 sm_53 sm_60 sm_61 sm_62 sm_70 sm_72 sm_75 sm_80 sm_86 sm_87 sm_89 sm_90"
 KNOWN = {

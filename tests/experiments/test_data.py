@@ -13,7 +13,7 @@ from drive.experiments.data.batches import Batches, crop_and_flip
 from drive.experiments.data.dataset import Dataset
 from drive.experiments.runs.inputs import InputError
 
-ARCHIVE = Path(__file__).parents[1] / "../shared/data/cifar10.tar.gz"
+ARCHIVE = Path(__file__).parents[2] / "../shared/data/cifar10.tar.gz"
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from drive.experiments.bench.workload import Case, Inputs
 from drive.experiments.cli.app import main
 from drive_kernels.prune.op import reference
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
 import bench_prune_gpu as gpu_bench  # noqa: E402

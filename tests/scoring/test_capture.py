@@ -1,6 +1,6 @@
 """When forward and backward become a CUDA graph, what it is fed, and why not: with a stand-in for the graph.
 
-What a real graph does is in test_prune_cuda.py.
+What a real graph does is in test_capture_gpu.py.
 """
 
 from __future__ import annotations
