@@ -29,7 +29,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "tests" / "helpers"
 
 import bench_sparse_gpu
 from linear_cases import BlockCase, PackedCase
-from test_masked import CASES, TOLERANCE, Case
+from masked_cases import CASES, TOLERANCE, Case
 from ugly import Step, laid_out, sample_inputs
 
 from drive_kernels.linear import block, packed

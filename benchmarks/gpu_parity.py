@@ -12,18 +12,11 @@ from pathlib import Path
 import torch
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests" / "helpers"))
-from test_gpu import assert_parity
-from test_prune_op import sampled_positions
+from misleading import TRAPS, misleading
+from on_device import assert_parity
 from ugly import Step, sample_inputs
 
 from drive.experiments.bench.workload import implementation
-
-
-def misleading(n: int, samples: int) -> Step:
-    """A sample that lies on the wrong side of the threshold: the bracket fails, all digits are counted."""
-    grad = torch.rand(n, generator=torch.Generator().manual_seed(0)) + 1
-    grad[sampled_positions(n, samples)] += 100
-    return Step([torch.ones(n)], [grad], [], [torch.ones(n, dtype=torch.bool)], True, n // 2, 0)
 
 
 def guarded() -> Step:
@@ -60,7 +53,7 @@ def cases() -> dict[str, Step]:
         "all equal": Step(ones, ones, [], masks[300:303], True, 7000, 0),
         "over a million": Step([long], [long], [], masks[303:], True, 990_000, 0),
         "nothing to prune": replace(first, prune=0),
-        "misleading sample": misleading(40_007, 1 << 14),
+        "misleading sample": misleading(TRAPS[0], 40_007, 1 << 14)[0],
         "min_keep decides": guarded(),
         "unaligned": unaligned(),
     }

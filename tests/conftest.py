@@ -1,9 +1,13 @@
 """Tests marked `gpu` need a CUDA device; all of them say so in the same words where there is none."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
+
+# What fails within a helper's assertion is shown as it is in a test's.
+pytest.register_assert_rewrite(*(path.stem for path in (Path(__file__).parent / "helpers").glob("*.py")))
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -15,7 +15,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
 import gpu_kernels  # noqa: E402
-from test_prune_triton import launches  # noqa: E402
+from triton_launches import prune as launches  # noqa: E402
 
 
 def test_every_launch_of_a_step_is_compiled():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_data import image_folder
+from images import image_folder
 
 from drive.experiments.data import cache, imagefolder
 from drive.experiments.data import sources as data

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_data import image_folder
+from images import image_folder
 
 import drive
 import drive_kernels

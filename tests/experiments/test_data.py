@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from images import image_folder
 
 from drive.experiments.data import sources as data
 from drive.experiments.data.batches import Batches, crop_and_flip
@@ -27,17 +28,6 @@ def random_dataset(count: int = 40, channels: int = 3, side: int = 32) -> Datase
     images = torch.randint(0, 256, (count, channels, side, side), dtype=torch.uint8, generator=rng)
     labels = torch.arange(count) % 2
     return Dataset(images, labels, images[:10], labels[:10], classes=2, augment=channels == 3)
-
-
-def image_folder(folder: Path, count: int = 4, size: tuple[int, int] = (40, 36)) -> Path:
-    """Red and blue images, to train and to validate."""
-    image = pytest.importorskip("PIL.Image", reason="images are decoded by Pillow")
-    for part in ("train", "val"):
-        for name, colour in (("blue", (0, 0, 200)), ("red", (200, 0, 0))):
-            (folder / part / name).mkdir(parents=True)
-            for index in range(count):
-                image.new("RGB", size, colour).save(folder / part / name / f"{index}.png")
-    return folder
 
 
 @pytest.mark.parametrize(("name", "side"), [("imagefolder", 64), ("tinyimagenet", 64), ("imagenet32", 32)])

@@ -17,8 +17,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from images import image_folder
 from rich.progress import Progress
-from test_data import image_folder
 
 import drive
 import drive_kernels

@@ -9,7 +9,7 @@ from unittest import mock
 import torch
 from ahead_of_time import Launch, recorded
 from linear_cases import BlockCase, PackedCase
-from test_masked import Case
+from masked_cases import Case
 from ugly import Step, laid_out, sample_inputs
 
 from drive_kernels.linear import block, block_triton, masked_triton, packed_triton

@@ -53,6 +53,12 @@ def moved(tensor: Tensor, device: str) -> Tensor:
     return room.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
+def memory(tensor: Tensor) -> Tensor:
+    """All bytes that a tensor is a view of, on the CPU: also between its entries, and the sign of zeros."""
+    nbytes = tensor.untyped_storage().nbytes()
+    return tensor.as_strided((nbytes // tensor.element_size(),), (1,), 0).view(torch.uint8).cpu()
+
+
 def laid_out(tensor: Tensor, layout: str) -> Tensor:
     if layout == "sliced" and tensor.dim():
         room = torch.zeros([2 * size + 1 for size in tensor.shape], dtype=tensor.dtype)

@@ -7,7 +7,7 @@ import pytest
 import torch
 import triton.language as tl
 from ahead_of_time import patch_once
-from test_masked import CASES, Case, assert_right
+from masked_cases import CASES, Case, assert_right
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from drive_kernels.linear import masked_triton

@@ -15,7 +15,7 @@ from ahead_of_time import patch_once
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from ugly import Step, laid_out, sample_inputs, steps, valued
+from ugly import Step, laid_out, memory, sample_inputs, steps, valued
 
 from drive_kernels.prune.op import reference
 from drive_kernels.prune.triton import access, host, launch, tables
@@ -38,12 +38,6 @@ PLACES = {0: "on high", 1: "on low", 2: "inside", 3: "anywhere"}
 
 
 patch_once()
-
-
-def memory(tensor: Tensor) -> Tensor:
-    """All bytes that a tensor is a view of: what lies between its entries too, and the sign of zeros."""
-    nbytes = tensor.untyped_storage().nbytes()
-    return tensor.as_strided((nbytes // tensor.element_size(),), (1,), 0).view(torch.uint8)
 
 
 def assert_same(step: Step, tuning: Tuning = SMALL) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from linear_cases import BlockCase, PackedCase, assert_close
-from test_gpu_linear import KINDS, layer_of, masked
+from linear_layers import KINDS, layer_of, masked
 from torch import nn
 
 from drive.sparse import convert, report

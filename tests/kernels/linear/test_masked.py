@@ -1,30 +1,18 @@
-"""The masked ops against convolutions and products in float64; their modules. `-k triton` is for a device."""
+"""The masked ops against convolutions and products in float64. `-k triton` is for a device."""
 
 from __future__ import annotations
 
-import copy
 import subprocess
 import sys
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-from ugly import laid_out, moved
+from masked_cases import CASES, TOLERANCE, Case, assert_right
 
-from drive.sparse import MaskedConv2d, MaskedLinear
 from drive_kernels.linear import masked
 
 ops = torch.ops.drive
-# One rounding of a float32 sum, whose order is free.
-TOLERANCE = {
-    torch.float64: {"rtol": 1e-12, "atol": 1e-12},
-    torch.float32: {"rtol": 2e-6, "atol": 1e-5},
-    torch.float16: {"rtol": 2**-11, "atol": 1e-5},
-    torch.bfloat16: {"rtol": 2**-8, "atol": 1e-5},
-}
 # Of up to 12,544 products.
 LONG_SUMS = {
     torch.float32: {"rtol": 1e-5, "atol": 2e-3},
@@ -36,94 +24,6 @@ ON_THE_WAY = {
     torch.float16: {"rtol": 2**-9, "atol": 2**-6},
     torch.bfloat16: {"rtol": 2**-6, "atol": 2**-3},
 }
-
-
-@dataclass(frozen=True)
-class Case:
-    input: tuple[int, ...]
-    weight: tuple[int, ...]
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
-    dilation: tuple[int, int] = (1, 1)
-    groups: int = 1
-    layout: str = "contiguous"
-    density: float = 0.5
-
-    @property
-    def name(self) -> str:
-        return "masked_conv2d" if len(self.weight) == 4 else "masked_linear"
-
-    @property
-    def options(self) -> tuple[Any, ...]:
-        given = self.stride, self.padding, self.dilation, self.groups
-        return given if len(self.weight) == 4 else ()
-
-    def tensors(self, dtype: torch.dtype, learned: bool, device: str = "cpu") -> list[Tensor]:
-        """input, weight, mask, bias"""
-        generator = torch.Generator().manual_seed(0)
-        input, weight, mask = (
-            torch.randn(shape, generator=generator) for shape in (self.input, self.weight, self.weight)
-        )
-        mask = mask.to(dtype) if learned else torch.rand(mask.shape, generator=generator) < self.density
-        bias = torch.randn(2 * self.weight[0], generator=generator)
-        found = [laid_out(t, self.layout) for t in (input.to(dtype), weight.to(dtype), mask)]
-        return [moved(t, device) for t in (*found, bias.to(dtype)[::2])]
-
-
-CASES = (
-    Case((33, 40), (20, 40)),
-    Case((1, 7), (5, 7)),
-    Case((2, 3, 70), (65, 70), layout="sliced"),
-    Case((17,), (3, 17)),
-    Case((0, 4), (3, 4)),
-    Case((5, 18), (33, 18), density=0.0),
-    Case((2, 6, 5, 4), (8, 3, 3, 2), (2, 1), (1, 2), (1, 2), groups=2),
-    Case((3, 5, 4, 4), (4, 5, 3, 3), padding=(1, 1), layout="channels_last"),
-    Case((2, 17, 5, 5), (18, 17, 1, 1), stride=(2, 2)),
-    Case((2, 3, 4, 5), (6, 1, 2, 2), padding=(1, 1), groups=3),
-    Case((1, 2, 9, 9), (3, 2, 2, 3), (3, 2), (4, 0), (2, 3), layout="sliced"),
-    Case((2, 3, 6, 5), (4, 3, 2, 2), layout="transposed"),
-    Case((0, 3, 5, 5), (4, 3, 3, 3)),
-    Case((2, 3, 5, 5), (4, 3, 3, 3), density=0.0),
-)
-
-
-def assert_right(
-    where: Any,
-    case: Case,
-    dtype: torch.dtype,
-    learned: bool,
-    device: str = "cpu",
-    tolerances: dict[torch.dtype, dict[str, float]] = TOLERANCE,
-) -> None:
-    """The op and its backward, found there by their names."""
-    tensors = case.tensors(dtype, learned, device)
-    input, weight, mask, bias = (t.cpu() for t in tensors)
-    product = weight * mask if learned else weight.masked_fill(~mask, 0)
-    leaves = [t.double().requires_grad_() for t in (input, product, bias)]
-    output = (F.conv2d if case.options else F.linear)(*leaves, *case.options)
-    generator = torch.Generator().manual_seed(1)
-    grad = laid_out(torch.randn(output.shape, generator=generator).to(dtype), case.layout)
-    to_input, to_product, to_bias = torch.autograd.grad(output, leaves, grad.double())
-    gradients = to_input, to_product * mask, to_product * weight.double(), to_bias
-
-    tolerance = tolerances[dtype]
-    found = getattr(where, case.name)(*tensors, *case.options)
-    assert found.dtype == dtype
-    torch.testing.assert_close(found.cpu().double(), output.detach(), **tolerance)
-    backward = getattr(where, f"{case.name}_backward")
-    for needed in (
-        [True, True, learned, True],
-        [False, learned, False, False],
-        [False, False, learned, False],
-    ):
-        found = backward(moved(grad, device), *tensors[:3], *case.options, needed)
-        for is_needed, mine, right, like in zip(needed, found, gradients, tensors, strict=True):
-            if not is_needed:
-                assert mine.shape == (0,)
-                continue
-            assert mine.dtype == like.dtype
-            torch.testing.assert_close(mine.cpu().double(), right, **tolerance)
 
 
 @pytest.mark.parametrize("learned", (False, True))
@@ -199,72 +99,6 @@ def test_meta_tensors():
     tensors = case.tensors(torch.bfloat16, False)
     output = ops.masked_conv2d(*(t.to("meta") for t in tensors), *case.options)
     assert (output.shape, output.dtype) == (ops.masked_conv2d(*tensors, *case.options).shape, torch.bfloat16)
-
-
-def layers(kind: str) -> tuple[nn.Module, type[MaskedConv2d] | type[MaskedLinear], Tensor]:
-    if kind == "linear":
-        return nn.Linear(6, 5), MaskedLinear, torch.randn(4, 6)
-    return nn.Conv2d(6, 4, 3, padding=kind, groups=2), MaskedConv2d, torch.randn(3, 6, 7, 8)
-
-
-@pytest.mark.parametrize("kind", ("linear", "same", "valid"))
-def test_module(kind: str):
-    dense, masked_kind, x = layers(kind)
-    mask = torch.rand(dense.weight.shape) < 0.5
-    ours = masked_kind.from_dense(dense, mask)
-    assert ours.state_dict().keys() == dense.state_dict().keys()
-    assert [n for n, _ in dense.named_buffers()] == [] and ours.weight is dense.weight
-    with torch.no_grad():
-        reference = copy.deepcopy(dense)
-        reference.weight.mul_(mask)
-    torch.testing.assert_close(ours(x), reference(x))
-    torch.testing.assert_close(ours(x[0]), reference(x[0]))
-    copied = copy.deepcopy(ours)
-    copied.mask.zero_()
-    torch.testing.assert_close(ours(x), reference(x))
-
-    before = dense.weight.detach().clone()
-    optimizer = torch.optim.SGD(ours.parameters(), lr=0.1)
-    ours(x).square().sum().backward()
-    optimizer.step()
-    assert torch.equal(dense.weight != before, mask), "the surviving weights move, and no others"
-
-
-@pytest.mark.parametrize("kind", ("linear", "same"))
-def test_learned_mask(kind: str):
-    dense, masked_kind, x = layers(kind)
-    start = torch.rand(dense.weight.shape)
-    ours = masked_kind.from_dense(dense, start, learn_mask=True)
-    assert ours.state_dict().keys() == {*dense.state_dict(), "mask"}
-    ours(x).square().sum().backward()
-    mask = ours.mask.detach().clone().requires_grad_()
-    weights = {"weight": dense.weight.detach() * mask, "bias": dense.bias.detach()}
-    torch.func.functional_call(dense, weights, (x,)).square().sum().backward()
-    torch.testing.assert_close(ours.mask.grad, mask.grad)
-    torch.optim.SGD(ours.parameters(), lr=0.1).step()
-    assert not torch.equal(ours.mask, start)
-    assert masked_kind.from_dense(dense, start > 0.5, learn_mask=True).mask.dtype == torch.float32
-
-
-def test_module_refuses():
-    mask = torch.ones(4, 3, 1, 1, dtype=torch.bool)
-    with pytest.raises(ValueError, match=r"MaskedConv2d: layer must be .*, got padding_mode 'reflect'"):
-        MaskedConv2d.from_dense(nn.Conv2d(3, 4, 1, padding_mode="reflect"), mask)
-    with pytest.raises(ValueError, match=r"MaskedLinear: mask must have shape \(4, 3\), got"):
-        MaskedLinear.from_dense(nn.Linear(3, 4), mask)
-    with pytest.raises(TypeError, match="mask must be torch.bool or torch.float32, got torch.int32"):
-        MaskedConv2d.from_dense(nn.Conv2d(3, 4, 1), mask.int())
-
-
-@pytest.mark.parametrize("backend", ("eager", "aot_eager"))
-@pytest.mark.parametrize("kind", ("linear", "same"))
-def test_compiles_into_one_graph(kind: str, backend: str):
-    dense, masked_kind, x = layers(kind)
-    ours = masked_kind.from_dense(dense, torch.rand(dense.weight.shape), learn_mask=True)
-    compiled = torch.compile(ours, fullgraph=True, backend=backend)
-    torch.testing.assert_close(compiled(x), ours(x))
-    compiled(x).sum().backward()
-    assert ours.mask.grad.abs().sum() > 0
 
 
 def good() -> dict[str, Any]:

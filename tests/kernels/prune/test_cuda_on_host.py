@@ -1,4 +1,4 @@
-"""csrc/**/*.cu without a GPU: threads are fibers on the host (tests/helpers/cuda_on_host). Against the oracle."""
+"""csrc/**/*.cu without a GPU, against the oracle: threads are fibers on the host (helpers/cuda_on_host)."""
 
 from __future__ import annotations
 
@@ -11,12 +11,22 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-import test_shard_ops
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_distributed import row_cases
-from test_prune_op import sampled_positions
+from misleading import TRAPS, misleading
+from rank_cases import row_cases
+from shard_checks import (
+    CHECKSUM_DTYPES,
+    check_apply,
+    check_checksum,
+    check_many_tensors,
+    check_no_room,
+    check_ops,
+    check_sample,
+    keys,
+    operands,
+)
 from torch.utils import cpp_extension
 from ugly import Step, laid_out, sample_inputs, steps, valued
 from worlds import returned, run
@@ -168,22 +178,10 @@ def test_guards(ordered: ModuleType, dtype: torch.dtype):
             assert_same(ordered, Step(weights, grads, [], masks, fresh, 18_000, 200))
 
 
-@pytest.mark.parametrize("trap", ("threshold far below", "threshold far above", "bracket too full"))
+@pytest.mark.parametrize("trap", TRAPS)
 def test_misleading_sample(host: ModuleType, trap: str):
-    """Scores made so that the sample is wrong: the counts must notice, and the masks stay exact."""
-    n, samples = 70_003, 1 << 14
-    position = sampled_positions(n, samples)
-    grad = torch.rand(n, generator=torch.Generator().manual_seed(3)) + 1
-    if trap == "threshold far below":
-        grad[position] += 100
-    elif trap == "threshold far above":
-        grad[position] /= 100
-    else:  # the sample is spread evenly over [0, 3], all else lies within its middle
-        grad = 1.5 + grad * 1e-3
-        grad[position] = torch.linspace(0, 3, samples)
-    mask = torch.ones(n, dtype=torch.bool)
-    for prune in (n // 2, n // 10, n - n // 10):
-        assert_same(host, Step([torch.ones(n)], [grad], [], [mask], True, prune, 0))
+    for step in misleading(trap, 70_003, 1 << 14):
+        assert_same(host, step)
 
 
 def test_large_sample(ordered: ModuleType):
@@ -283,21 +281,21 @@ def test_non_finite_scores_change_nothing(host: ModuleType, bad: float, fresh: b
 @given(step=steps(), order=st.integers(0, 5), data=st.data())
 def test_shard_ops_equal_references(host: ModuleType, step: Step, order: int, data: st.DataObject):
     host.set_order(order)
-    test_shard_ops.check_ops(host, step, data)
+    check_ops(host, step, data)
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(step=steps(), count=st.integers(0, 5000))
 def test_shard_sample(host: ModuleType, step: Step, count: int):
-    test_shard_ops.check_sample(host, step, count)
+    check_sample(host, step, count)
 
 
 def test_shard_ops_on_many_tensors(ordered: ModuleType):
-    test_shard_ops.check_many_tensors(ordered)
+    check_many_tensors(ordered)
 
 
 def test_shard_survey_without_room(ordered: ModuleType):
-    test_shard_ops.check_no_room(ordered)
+    check_no_room(ordered)
 
 
 @pytest.mark.parametrize("mask_layout", ("contiguous", "sliced"))
@@ -311,8 +309,8 @@ def test_shard_ties_at_the_ends_of_blocks(
     weights = [laid_out(torch.ones(s, dtype=dtype), layout) for s in shapes]
     masks = [laid_out(torch.ones(s, dtype=torch.bool), mask_layout) for s in shapes]
     step = Step(weights, [], [], masks, True, 0, 0)
-    some = test_shard_ops.operands(step)
-    one = int(test_shard_ops.keys(some)[-1])
+    some = operands(step)
+    one = int(keys(some)[-1])
     listed = host.shard_survey(*some, one - 1, one + 1, 200_000)[2]
     sizes = [w.numel() for w in weights]
     begins = [sum(sizes[:i]) for i in range(len(sizes))]
@@ -320,15 +318,15 @@ def test_shard_ties_at_the_ends_of_blocks(
         for last in (edge - 1, edge, edge + 1):
             ends = [max(0, min(last - begin, size)) for begin, size in zip(begins, sizes, strict=True)]
             for bracket in (None, (one - 1, one + 1)):
-                test_shard_ops.check_apply(host, step, bracket, [one] * len(ends), ends)
+                check_apply(host, step, bracket, [one] * len(ends), ends)
     ends = torch.tensor([0, 1, 4095, 4096, 4097, 8192, sizes[0]])
     for found in (None, listed):
         assert torch.equal(host.shard_ties(*some, found, [0], one, ends), ends.diff())
 
 
-@pytest.mark.parametrize("dtype", test_shard_ops.CHECKSUM_DTYPES)
+@pytest.mark.parametrize("dtype", CHECKSUM_DTYPES)
 def test_checksum(ordered: ModuleType, dtype: torch.dtype):
-    test_shard_ops.check_checksum(ordered, dtype)
+    check_checksum(ordered, dtype)
 
 
 def test_shard_ops_refuse_what_another_survey_has_listed(host: ModuleType):

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from misleading import TRAPS, misleading
 from ugly import Step, laid_out, sample_inputs, steps, valued
+from variants import run_on
 
 import drive_kernels
 from drive_kernels.prune.op import kth_by_kthvalue, reference
@@ -95,37 +94,11 @@ def test_kthvalue_reference_agrees():
         assert_same(step, kth_largest=kth_by_kthvalue)
 
 
-def sampled_positions(n: int, count: int) -> torch.Tensor:
-    """The entries that the CPU kernel looks at to guess the threshold (csrc/prune/prune.cpp, step 1)."""
-    found, low = [], (1 << 64) - 1
-    for part in range(count):
-        x = (part + 0x9E3779B97F4A7C15) & low
-        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & low
-        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & low
-        x ^= x >> 31
-        found.append(min(int((part + (x >> 11) * 2.0**-53) * n / count), n - 1))
-    return torch.tensor(found)
-
-
-@pytest.mark.parametrize("trap", ("threshold far below", "threshold far above", "bracket too full"))
+@pytest.mark.parametrize("trap", TRAPS)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
 def test_misleading_sample(trap: str, dtype: torch.dtype):
-    """Scores made so that the sample is wrong: the counts must notice, and the masks stay exact."""
-    n, count = 1_000_003, 1 << 14
-    generator = torch.Generator().manual_seed(2)
-    grad = torch.rand(n, generator=generator, dtype=dtype) + 1
-    position = sampled_positions(n, count)
-    if trap == "threshold far below":
-        grad[position] += 100
-    elif trap == "threshold far above":
-        grad[position] /= 100
-    else:  # the sample is spread evenly over [0, 3], all else lies within its middle
-        grad = 1.5 + grad * 1e-3
-        grad[position] = torch.linspace(0, 3, count, dtype=dtype)
-    weight = torch.ones(n, dtype=dtype)
-    mask = torch.ones(n, dtype=torch.bool)
-    for prune in (n // 2, n // 10, n - n // 10):
-        assert_same(Step([weight], [grad], [], [mask], True, prune, 0))
+    for step in misleading(trap, 1_000_003, 1 << 14, dtype):
+        assert_same(step)
 
 
 def test_scores_do_not_depend_on_threads():
@@ -138,7 +111,7 @@ def test_scores_do_not_depend_on_threads():
             assert torch.equal(one, two)
 
 
-def digest(inputs: Path) -> str:
+def digest(inputs: str) -> str:
     """A hash of everything that some saved steps change and return."""
     state = hashlib.sha256()
     for arguments in torch.load(inputs):
@@ -153,17 +126,7 @@ def test_variants_agree(capability: str, tmp_path: Path):
     """Masks, weights, counts and even the sums are the same bits on every instruction set."""
     inputs = tmp_path / "steps.pt"  # saved: PyTorch's own random numbers differ between the variants
     torch.save([step.args() for step in sample_inputs()], inputs)
-    script = f"import test_prune_op, pathlib; print(test_prune_op.digest(pathlib.Path({str(inputs)!r})))"
-    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    run = subprocess.run(
-        [sys.executable, "-c", script],
-        env={**os.environ, "ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": paths},
-        cwd=tmp_path,  # not the checkout, whose drive_kernels would hide an installed one
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert run.stdout.strip() == digest(inputs)
+    assert run_on(capability, tmp_path, digest, str(inputs)) == digest(str(inputs))
 
 
 def test_denormals_count_under_flush_to_zero():

@@ -1,24 +1,28 @@
-"""drive::shard_* and steps over several ranks on a CUDA device: the CPU's bits, and few waits of the host."""
+"""drive::shard_* on a CUDA device: the CPU's bits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-import test_shard_ops
 import torch
-import torch.distributed as dist
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from test_distributed import dtensor_cases, missed_brackets, row_cases
+from shard_checks import (
+    CHECKSUM_DTYPES,
+    check_apply,
+    check_checksum,
+    check_many_tensors,
+    check_no_room,
+    check_ops,
+    check_sample,
+    keys,
+    operands,
+)
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from ugly import Step, laid_out, moved, steps, valued
-from worlds import returned, run
-
-from drive import fused_drive_prune
-from drive.reference import drive_prune
 
 DEVICE = "cuda"
 pytestmark = pytest.mark.gpu
@@ -52,13 +56,13 @@ OPS = OnDevice()
 )  # fmt: skip
 @given(steps(), st.data())
 def test_parity_on_200_random_steps(step: Step, data: st.DataObject):
-    test_shard_ops.check_ops(OPS, step, data)
+    check_ops(OPS, step, data)
 
 
 @settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
 @given(steps(), st.integers(0, 5000))
 def test_parity_of_samples(step: Step, count: int):
-    test_shard_ops.check_sample(OPS, step, count)
+    check_sample(OPS, step, count)
 
 
 @pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
@@ -73,8 +77,8 @@ def test_parity_on_many_chunks(dtype: torch.dtype, values: str, layout: str):
     sizes = torch.tensor([w.numel() for w in weights])
     for fresh in (True, False):
         step = Step(weights, grads, [], masks, fresh, 0, 0)
-        some = test_shard_ops.operands(step)
-        ranked = test_shard_ops.keys(some)
+        some = operands(step)
+        ranked = keys(some)
         middle = len(ranked) * 9 // 10
         low, threshold, high = (int(ranked[middle + d]) for d in (-30_000, 0, 30_000))
         low, high = min(low, threshold - 1), max(high, threshold + 1)
@@ -85,72 +89,17 @@ def test_parity_on_many_chunks(dtype: torch.dtype, values: str, layout: str):
         begins = sizes.cumsum(0) - sizes
         ends = (500_000 - begins).clamp(min=0).minimum(sizes).tolist()
         for bracket in (None, (low, high)):
-            test_shard_ops.check_apply(OPS, step, bracket, [threshold] * len(ends), ends)
+            check_apply(OPS, step, bracket, [threshold] * len(ends), ends)
 
 
 def test_parity_on_many_tensors():
-    test_shard_ops.check_many_tensors(OPS)
+    check_many_tensors(OPS)
 
 
 def test_no_room():
-    test_shard_ops.check_no_room(OPS)
+    check_no_room(OPS)
 
 
-@pytest.mark.parametrize("dtype", test_shard_ops.CHECKSUM_DTYPES)
+@pytest.mark.parametrize("dtype", CHECKSUM_DTYPES)
 def test_parity_of_checksums(dtype: torch.dtype):
-    test_shard_ops.check_checksum(OPS, dtype)
-
-
-@pytest.mark.parametrize("size", (1, 2, 3))
-def test_ranks_that_share_a_device(size: int):
-    """Over gloo, which lets them."""
-    returned(run(size, row_cases, range(20), DEVICE))
-    returned(run(size, dtensor_cases, range(20), DEVICE))
-
-
-def test_missed_brackets():
-    returned(run(2, missed_brackets, range(10), DEVICE))
-
-
-@pytest.fixture
-def alone() -> Iterator[None]:
-    """A process group of this process, over NCCL."""
-    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.mark.usefixtures("alone")
-@pytest.mark.parametrize("values", ("normal", "equal"))
-@pytest.mark.parametrize("check_finite", (True, False))
-def test_waits_for_all_reduces_only(check_finite: bool, values: str, monkeypatch: pytest.MonkeyPatch):
-    """The host never waits inside PyTorch's own calls; it does once for each all-reduce, to read it."""
-    generator = torch.Generator().manual_seed(2)
-    shapes = ([700, 300, 3, 3], [40_003], [7])
-    weights, grads = ([valued(s, torch.float32, values, generator) for s in shapes] for _ in "wg")
-    expected = [w.clone() for w in weights]
-    oracle = drive_prune(expected, grads, sparsity=0.9)
-    slopes = [g.to(DEVICE) for g in grads]
-
-    def step() -> list[Tensor]:
-        pruned = [w.to(DEVICE) for w in weights]
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            result = fused_drive_prune(
-                pruned, slopes, sparsity=0.9, process_group=dist.group.WORLD, check_finite=check_finite
-            )
-            assert result.ok and result.kept == oracle.kept
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        return pruned
-
-    step()  # loads kernels, meets NCCL
-    waits, reduces = [], []
-    wait, reduce = torch.cuda.Event.synchronize, dist.all_reduce
-    monkeypatch.setattr(torch.cuda.Event, "synchronize", lambda event: (waits.append(event), wait(event))[1])
-    monkeypatch.setattr(dist, "all_reduce", lambda *a, **k: (reduces.append(a), reduce(*a, **k))[1])
-    pruned = step()
-    assert len(waits) == len(reduces) > 4
-    for ours, theirs in zip(pruned, expected, strict=True):
-        assert torch.equal(ours.cpu(), theirs)
+    check_checksum(OPS, dtype)

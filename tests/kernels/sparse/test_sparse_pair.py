@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from test_sparse_ops import TOLERANCE, Conv, run_variant
+from sparse_cases import TOLERANCE, Conv
 from torch import Tensor
 from torch.nn import functional as F
+from variants import run_on
 
 from drive_kernels.sparse import pair
 from drive_kernels.sparse.pattern import pattern_of
@@ -131,7 +132,7 @@ def check_variant() -> None:
 
 @pytest.mark.parametrize("capability", ("default", "avx2"))
 def test_variants(capability: str, tmp_path: Path):
-    run_variant(capability, "test_sparse_pair", tmp_path)
+    run_on(capability, tmp_path, check_variant)
 
 
 def test_opcheck_and_reference():
