@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+import logging
+from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from . import methods, schedules
-from ._scoring.capture import Capture, captured, check_capture
+from . import schedules
+from ._scoring.capture import Capture, captured
 from ._scoring.feed import endless
 from ._scoring.finite import LateChecks
 from ._scoring.gradients import Batch, LossFn, loss_gradients
-from ._scoring.restore import scoring, undone_on_error
+from ._scoring.restore import scoring, seeded, undone_on_error
 from ._scoring.sgd import Train, sgd_epoch
 from .distributed.placement import is_dtensor
 from .distributed.team import team_of, together, together_from
-from .fused import check_sparsity
 from .masks import Masks
 from .methods.base import Method, Problem
+from .plan import Plan
 from .rounds import Selection
 from .targets.scopes import Groups
 from .targets.targets import Include, prunable
+
+_log = logging.getLogger(__name__)
 
 
 def prune(
@@ -111,91 +114,51 @@ def prune(
     """
     team = team_of("prune", model, process_group)
     with together(team, "check their arguments") as said:
-        check_sparsity("prune", sparsity)
-        chosen = methods.get(method)
-        count = chosen.iterations_to(sparsity) if iterations is None else iterations
-        if not isinstance(count, int) or count < 1:
-            raise ValueError(f"prune: iterations must be an integer >= 1, got {iterations!r}")
-        taken = chosen.accumulate if accumulate is None else accumulate
-        if not isinstance(taken, int) or taken < 1:
-            raise ValueError(f"prune: accumulate must be an integer >= 1, got {accumulate!r}")
-        if schedule is None:
-            several = chosen.iterations == 1 < count  # of a one-shot method
-            schedule = "exponential" if several and chosen.schedule == "one_shot" else chosen.schedule
         weights = prunable(model, include, op="prune")
-        if team is not None:
-            _check_spread(chosen, team.rows or any(map(is_dtensor, weights.values())))
-        selection = Selection(
-            model, weights, structure, chosen.scope if scope is None else scope, sparsity, min_keep, team
-        )
-        steps = schedules.plan(schedule, sparsity, count)
+        shards = team is not None and (team.rows or any(map(is_dtensor, weights.values())))
+        plan = Plan.of(
+            weights, "one" if team is None else "shards" if shards else "copies",
+            sparsity=sparsity, method=method, iterations=iterations, schedule=schedule, scope=scope,
+            structure=structure, min_keep=min_keep, accumulate=accumulate, seed=seed, autocast=autocast,
+            capture=capture,
+        )  # fmt: skip
+        selection = Selection(model, weights, structure, plan.scope, sparsity, min_keep, team)
         if masks is not None:
-            masks.check_match("prune", weights)
-            masks = Masks({name: masks[name].clone() for name in weights})
-            selection.check_masks(masks)
-
-        trains = chosen.stage == "training"
-        device = next(iter(weights.values())).device
-        check_capture("prune", capture, device)
-        if trains and capture is True:
-            raise ValueError("prune: capture must be 'auto' or False for a method that trains, got True")
-        if team is not None and capture is True:
-            raise ValueError("prune: capture must be 'auto' or False for a model on several ranks, got True")
-        if autocast not in (None, torch.bfloat16):
-            # float16 would need its loss scaled
-            raise ValueError(f"prune: autocast must be None or torch.bfloat16, got {autocast!r}")
-        said += [("method", chosen.name), ("sparsity", sparsity), ("iterations", count)]
-        said += [("accumulate", taken), ("steps", steps), *selection.said]
+            masks = selection.begun(masks)
+        said += [*plan.said, *selection.said]
     selection.meet()
-    plan = [selection.groups(step) for step in steps]
+    _log.info("%s", plan)
 
+    chosen, device = plan.method, plan.device
     eager = loss_gradients(model, weights, loss_fn, autocast)
     checks = LateChecks(steps_late=1 if device.type == "cuda" else 0)
-    capture = False if trains or team is not None else capture
-    with ExitStack() as stack:
-        stack.enter_context(undone_on_error(model, weights if not trains else None))
-        stack.enter_context(_seeded(seed, device))
-        if not trains:  # once for all iterations
-            stack.enter_context(scoring(model, weights))
+    groups = [selection.groups(step) for step in plan.steps]
+    with (
+        undone_on_error(model, None if plan.trains else weights),
+        seeded(seed, device),
+        nullcontext() if plan.trains else scoring(model, weights),  # once for all iterations
+        captured(eager, plan.capture, plan.iterations) as gradients_of,
+    ):
         problem = Problem(
-            model, weights, together_from(team, endless(batches, device)), loss_fn,
-            gradients_of=stack.enter_context(captured(eager, capture, count)),
-            train=train or sgd_epoch(batches, loss_fn),
-            accumulate=taken, sparsity=sparsity, iteration=0, iterations=count, masks=masks,
+            model, weights, together_from(team, endless(batches, device)), loss_fn, gradients_of,
+            train=train or sgd_epoch(batches, loss_fn), accumulate=plan.accumulate, sparsity=sparsity,
+            iteration=0, iterations=plan.iterations, masks=masks,
         )  # fmt: skip
-        for number, groups in enumerate(
-            _tracked(plan, f"{chosen.name} to {sparsity:.2%}", progress), start=1
-        ):
+        title = f"{chosen.name} to {sparsity:.2%}"
+        for number, some in enumerate(_tracked(groups, title, progress), start=1):
             problem = replace(problem, iteration=number)
             chosen.before(problem)
-            with scoring(model, weights) if trains else nullcontext():
+            with scoring(model, weights) if plan.trains else nullcontext():
                 ranking = chosen.rank(problem)
-            result = selection.step(ranking, groups, problem.masks)
+            result = selection.step(ranking, some, problem.masks)
             problem = replace(problem, masks=result.masks)
             checks.add(result.check_finite(f"prune: iteration {number}"))
             chosen.after(problem)
         checks.finish()
-    masks = problem.masks
-    assert masks is not None  # count >= 1
     if device.type == "cuda":
-        for mask in masks.values():  # they may be of the graph's stream
+        for mask in result.masks.values():  # they may be of the graph's stream
             mask.record_stream(torch.cuda.current_stream(device))
-    return masks
-
-
-def _check_spread(method: Method, shards: bool) -> None:
-    if method.spread == "no" or (shards and method.spread == "copies"):
-        what = "shards" if shards else "copies"
-        raise ValueError(f"prune: method must be one for {what} of a model, got {method.name!r}")
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """A seeded RNG inside, the caller's state afterwards."""
-    devices = [] if device.type == "cpu" else [device]
-    with torch.random.fork_rng(devices, device_type="cuda" if not devices else device.type):
-        torch.manual_seed(seed)
-        yield
+    return result.masks
 
 
 def _tracked(plan: list[Groups], what: str, progress: bool) -> Iterable[Groups]:

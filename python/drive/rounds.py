@@ -78,11 +78,18 @@ class Selection:
         total = sum(shape.numel() for shape in self._shapes.values()) // unit
         return scopes.groups(self.scope, self._shapes, round(sparsity * total), unit)
 
-    def check_masks(self, masks: Masks) -> None:
-        """Raise ValueError unless pruning can go on from these masks to the structure."""
+    def begun(self, masks: Masks) -> Masks:
+        """A copy of the masks that pruning goes on from.
+
+        Raises:
+            ValueError: they do not fit the weights or the structure.
+        """
+        masks.check_match(self.op, self.weights)
+        copies = Masks({name: masks[name].clone() for name in self.weights})
         if self.structure is not None:
-            for name, mask in masks.items():
+            for name, mask in copies.items():
                 self.structure.check_mask(self.op, name, mask, self.axes[name])
+        return copies
 
     def step(self, ranking: Ranking, groups: Groups, masks: Masks | None) -> PruneResult:
         """Prune every group by the ranking: weights and masks in place. The result is not checked yet.

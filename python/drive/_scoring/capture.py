@@ -28,7 +28,7 @@ WORTHWHILE = 20  # iterations; with fewer, capturing takes longer than replaying
 RECOVERS = hasattr(torch._C, "_override_stale_capture_stream")
 CAN_BE_ENDED = torch.__version__ < "2.12.0a0"
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("drive.capture")  # the name that users know
 _WAITS = "called a synchronizing CUDA operation"  # PyTorch's warning, in its sync debug mode
 _RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 

@@ -52,6 +52,15 @@ def undone_on_error(model: nn.Module, weights: Mapping[str, Tensor] | None) -> I
         raise
 
 
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """A seeded RNG inside, the caller's state afterwards."""
+    devices = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices, device_type="cuda" if not devices else device.type):
+        torch.manual_seed(seed)
+        yield
+
+
 _Buffers = list[tuple[nn.Module, str, Tensor, Tensor]]  # its owner and name there, the tensor, its old values
 
 

@@ -1,0 +1,140 @@
+"""What `drive.prune` is going to do: its arguments, checked, and what they leave to be decided, decided."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from . import methods, schedules
+from ._scoring.capture import Capture, check_capture
+from .distributed.team import Said
+from .fused import check_sparsity
+from .methods.base import Method
+
+Ranks = Literal[
+    "one", "copies", "shards"
+]  # does this process have the model alone, or a copy or shards of it?
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run of `drive.prune`, whose arguments the fields are unless said otherwise.
+
+    Attributes:
+        sizes: entries of the prunable tensors by name, those of this rank.
+        device: of these tensors.
+        schedule: its name, or that of the callable.
+        steps: the sparsity after each iteration.
+        accumulate: batches that one score takes.
+        capture: False also where no graph can be captured: the method trains, or there are several ranks.
+    """
+
+    method: Method
+    sizes: Mapping[str, int]
+    device: torch.device
+    sparsity: float
+    schedule: str
+    steps: tuple[float, ...]
+    scope: str
+    structure: str
+    min_keep: int
+    accumulate: int
+    seed: int
+    autocast: torch.dtype | None
+    capture: Capture
+
+    @classmethod
+    def of(
+        cls,
+        weights: Mapping[str, Tensor],
+        ranks: Ranks = "one",
+        *,
+        sparsity: float,
+        method: str | Method = "drive",
+        iterations: int | None = None,
+        schedule: str | schedules.Schedule | None = None,
+        scope: str | None = None,
+        structure: str = "unstructured",
+        min_keep: int = 0,
+        accumulate: int | None = None,
+        seed: int = 0,
+        autocast: torch.dtype | None = None,
+        capture: Capture = "auto",
+    ) -> Plan:
+        """The plan for these weights, one or more, all on one device.
+
+        Raises:
+            ValueError: an argument of `drive.prune` that is not what it says there.
+        """
+        check_sparsity("prune", sparsity)
+        chosen = methods.get(method)
+        count = _whole("iterations", chosen.iterations_to(sparsity) if iterations is None else iterations)
+        taken = _whole("accumulate", chosen.accumulate if accumulate is None else accumulate)
+        if ranks != "one" and chosen.spread not in (ranks, "shards"):
+            raise ValueError(f"prune: method must be one for {ranks} of a model, got {chosen.name!r}")
+        if schedule is None:
+            several = chosen.iterations == 1 < count  # of a one-shot method
+            schedule = "exponential" if several and chosen.schedule == "one_shot" else chosen.schedule
+        device = next(iter(weights.values())).device
+        check_capture("prune", capture, device)
+        against = {
+            "a method that trains": chosen.stage == "training",
+            "a model on several ranks": ranks != "one",
+        }
+        for what, holds in against.items():
+            if holds and capture is True:
+                raise ValueError(f"prune: capture must be 'auto' or False for {what}, got True")
+        if autocast not in (None, torch.bfloat16):
+            # float16 would need its loss scaled
+            raise ValueError(f"prune: autocast must be None or torch.bfloat16, got {autocast!r}")
+        return cls(
+            method=chosen,
+            sizes={name: weight.numel() for name, weight in weights.items()},
+            device=device,
+            sparsity=sparsity,
+            schedule=schedule if isinstance(schedule, str) else getattr(schedule, "__name__", "callable"),
+            steps=tuple(schedules.plan(schedule, sparsity, count)),
+            scope=chosen.scope if scope is None else scope,
+            structure=structure,
+            min_keep=min_keep,
+            accumulate=taken,
+            seed=seed,
+            autocast=autocast,
+            capture=False if any(against.values()) else capture,
+        )
+
+    @property
+    def iterations(self) -> int:
+        return len(self.steps)
+
+    @property
+    def trains(self) -> bool:
+        """Does the method train the model in the course of pruning it?"""
+        return self.method.stage == "training"
+
+    @property
+    def said(self) -> Said:
+        """What must be the same on all ranks, beside what a selection says."""
+        return [
+            *(("method", self.method.name), ("sparsity", self.sparsity), ("iterations", self.iterations)),
+            *(("accumulate", self.accumulate), ("steps", list(self.steps))),
+        ]
+
+    def __str__(self) -> str:
+        batches = f", {self.accumulate} batches a score" if self.accumulate > 1 else ""
+        guard = f", at least {self.min_keep} survivors a tensor" if self.min_keep else ""
+        return (
+            f"{self.method.name} to {self.sparsity:.2%} of {sum(self.sizes.values()):,} entries in "
+            f"{len(self.sizes)} tensors: {self.iterations} iterations on schedule {self.schedule}{batches}, "
+            f"scope {self.scope}, structure {self.structure}{guard}"
+        )
+
+
+def _whole(name: str, value: object) -> int:
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"prune: {name} must be an integer >= 1, got {value!r}")
+    return value
