@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,30 @@ def test_headers_are_included_one_way(tmp_path: Path):
     with (tmp_path / "csrc" / "common" / "recycle.h").open("a") as file:
         file.write('#include "prune/key.h"\n')
     assert forbidden_includes(tmp_path) == ["csrc/common/recycle.h includes prune/key.h"]
+
+
+def test_the_picture_is_of_this_house(monkeypatch: pytest.MonkeyPatch):
+    """Else: python docs/draw_architecture.py."""
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    import draw_architecture as picture
+
+    assert picture.drawn() == picture.reduced(picture.needs()) | picture.CALLS
+
+
+SOURCE = {
+    folder: [
+        path for kind in (".py", ".cpp", ".h", ".cu", ".cuh") for path in (ROOT / folder).rglob(f"*{kind}")
+    ]
+    for folder in ("csrc", "python", "tests", "benchmarks", "docs", "examples")
+}
+
+
+@pytest.mark.parametrize("folder", SOURCE)
+def test_files_and_folders_are_small(folder: str):
+    lines = {path: path.read_text().count("\n") for path in SOURCE[folder]}
+    files = Counter(path.parent for path in SOURCE[folder])
+    assert max(lines.values()) <= 400, max(lines, key=lambda path: lines[path])
+    assert max(files.values()) <= 15, files.most_common(1)
 
 
 def test_import_is_light(tmp_path: Path):
