@@ -1,7 +1,7 @@
 // drive::shard_* on CPU: what one rank does for an exact step over tensors that are spread over ranks.
 //
 // The passes of prune.cpp over its chunks, one op each, so that the ranks can add up their counts in between
-// (python/drive/distributed.py tells the algorithm, drive_kernels/shards.py what each op means). Bytes an
+// (drive/distributed/step.py tells the algorithm, drive_kernels/prune/shards.py what each means). Bytes an
 // entry, float32: 8 read by shard_survey, 8 read and 5 written by shard_apply_, as there.
 #include <ATen/ATen.h>
 #include <torch/library.h>

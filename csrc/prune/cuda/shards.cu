@@ -1,5 +1,5 @@
 // drive::shard_* on GPUs: the passes of prune.cu, one op each, so that the ranks can add up their counts in
-// between (python/drive/distributed.py tells the algorithm, drive_kernels/shards.py what each op means). No op
+// between (drive/distributed/step.py tells the algorithm, drive_kernels/prune/shards.py what each means). No op
 // waits for the device.
 //
 // What a survey lists stays in one piece of device memory: chunks' counts, the list, bits and positions, as

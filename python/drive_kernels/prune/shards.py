@@ -1,6 +1,6 @@
 """drive::shard_* - what one rank does for an exact global step over tensors that are spread over ranks.
 
-drive::prune_ in pieces, between which the ranks add up their counts (python/drive/distributed.py tells the
+drive::prune_ in pieces, between which the ranks add up their counts (drive/distributed/step.py tells the
 algorithm). Scores and keys are those of drive::prune_ (prune.py, csrc/prune/key.h): a key is 1 + the bits of
 |score| as an integer, 0 for an entry that is pruned already. `wide` keys are of 64 bits, of float64 scores:
 whether they are is a question to all tensors, and the ops are called with some.

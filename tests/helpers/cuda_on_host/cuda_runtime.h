@@ -1,4 +1,4 @@
-// CUDA on the host, for tests: the part of the language that csrc/*.cu uses, for a C++ compiler.
+// CUDA on the host, for tests: the part of the language that csrc/**/*.cu uses, for a C++ compiler.
 //
 // A block's threads are fibers that run one after another up to the next barrier or warp intrinsic, in an order
 // that `order` changes: a missing barrier shows as a result that depends on it. Blocks follow each other, so

@@ -1,4 +1,4 @@
-// csrc/*.cu as a Python module, and kernels with mistakes that the emulation must notice.
+// csrc/**/*.cu as a Python module, and kernels with mistakes that the emulation must notice.
 #include <torch/extension.h>
 #include <torch/library.h>
 
