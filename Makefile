@@ -19,10 +19,10 @@ bench: $(VENV)/.built
 # The tables in docs/results: hours, and meaningful on a quiet machine only.
 results: $(VENV)/.built
 	mkdir -p build && $(BIN)/pytest benchmarks/ --benchmark-only --benchmark-json build/bench.json
-	$(BIN)/python benchmarks/table.py build/bench.json docs/results/bench.md
-	$(BIN)/python benchmarks/bench_prune.py --out docs/results/cpu.md
-	$(BIN)/python benchmarks/bench_sparse.py --out docs/results/sparse-cpu.jsonl
-	$(BIN)/python benchmarks/sparse_report.py docs/results/sparse-cpu.jsonl docs/results/sparse-cpu.md
+	$(BIN)/python -m benchmarks.table build/bench.json docs/results/bench.md
+	$(BIN)/python -m benchmarks.bench_prune --out docs/results/cpu.md
+	$(BIN)/python -m benchmarks.cpu.sparse.measure --out docs/results/sparse-cpu.jsonl
+	$(BIN)/python -m benchmarks.cpu.sparse.report docs/results/sparse-cpu.jsonl docs/results/sparse-cpu.md
 
 # The paper's experiments at a size for two cores (docs/paper.md), in docs/results: hours, and what is
 # finished is not run again. make paper DATA=cifar10.tar.gz
@@ -40,25 +40,25 @@ paper: $(VENV)/.built
 # environment's. make gpu OUT_DIR=folder MINUTES=9
 gpu:
 	@for python in $(PYTHON) $(wildcard $(BIN)/python); do $$python -c 'import torch' 2>/dev/null && break; done; \
-	$$python benchmarks/gpu.py $(if $(OUT_DIR),--out $(OUT_DIR)) $(if $(MINUTES),--minutes $(MINUTES))
+	$$python -m benchmarks.gpu.full $(if $(OUT_DIR),--out $(OUT_DIR)) $(if $(MINUTES),--minutes $(MINUTES))
 
 # The first three minutes of that: do the pruning kernels work here, and how fast? make gpu-smoke OUT_DIR=folder
 gpu-smoke:
 	@for python in $(PYTHON) $(wildcard $(BIN)/python); do $$python -c 'import torch' 2>/dev/null && break; done; \
-	$$python benchmarks/gpu_smoke.py $(if $(OUT_DIR),--out $(OUT_DIR))
+	$$python -m benchmarks.gpu.smoke $(if $(OUT_DIR),--out $(OUT_DIR))
 
 # Rows of the paper's Table 1 on a GPU (docs/paper.md), eight minutes a call; the next call goes on from there.
 # make gpu-table1 DATA=cifar10.tar.gz OUT_DIR=folder LAST=folder-of-the-last-call MINUTES=8 ROWS=cifar10-alexnet
 gpu-table1:
 	@for python in $(PYTHON) $(wildcard $(BIN)/python); do $$python -c 'import torch' 2>/dev/null && break; done; \
-	$$python benchmarks/gpu_table1.py $(if $(DATA),--data $(DATA)) $(if $(OUT_DIR),--out $(OUT_DIR)) \
+	$$python -m benchmarks.gpu.table1 $(if $(DATA),--data $(DATA)) $(if $(OUT_DIR),--out $(OUT_DIR)) \
 	    $(if $(LAST),--last $(LAST)) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(ROWS),--rows $(ROWS)) \
 	    $(if $(METHODS),--methods $(METHODS)) $(if $(SEEDS),--seeds $(SEEDS)) \
 	    $(if $(PRECISION),--precision $(PRECISION))
 
 # Registers, spills and shared memory of the Triton kernels on GPUs of three kinds, none of which need be here.
 spills: $(VENV)/.built
-	$(BIN)/python benchmarks/spills.py
+	$(BIN)/python -m benchmarks.gpu.spills
 
 lint: $(VENV)/.built
 	$(BIN)/ruff check .

@@ -7,10 +7,10 @@ from functools import partial
 
 import pytest
 import torch
-from sizes import Size
 from torch import Tensor, nn
-from transformer import Decoder
 
+from benchmarks.sizes import Size
+from benchmarks.transformer import Decoder
 from drive import Masks, PruneResult, fused_drive_prune
 from drive.reference import drive_prune
 

@@ -9,10 +9,10 @@ from itertools import cycle
 
 import pytest
 import torch
-from sizes import BATCH, Size
 from torch import Tensor, nn
 
 import drive
+from benchmarks.sizes import BATCH, Size
 from drive import Masks, schedules
 from drive.reference import drive_prune
 

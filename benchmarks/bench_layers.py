@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from bench_sparse import MODES, close, pruned, rival
-from sizes import BATCH, Size
 from torch import Tensor, nn
 
+from benchmarks.cpu.sparse.measure import MODES, close, pruned, rival
+from benchmarks.sizes import BATCH, Size
 from drive.sparse import MaskedConv2d, MaskedLinear, PackedLinear, SparseConv2d, SparseLinear
 
 SPARSITY = 0.95

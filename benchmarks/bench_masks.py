@@ -8,9 +8,9 @@ from functools import partial
 
 import pytest
 import torch
-from sizes import Size
 from torch import Tensor, nn
 
+from benchmarks.sizes import Size
 from drive import Masks, fused_drive_prune
 from drive.experiments.bench.workload import Inputs
 

@@ -1,6 +1,6 @@
 """One pruning step against its rivals: of one case, and on CPU the whole table, in some 25 minutes.
 
-python benchmarks/bench_prune.py --out docs/results/cpu.md
+python -m benchmarks.bench_prune --out docs/results/cpu.md
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from sizes import Size
 
+from benchmarks.sizes import Size
 from drive.experiments.bench import step as bench
 from drive.experiments.bench.workload import Case, Inputs, validate
 from drive.files import write_atomic

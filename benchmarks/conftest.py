@@ -5,12 +5,12 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable
 
-import gpu_report
 import pytest
 import torch
-from sizes import SIZES, Size
 
 import drive
+from benchmarks import pages
+from benchmarks.sizes import SIZES, Size
 
 Run = Callable[[], object]
 
@@ -43,7 +43,7 @@ def facts(device: str) -> dict[str, str]:
     """What traces a figure to where it comes from."""
     threads = str(torch.get_num_threads())
     versions = {"drive": drive.__version__, "python": platform.python_version(), "threads": threads}
-    return {**gpu_report.facts(device), **versions}
+    return {**pages.facts(device), **versions}
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """What `pytest benchmarks/ --benchmark-only --benchmark-json bench.json` has written, as a page.
 
-python benchmarks/table.py bench.json docs/results/bench.md
+python -m benchmarks.table bench.json docs/results/bench.md
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from gpu_report import markdown
-
+from benchmarks.pages import markdown
 from drive.files import write_atomic
 
 HEADER = """# What pruning costs

@@ -16,27 +16,11 @@ import pytest
 import torch
 from ugly import sample_inputs
 
-from drive.experiments.bench.workload import Case, Inputs
-from drive.experiments.cli.app import main
-from drive_kernels.prune.op import reference
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-sys.path.append(str(BENCHMARKS))
-
-import bench_prune_gpu as gpu_bench  # noqa: E402
-import bench_smoke  # noqa: E402
-import bench_sparse_gpu  # noqa: E402
-import cub_topk  # noqa: E402
-import gpu  # noqa: E402
-import gpu_goals  # noqa: E402
-import gpu_ncu  # noqa: E402
-import gpu_providers  # noqa: E402
-import gpu_report  # noqa: E402
-import gpu_rows  # noqa: E402
-import gpu_run  # noqa: E402
-import gpu_smoke  # noqa: E402
-import gpu_table1  # noqa: E402
-from gpu_providers import (  # noqa: E402
+from benchmarks import ROOT, pages
+from benchmarks.gpu import full, smoke, sparse, stages, table1
+from benchmarks.gpu.stages import Outcome, Stage
+from benchmarks.gpu.step import cub_topk, goals, measure, ncu, speed
+from benchmarks.gpu.step.providers import (
     COMPILED,
     CUB,
     GRAPH,
@@ -47,23 +31,29 @@ from gpu_providers import (  # noqa: E402
     TRITON,
     YARDSTICK,
     Provider,
+    kth_by_sort,
 )
+from benchmarks.gpu.step.report import OUR_COLUMNS, Report, our_cells, shown
+from benchmarks.gpu.step.rows import WRONG, Row, by_case
+from drive.experiments.bench.workload import Case, Inputs
+from drive.experiments.cli.app import main
+from drive_kernels.prune.op import reference
 
 TINY = [(40, 30), (7,), (16, 8, 3, 3)]
 CASE = Case("1M", torch.float32, 0.9, old_masks=False)
 HARD = Case("1M", torch.float32, 0.9, old_masks=False, scores="equal")
 
 
-def measured(case: Case, **options: object) -> dict[str, gpu_rows.Row]:
-    inputs, job = Inputs(TINY, case.dtype, scores=case.scores), gpu_bench.Job(case)
-    rows = gpu_bench.measure(inputs, job, gpu_bench.CpuMeter(), **{"rounds": 3, "seconds": 1.0, **options})
+def measured(case: Case, **options: object) -> dict[str, Row]:
+    inputs, job = Inputs(TINY, case.dtype, scores=case.scores), measure.Job(case)
+    rows = measure.measure(inputs, job, measure.CpuMeter(), **{"rounds": 3, "seconds": 1.0, **options})
     return {row.provider: row for row in rows}
 
 
 def test_plan():
-    jobs = gpu_bench.plan(list(gpu_bench.SIZES))
+    jobs = measure.plan(list(measure.SIZES))
     assert len(set(jobs)) == len(jobs)
-    assert all(job.case.size == "11M" for job in gpu_bench.plan(["11M"]))
+    assert all(job.case.size == "11M" for job in measure.plan(["11M"]))
     huge = [job for job in jobs if job.case.size == "4B"]
     rivals = [job for job in huge if job.providers == RIVALS]
     assert jobs[-len(rivals) :] == rivals, "what may lose the device comes last"
@@ -74,16 +64,16 @@ def test_plan():
 def test_the_telling_cases_decide_every_goal():
     """So many they are, and each of them is needed for some goal."""
 
-    def verdicts(jobs: list[gpu_bench.Job]) -> list[str]:
+    def verdicts(jobs: list[measure.Job]) -> list[str]:
         rows = [
-            gpu_rows.Row(job.case, provider.name, 1, 1, runs=1, seconds=1.0, checked="equal")
+            Row(job.case, provider.name, 1, 1, runs=1, seconds=1.0, checked="equal")
             for job in jobs
             for provider in job.providers
         ]
-        return [line[-1] for line in gpu_goals.lines(gpu_rows.by_case(rows))]
+        return [line[-1] for line in goals.lines(by_case(rows))]
 
-    telling = gpu_bench.plan(list(gpu_bench.SIZES))[:8]
-    assert tuple(job.case for job in telling) == gpu_bench.TELLING
+    telling = measure.plan(list(measure.SIZES))[:8]
+    assert tuple(job.case for job in telling) == measure.TELLING
     assert "not measured" not in verdicts(telling)
     assert {job.case.scores for job in telling} == {"normal", "equal", "one bucket"}
     for size in ("138M", "1B", "11M"):
@@ -91,7 +81,7 @@ def test_the_telling_cases_decide_every_goal():
 
 
 @pytest.mark.parametrize(
-    ("seconds", "goals"),
+    ("seconds", "verdicts"),
     (
         (
             {YARDSTICK: 1.0, COMPILED: 1.5, "sort": 20.0, "topk": 15.1},
@@ -102,21 +92,21 @@ def test_the_telling_cases_decide_every_goal():
         ({COMPILED: 1.5, "sort": 20.0, "topk": 14.9}, {"1B, float32: best of PyTorch / ours": "MISSED"}),
     ),
 )
-def test_goals(seconds: dict[str, float], goals: dict[str, str]):
+def test_goals(seconds: dict[str, float], verdicts: dict[str, str]):
     case = Case("1B", torch.float32, 0.9, old_masks=False)
-    rows = [gpu_rows.Row(case, name, 1, 1, runs=1, seconds=s, checked="x") for name, s in seconds.items()]
-    found = {line[0]: line[-1] for line in gpu_goals.lines(gpu_rows.by_case(rows))}
-    assert goals.items() <= found.items()
+    rows = [Row(case, name, 1, 1, runs=1, seconds=s, checked="x") for name, s in seconds.items()]
+    found = {line[0]: line[-1] for line in goals.lines(by_case(rows))}
+    assert verdicts.items() <= found.items()
     assert found["11M, float32: ours / torch.mul"] == "not measured"
-    wrong = [replace(row, checked="", note=gpu_rows.WRONG) for row in rows]
-    assert gpu_goals.lines(gpu_rows.by_case(wrong))[0][-1] == "MISSED"
+    wrong = [replace(row, checked="", note=WRONG) for row in rows]
+    assert goals.lines(by_case(wrong))[0][-1] == "MISSED"
 
 
 def test_sizes():
-    entries = {name: sum(map(torch.Size.numel, map(torch.Size, s))) for name, s in gpu_bench.SIZES.items()}
+    entries = {name: sum(map(torch.Size.numel, map(torch.Size, s))) for name, s in measure.SIZES.items()}
     for name, expected in {"1M": 1e6, "11M": 11e6, "138M": 138e6, "1B": 1e9, "4B": 4e9}.items():
         assert abs(entries[name] / expected - 1) < 0.05
-    assert torch.Size(gpu_bench.SIZES["4B"][0]).numel() > 2**31
+    assert torch.Size(measure.SIZES["4B"][0]).numel() > 2**31
 
 
 @pytest.mark.parametrize("old_masks", (False, True))
@@ -134,30 +124,30 @@ def test_every_provider(dtype: torch.dtype, old_masks: bool):
 def test_kth_by_sort_is_the_references():
     for step in sample_inputs():
         ours, theirs = step.clone(), step.clone()
-        reference(*ours.args(), kth_largest=gpu_providers.kth_by_sort)
+        reference(*ours.args(), kth_largest=kth_by_sort)
         reference(*theirs.args())
         assert all(map(torch.equal, ours.masks, theirs.masks))
 
 
 def failing(error: Exception) -> Provider:
-    def prepare(inputs: Inputs, case: Case) -> gpu_bench.Step:
+    def prepare(inputs: Inputs, case: Case) -> measure.Step:
         raise error
 
     return Provider("topk", prepare)
 
 
 @pytest.mark.parametrize(
-    ("error", "shown"),
+    ("error", "expected"),
     (
         (torch.OutOfMemoryError("no"), "OOM"),
         (RuntimeError("too long\nat x"), "-"),
         (ImportError("no nvcc"), "-"),
     ),
 )
-def test_a_failing_rival_takes_no_one_down(monkeypatch, error: Exception, shown: str):
-    inputs, job = Inputs(TINY, CASE.dtype), gpu_bench.Job(CASE, (failing(error), *PROVIDERS))
-    rows = gpu_bench.measure(inputs, job, gpu_bench.CpuMeter(), rounds=1, seconds=1.0)
-    assert gpu_report.shown(rows[0]) == shown and rows[0].runs == 0
+def test_a_failing_rival_takes_no_one_down(monkeypatch, error: Exception, expected: str):
+    inputs, job = Inputs(TINY, CASE.dtype), measure.Job(CASE, (failing(error), *PROVIDERS))
+    rows = measure.measure(inputs, job, measure.CpuMeter(), rounds=1, seconds=1.0)
+    assert shown(rows[0]) == expected and rows[0].runs == 0
     assert "\n" not in rows[0].note
     assert all(row.runs for row in rows[1:] if row.provider not in (GRAPH, TRITON, CUB))
 
@@ -166,15 +156,15 @@ def test_a_failing_rival_takes_no_one_down(monkeypatch, error: Exception, shown:
 def test_a_lost_device_leaves_what_was_measured(monkeypatch, tmp_path: Path, ours: bool):
     """A rival ends the run, which is no failure; one of ours is one."""
     broken = failing(RuntimeError("an illegal memory access"))
-    jobs = [gpu_bench.Job(CASE), gpu_bench.Job(replace(CASE, old_masks=True), (broken,))]
-    monkeypatch.setitem(gpu_bench.SIZES, "1M", TINY)
-    monkeypatch.setattr(gpu_bench, "plan", lambda sizes: jobs)
-    monkeypatch.setattr(gpu_bench, "OURS", (*OURS, broken) if ours else OURS)
+    jobs = [measure.Job(CASE), measure.Job(replace(CASE, old_masks=True), (broken,))]
+    monkeypatch.setitem(measure.SIZES, "1M", TINY)
+    monkeypatch.setattr(measure, "plan", lambda sizes: jobs)
+    monkeypatch.setattr(measure, "OURS", (*OURS, broken) if ours else OURS)
     lost = mock.Mock(side_effect=RuntimeError("an illegal memory access"))
-    monkeypatch.setattr(gpu_bench, "synchronize", lambda inputs: lost() if inputs.old is not None else None)
+    monkeypatch.setattr(measure, "synchronize", lambda inputs: lost() if inputs.old is not None else None)
     monkeypatch.setattr(sys, "argv", ["x", "--device", "cpu", "--rounds", "1", "--out", str(tmp_path)])
     with pytest.raises(SystemExit) if ours else nullcontext():
-        gpu_bench.main()
+        measure.main()
     written = (tmp_path / "prune.md").read_text()
     assert "1M, float32, 90 %, old masks: topk lost the device: an illegal memory access" in written
     assert written.count("| 1M, float32, 90 % |") == 2
@@ -188,9 +178,9 @@ def test_wrong_masks_are_not_timed(monkeypatch):
     def wrong(weights, grads, mask_grads, masks, fresh, prune, min_keep):
         return reference(weights, grads, mask_grads, masks, fresh, prune + 1, min_keep)
 
-    monkeypatch.setattr(gpu_bench, "implementation", lambda name, device: wrong)
+    monkeypatch.setattr(measure, "implementation", lambda name, device: wrong)
     row = measured(CASE)[COMPILED]
-    assert gpu_report.shown(row) == gpu_rows.WRONG and row.runs == 0
+    assert shown(row) == WRONG and row.runs == 0
 
 
 @pytest.mark.parametrize(("entries", "calls"), ((2**31, 1), (2000, 0)))
@@ -198,22 +188,22 @@ def test_checked_by_the_definition_where_the_reference_fails(monkeypatch, entrie
     """For lack of memory; with too many entries it is not even asked, as it might lose the device."""
     fails = mock.Mock(side_effect=torch.OutOfMemoryError("no"))
     monkeypatch.setattr("drive.experiments.bench.workload.reference", fails)
-    monkeypatch.setattr(gpu_bench, "INDEXED", entries)
+    monkeypatch.setattr(measure, "INDEXED", entries)
     assert measured(CASE)[COMPILED].checked == "by the definition" and fails.call_count == calls
 
 
 def test_files(monkeypatch, tmp_path: Path, capsys):
-    monkeypatch.setitem(gpu_bench.SIZES, "1M", TINY)
+    monkeypatch.setitem(measure.SIZES, "1M", TINY)
     arguments = ["x", "--device", "cpu", "--sizes", "1M", "--rounds", "2", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", arguments)
-    gpu_bench.main()
+    measure.main()
     with (tmp_path / "prune.csv").open() as file:
         rows = list(csv.DictReader(file))
-    jobs = gpu_bench.plan(["1M"])
+    jobs = measure.plan(["1M"])
     assert len(rows) == len(jobs) * len(PROVIDERS)
     assert float(rows[0]["ratio_to_mul"]) == 1 and rows[0]["date"] and float(rows[1]["host_us"]) > 0
     assert (tmp_path / "prune.png").read_bytes().startswith(b"\x89PNG")
-    tables = gpu.benchmark_tables(tmp_path / "prune.md")
+    tables = full.benchmark_tables(tmp_path / "prune.md")
     assert tables.count("| 1M, float32, 90 %, old masks |") == 2
     assert all(f"| {name}, ms" in tables for name in (*PYTORCH, CUB, "CUDA", "Triton"))
     assert tables.strip() in capsys.readouterr().out
@@ -221,22 +211,22 @@ def test_files(monkeypatch, tmp_path: Path, capsys):
     # what is there is not measured again, but of another commit everything is
     table = (tmp_path / "prune.md").read_text()
     monkeypatch.setattr(sys, "argv", [*arguments, "--minutes", "0"])
-    gpu_bench.main()
+    measure.main()
     assert (tmp_path / "prune.md").read_text() == table
-    report = gpu_report.Report(tmp_path, gpu_report.facts("cpu"), 2, 0.6)
+    report = Report(tmp_path, pages.facts("cpu"), 2, 0.6)
     assert [row.case for row in report.rows] == [job.case for job in jobs for _ in PROVIDERS]
     assert all(report.has(job.case, job.providers) for job in jobs)
     for row, line in zip(report.rows, rows, strict=True):
         assert (row.provider, str(row.runs), row.note) == (line["provider"], line["runs"], line["note"])
         assert not row.runs or row.seconds * 1e3 == pytest.approx(float(line["median_ms"]))
     monkeypatch.setenv("COMMIT", "another")
-    gpu_bench.main()
+    measure.main()
     assert (tmp_path / "prune.md").read_text().count("no time was left") == len(jobs)
 
 
 def test_hard_scores_are_compared_with_normal_ones():
     cases = {case: measured(case) for case in (CASE, HARD)}
-    ratio = gpu_report.our_cells(cases[HARD], cases)[gpu_report.OUR_COLUMNS.index("ours / normal scores")]
+    ratio = our_cells(cases[HARD], cases)[OUR_COLUMNS.index("ours / normal scores")]
     expected = cases[HARD][COMPILED].seconds / cases[CASE][COMPILED].seconds
     assert float(ratio) == pytest.approx(expected, abs=0.01)
     assert cases[CASE][YARDSTICK].gigabytes == 2359 * 12 / 1e9
@@ -257,16 +247,16 @@ def test_cub_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def test_smoke_prints_as_it_goes(monkeypatch, capsys):
     for size in ("1M", "11M"):
-        monkeypatch.setitem(gpu_bench.SIZES, size, TINY)
+        monkeypatch.setitem(measure.SIZES, size, TINY)
     monkeypatch.setattr(sys, "argv", ["x", "--device", "cpu", "--sizes", "1M", "11M", "--rounds", "1"])
-    bench_smoke.main()
+    speed.main()
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" | ")[0] for line in lines if "equal to the reference" in line] == [
         f"| {size}, {dtype}, 90 %" for size in ("11M", "1M") for dtype in ("float32", "bfloat16")
     ]
     assert any(line.startswith("| 11M, float32: ours / torch.mul | <= 2.5 |") for line in lines)
-    default = {job.case.size for job in bench_smoke.jobs(["138M", "1B"])}
-    assert default == {"138M", "1B"} and len(bench_smoke.jobs(["138M", "1B"])) == 4
+    default = {job.case.size for job in speed.jobs(["138M", "1B"])}
+    assert default == {"138M", "1B"} and len(speed.jobs(["138M", "1B"])) == 4
 
 
 COUNTERS = """==PROF== Connected to process 7
@@ -280,30 +270,30 @@ COUNTERS = """==PROF== Connected to process 7
 
 def test_counters_become_a_table():
     names = [
-        gpu_ncu.TIME, gpu_ncu.READ, gpu_ncu.WRITTEN, *gpu_ncu.SHARES.values(),
-        *map(gpu_ncu.STALL.format, gpu_ncu.STALLS[:3]),
+        ncu.TIME, ncu.READ, ncu.WRITTEN, *ncu.SHARES.values(),
+        *map(ncu.STALL.format, ncu.STALLS[:3]),
     ]  # fmt: skip
     tables = [names, ["x"] * 10, ["400,000", "1.2e9", "4e7", "81.5", "12", "n/a", "56", "7.5", "0", "9"]]
     quoted = [",".join(f'"{cell}"' for cell in cells) for cells in (*tables, tables[-1])]
     output = COUNTERS.format(**dict(zip(("names", "units", "values", "others"), quoted, strict=True)))
-    lines = gpu_ncu.parse(output)
+    lines = ncu.parse(output)
     assert [line["Kernel Name"] for line in lines] == ["survey", "apply_list"]
-    assert gpu_ncu.cells(torch.bfloat16, lines[0]) == [
+    assert ncu.cells(torch.bfloat16, lines[0]) == [
         "bfloat16", "survey", "400.0", "3100", "82", "12", "nan", "56",
         "lg_throttle 9.00, long_scoreboard 7.50, short_scoreboard 0.00",
     ]  # fmt: skip
-    assert gpu_ncu.parse("==ERROR== ERR_NVGPUCTRPERM") == []
+    assert ncu.parse("==ERROR== ERR_NVGPUCTRPERM") == []
 
 
 def test_table_of_sparse_layers():
-    case = bench_sparse_gpu.Case(16, 0.95, torch.bfloat16)
-    fast = bench_sparse_gpu.Row(
+    case = sparse.Case(16, 0.95, torch.bfloat16)
+    fast = sparse.Row(
         case, {"dense": 2e-5, "packed": 1e-5, "blocks": 4e-5}, {"masked": "no such op", "2:4": "50 % only"}
     )
-    wrong = bench_sparse_gpu.Row(
+    wrong = sparse.Row(
         case, {"dense": 2e-5, "masked": 3e-5}, {"packed": "WRONG by 1", "blocks": "x", "2:4": "50 % only"}
     )
-    table = bench_sparse_gpu.report([fast, wrong])
+    table = sparse.report([fast, wrong])
     assert "| rows, sparsity, dtype | dense, ms | packed | blocks | masked | 2:4 |" in table
     assert "| 16, 95%, bfloat16 | 0.02 | 0.01 (2.00) | 0.04 (0.50) | - | - |" in table
     assert "| 16, 95%, bfloat16 | 0.02 | WRONG | - | 0.03 (0.67) | - |" in table
@@ -313,25 +303,23 @@ def test_table_of_sparse_layers():
 def test_sparse_layers_are_measured(monkeypatch, tmp_path: Path, capsys):
     monkeypatch.setattr("drive.sparse.gpu._reason_against_device", lambda weight: None)
     monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", lambda weight: weight)
-    monkeypatch.setattr(bench_sparse_gpu, "ROWS", (3,))
+    monkeypatch.setattr(sparse, "ROWS", (3,))
     arguments = ["x", "--device", "cpu", "--size", "64", "--rounds", "2", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", arguments)
-    bench_sparse_gpu.main()
+    sparse.main()
     written = (tmp_path / "sparse.md").read_text()
     assert written.count("\n| 3, ") == 10 and "date" in written and "WRONG" not in written
     assert "| 3, 98%, float32 |" in capsys.readouterr().out
 
-    monkeypatch.setitem(bench_sparse_gpu.TOLERANCE, torch.float32, -1.0)
+    monkeypatch.setitem(sparse.TOLERANCE, torch.float32, -1.0)
     with pytest.raises(SystemExit, match="wrong outputs in 5 of 10 cases"):
-        bench_sparse_gpu.main()
+        sparse.main()
 
 
-def outcome(
-    tmp_path: Path, monkeypatch, script: str, seconds: float = 30, told: bool = False
-) -> gpu_run.Outcome:
-    monkeypatch.setattr(gpu_run, "LIBRARY", tmp_path)
-    stage = gpu_run.Stage("stage", seconds, lambda _: [sys.executable, "-c", script], told=told)
-    return gpu_run.run(stage, seconds, tmp_path / "stages.log", dict(os.environ))
+def outcome(tmp_path: Path, monkeypatch, script: str, seconds: float = 30, told: bool = False) -> Outcome:
+    monkeypatch.setattr(stages, "LIBRARY", tmp_path)
+    stage = Stage("stage", seconds, lambda _: [sys.executable, "-c", script], told=told)
+    return stages.run(stage, seconds, tmp_path / "stages.log", dict(os.environ))
 
 
 def test_stage_outcomes(tmp_path: Path, monkeypatch, capsys):
@@ -351,20 +339,18 @@ def test_stage_outcomes(tmp_path: Path, monkeypatch, capsys):
     assert "two" not in capsys.readouterr().out
     told = outcome(tmp_path, monkeypatch, "print('| a | b |')\nprint('\\n| c |\\n')", told=True)
     assert "| a | b |\n\n| c |" in capsys.readouterr().out and told.last == "| c |"
-    table = gpu_run.report([good, late, told, gpu_run.Outcome("loop", "no script")])
+    table = stages.report([good, late, told, Outcome("loop", "no script")])
     assert "| stage | timed out | 1 | begun |" in table and "| loop | no script | 0 |  |" in table
     assert "stage:\n\n| a | b |\n\n| c |" in table
 
 
-@pytest.mark.parametrize(
-    ("script", "plan"), (("gpu.py", gpu.stages(Path())), ("gpu_smoke.py", gpu_smoke.stages()))
-)
-def test_without_a_gpu(tmp_path: Path, script: str, plan: list[gpu_run.Stage]):
+@pytest.mark.parametrize(("script", "plan"), (("full", full.stages(Path())), ("smoke", smoke.stages())))
+def test_without_a_gpu(tmp_path: Path, script: str, plan: list[Stage]):
     """Every stage says so, nothing is built or written, and it is no failure."""
     out = tmp_path / "out"
     run = subprocess.run(
-        [sys.executable, str(BENCHMARKS / script), "--out", str(out)],
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, check=True,
+        [sys.executable, "-m", f"benchmarks.gpu.{script}", "--out", str(out)],
+        cwd=ROOT, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, check=True,
     )  # fmt: skip
     said = [line.split(maxsplit=1) for line in run.stdout.splitlines()]
     assert said == [[stage.name, "no CUDA device"] for stage in plan]
@@ -377,10 +363,10 @@ def test_table1_goes_on_from_what_came_back(tmp_path: Path) -> None:
     for name, text in {**files, "cells/b/training.pt": "large"}.items():
         (first / name).parent.mkdir(parents=True, exist_ok=True)
         (first / name).write_text(text)
-    gpu_table1.pack(first)
+    table1.pack(first)
     back.mkdir()
-    shutil.copy(first / gpu_table1.PACKED, back)  # not all that is in a folder can be carried everywhere
-    gpu_table1.take_over(back, second)
+    shutil.copy(first / table1.PACKED, back)  # not all that is in a folder can be carried everywhere
+    table1.take_over(back, second)
     found = {str(p.relative_to(second)): p.read_text() for p in second.glob("cells/**/*") if p.is_file()}
     assert found == files
 
@@ -390,21 +376,21 @@ def test_table1_gives_a_command_that_there_is(tmp_path: Path, monkeypatch: pytes
     archive.touch()
     commands: list[list[str]] = []
 
-    def run(stage: gpu_run.Stage, seconds: float, *_: object) -> gpu_run.Outcome:
+    def run(stage: Stage, seconds: float, *_: object) -> Outcome:
         commands.append(stage.command(seconds))
-        return gpu_run.Outcome(stage.name, "ok")
+        return Outcome(stage.name, "ok")
 
-    monkeypatch.setattr(gpu_table1, "run", run)
-    monkeypatch.setattr(gpu_table1, "LIBRARY", tmp_path / "lib")
-    monkeypatch.setattr(gpu_table1, "device", lambda: {"name": "a GPU", "torch": "2", "arch": "9.0"})
+    monkeypatch.setattr(table1, "run", run)
+    monkeypatch.setattr(table1, "LIBRARY", tmp_path / "lib")
+    monkeypatch.setattr(table1, "device", lambda _: {"name": "a GPU", "torch": "2", "arch": "9.0"})
     out = tmp_path / "out"
-    monkeypatch.setattr(sys, "argv", ["gpu_table1.py", "--data", str(archive), "--out", str(out)])
-    assert gpu_table1.main() == 0
+    monkeypatch.setattr(sys, "argv", ["table1.py", "--data", str(archive), "--out", str(out)])
+    assert table1.main() == 0
     build, (_, module, name, *options) = commands
-    assert build[-1].endswith("gpu_build.py") and (module, name) == ("-m", "drive")
+    assert build[-1] == "benchmarks.gpu.build" and (module, name) == ("-m", "drive")
     minutes = options.index("--budget") + 1
     assert 6 < float(options[minutes]) < 8
     options[minutes], options[options.index("--device") + 1] = "1e-9", "cpu"
     assert main(options) == 0
     assert "## alexnet on cifar10" in (out / "table1.md").read_text()
-    assert (out / gpu_table1.PACKED).exists()
+    assert (out / table1.PACKED).exists()

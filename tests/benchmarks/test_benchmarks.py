@@ -11,11 +11,7 @@ from typing import Any
 
 import pytest
 
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-
-import table
-
-BENCHMARKS = Path(table.__file__).parent
+from benchmarks import ROOT, table
 
 # variants of each benchmark, by groups
 STORY = {
@@ -32,7 +28,7 @@ def run(path: Path, **environment: str) -> Path:
     options = ["--benchmark-only", "--size", "tiny", "--benchmark-json", str(path)]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "benchmarks", *options],
-        cwd=BENCHMARKS.parent, env={**os.environ, **environment}, capture_output=True, text=True, check=False,
+        cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
     return path

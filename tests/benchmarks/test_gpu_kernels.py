@@ -11,33 +11,32 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-sys.path.append(str(BENCHMARKS))
+from triton_launches import prune as launches
 
-import gpu_kernels  # noqa: E402
-from triton_launches import prune as launches  # noqa: E402
+from benchmarks import ROOT
+from benchmarks.gpu import kernels
 
 
 def test_every_launch_of_a_step_is_compiled():
-    with gpu_kernels.recorded() as found:
-        gpu_kernels.prune_steps()
+    with kernels.recorded() as found:
+        kernels.prune_steps()
     assert {x.kernel for x in launches()} == {kernel for kernel, _ in found}
     hot = [arguments for kernel, arguments in found if kernel.fn.__name__ == "apply_plain"]
     assert {(x["FRESH"], x["WIDE"]) for x in hot} == {(f, w) for f in (False, True) for w in (False, True)}
 
 
 COMPILE = """
-import gpu_kernels
-with gpu_kernels.recorded() as launches:
-    gpu_kernels.prune_steps()
+from benchmarks.gpu import kernels
+with kernels.recorded() as launches:
+    kernels.prune_steps()
 some = launches[::20]
-print(len(some), gpu_kernels.compile_all(some, 90, processes=2))
+print(len(some), kernels.compile_all(some, 90, processes=2))
 """
 
 
 def test_a_later_process_finds_them_in_the_cache(tmp_path: Path):
     """By Triton's own key, of sources, arguments, options, compiler and target."""
-    path = os.pathsep.join([str(BENCHMARKS), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": path}
     said = [
         subprocess.run([sys.executable, "-c", COMPILE], env=env, capture_output=True, text=True, check=True)

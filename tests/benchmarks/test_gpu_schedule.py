@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-
-import gpu
-import gpu_smoke
 import pytest
-from gpu_run import Outcome, Stage, go_through
+
+from benchmarks.gpu import full, smoke
+from benchmarks.gpu.stages import Outcome, Stage, go_through
 
 # Seconds of a first step to 90 % on an H200, on paper, before the kernels had 16 KB a chunk: torch.mul by its
 # bandwidth, and from 1.8 (1 B, float32) to 4 times that. docs/gpu-passes.md has less.
@@ -21,7 +18,7 @@ START = 8  # seconds until a script has imported PyTorch: 2 to 15 on two cores, 
 
 
 def case(size: str, ours: int, rivals: int, rounds: int, checks: int) -> float:
-    """Seconds of a case in bench_prune_gpu.py: with two rounds that are not timed, and weights put back."""
+    """Seconds of a case in gpu/step/measure.py: with two rounds that are not timed, and weights put back."""
     step = STEP[size]
     slow = 0.3 + 3 * RIVAL * step  # the time that it may take, and the runs that come in any case
     return ours * (rounds + 2) * 2 * step + rivals * slow + checks * RIVAL * step + 20 * step
@@ -72,8 +69,8 @@ class DryRun:
 
 def test_smoke_fits_into_three_minutes():
     dry = DryRun(SMOKE)
-    assert dry.through(gpu_smoke.stages(), gpu_smoke.SECONDS) == dict.fromkeys(SMOKE, "ok")
-    assert dry.now <= gpu_smoke.SECONDS < 180 - START
+    assert dry.through(smoke.stages(), smoke.SECONDS) == dict.fromkeys(SMOKE, "ok")
+    assert dry.now <= smoke.SECONDS < 180 - START
 
 
 FIRST = ("build", "kernels", "parity", "telling", "exactness", "tests")
@@ -81,7 +78,7 @@ FIRST = ("build", "kernels", "parity", "telling", "exactness", "tests")
 
 def test_six_minutes_are_enough_for_what_matters():
     """From the build to the tests at twice the times that are known; at these themselves, beyond."""
-    plan, dry = gpu.stages(Path()), DryRun(KNOWN)
+    plan, dry = full.stages(Path()), DryRun(KNOWN)
     found = dry.through(plan, 360)
     assert tuple(found)[: len(FIRST)] == FIRST
     assert all(found[name] == "ok" for name in FIRST), found
@@ -92,14 +89,14 @@ def test_six_minutes_are_enough_for_what_matters():
 
 def test_from_a_bare_machine():
     """Nothing is compiled yet: nine minutes, the default."""
-    found = DryRun({**KNOWN, "build": SMOKE["build"]}).through(gpu.stages(Path()), 540)
+    found = DryRun({**KNOWN, "build": SMOKE["build"]}).through(full.stages(Path()), 540)
     assert all(found[name] == "ok" for name in (*FIRST, "counters", "memcheck")), found
 
 
 @pytest.mark.parametrize("minutes", (6, 9))
 def test_if_everything_hangs(minutes: int):
     """Every stage runs into its limit: the telling cases still have theirs, and the time is kept."""
-    plan = gpu.stages(Path())
+    plan = full.stages(Path())
     dry = DryRun({stage.name: 1e6 for stage in plan})
     found = dry.through(plan, 60 * minutes)
     assert dry.now == 60 * minutes

@@ -9,10 +9,7 @@ from pathlib import Path
 import pytest
 
 import drive_kernels
-
-sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
-
-from gpu_passes import PASSES, cuobjdump, main
+from benchmarks.gpu.step.passes import PASSES, cuobjdump, main
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 HOT = ("survey", "apply_list", "apply_keys")
@@ -88,7 +85,7 @@ def test_hot_loops_load_16_bytes_and_round_as_ieee_does(architecture: str):
 
 def test_page_of_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """docs/gpu-passes.md can be made again."""
-    monkeypatch.setattr(sys, "argv", ["gpu_passes.py", "--out", str(tmp_path / "page.md")])
+    monkeypatch.setattr(sys, "argv", ["passes.py", "--out", str(tmp_path / "page.md")])
     main()
     page = (tmp_path / "page.md").read_text()
     rows = {line.split(" | ")[0]: line.split(" | ")[1:] for line in page.splitlines()}

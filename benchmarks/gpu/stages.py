@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gpu_build import BUILD, LIBRARY, ROOT
+from benchmarks import ROOT
+from benchmarks.gpu.build import BUILD, LIBRARY
 
 LEAST = 5  # seconds below which a stage is not begun
 
@@ -68,8 +69,8 @@ class Outcome:
 
 
 def script(name: str, *arguments: object) -> list[str]:
-    """A script of this folder as a command."""
-    return [sys.executable, str(ROOT / "benchmarks" / name), *map(str, arguments)]
+    """A module of this package as a command."""
+    return [sys.executable, "-m", f"{__package__}.{name}", *map(str, arguments)]
 
 
 def tool(name: str) -> str | None:
@@ -81,13 +82,13 @@ def tool(name: str) -> str | None:
     return shutil.which(name) or next((str(p / name) for p in places if (p / name).exists()), None)
 
 
-def device() -> dict[str, str]:
-    """Name and arch of the GPU, if there is one; torch's version."""
+def device(target: str) -> dict[str, str]:
+    """Name and arch of the GPU, if there is one; torch's version. `target`: what was made."""
     run = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=False)
     if run.returncode:
         raise SystemExit(
-            f"{Path(sys.argv[0]).name}: needs a Python that has torch, got {sys.executable} "
-            f"(choose with make {Path(sys.argv[0]).stem.replace('_', '-')} PYTHON=...)\n"
+            f"make {target}: needs a Python that has torch, got {sys.executable} "
+            f"(choose with make {target} PYTHON=...)\n"
             f"{run.stderr.strip().splitlines()[-1]}"
         )
     found: dict[str, str] = json.loads(run.stdout.splitlines()[-1])
@@ -107,7 +108,7 @@ def results(found: dict[str, str]) -> Path:
 
 
 def environment(arch: str) -> dict[str, str]:
-    paths = [str(LIBRARY), os.environ.get("PYTHONPATH", "")]
+    paths = [str(LIBRARY), str(ROOT), os.environ.get("PYTHONPATH", "")]
     return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),

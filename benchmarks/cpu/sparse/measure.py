@@ -1,6 +1,6 @@
-"""Sparse layers and networks on CPU against dense ones: rows in a file, from which sparse_report.py draws.
+"""Sparse layers and networks on CPU against dense ones: rows in a file, from which report.py draws.
 
-python benchmarks/bench_sparse.py --out docs/results/sparse-cpu.jsonl [layers] [linear] [networks]
+python -m benchmarks.cpu.sparse.measure --out docs/results/sparse-cpu.jsonl [layers] [linear] [networks]
 
 layers      3x3 convolutions called with [N, C, H, W], and in blocks; beside them a copy of their input, whose
             time no forward that reads its input and writes its output undercuts. Each in turns of one call,
@@ -11,7 +11,7 @@ networks    whole networks, converted: inference, and a training step with its o
 Everything is validated before it is timed. Providers run in turns in one process
 (drive.sparse.measure.interleaved), those of a network at all sparsities in the same turns. Two threads. Rows
 name the commit that last changed what they measure: those of this version are measured again only
-where something else disturbed them (sparse_rows.py), those of another are replaced.
+where something else disturbed them (rows.py), those of another are replaced.
 
 The allocator keeps what is freed. With glibc's habit of handing large pieces back, pages are mapped and
 zeroed anew in each training step: 33,000 of a dense MLP, 400,000 of a ResNet-18 at batch 128, some hundreds
@@ -32,12 +32,21 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from sparse_networks import NETWORKS, drive_masks, uniform_masks
-from sparse_rows import CONVOLUTION, FIRST, IN_A_ROW, LINEAR, NETWORK, TOLERATED, Rows, best_dense
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import drive
+from benchmarks.cpu.sparse.networks import NETWORKS, drive_masks, uniform_masks
+from benchmarks.cpu.sparse.rows import (
+    CONVOLUTION,
+    FIRST,
+    IN_A_ROW,
+    LINEAR,
+    NETWORK,
+    TOLERATED,
+    Rows,
+    best_dense,
+)
 from drive.sparse.laid_out import OneDnnLinear
 from drive.sparse.measure import interleaved
 from drive_kernels.sparse.pattern import pattern_of
@@ -339,7 +348,7 @@ def keep_freed_memory() -> None:
     """Of glibc's malloc.h: no piece by mmap (M_MMAP_MAX, 0), nothing handed back (M_TRIM_THRESHOLD, -1)."""
     mallopt = ctypes.CDLL(None).mallopt
     if not (mallopt(-4, 0) and mallopt(-1, -1)):
-        raise RuntimeError("bench_sparse: mallopt must set M_MMAP_MAX and M_TRIM_THRESHOLD, got a refusal")
+        raise RuntimeError("measure.py: mallopt must set M_MMAP_MAX and M_TRIM_THRESHOLD, got a refusal")
 
 
 def main() -> None:

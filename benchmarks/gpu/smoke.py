@@ -1,7 +1,7 @@
 """`make gpu-smoke`: in three minutes, whether the kernels of drive::prune_ work on this GPU, and how fast.
 
 Builds what `make gpu` then finds built, without the CPU's sparse layers, compares small steps with the
-CPU's, and times four first steps: bench_smoke.py. All output goes to smoke.md as it comes; at the end that is
+CPU's, and times four first steps: step/speed.py. All output goes to smoke.md as it comes; at the end that is
 the report. Without a GPU each stage says so, and nothing is written.
 """
 
@@ -12,7 +12,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from gpu_run import (
+from benchmarks.gpu.stages import (
     Outcome,
     Stage,
     clear,
@@ -32,9 +32,9 @@ SECONDS = 170  # for all stages; the rest of three minutes is for Python
 
 def stages() -> list[Stage]:
     return [
-        Stage("build", 105, lambda _: script("gpu_build.py")),
-        Stage("parity", 30, lambda _: script("gpu_parity.py", "compiled")),
-        Stage("speed", 100, lambda _: script("bench_smoke.py"), told=True),
+        Stage("build", 105, lambda _: script("build")),
+        Stage("parity", 30, lambda _: script("step.parity", "compiled")),
+        Stage("speed", 100, lambda _: script("step.speed"), told=True),
     ]
 
 
@@ -42,7 +42,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: docs/results/<GPU>")
     options = parser.parse_args()
-    found = device()
+    found = device("gpu-smoke")
     if "name" not in found:
         return without_device(stages())
     out = (options.out or results(found)).resolve()

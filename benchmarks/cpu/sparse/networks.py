@@ -1,4 +1,4 @@
-"""The networks and masks that bench_sparse.py times."""
+"""The networks and masks that measure.py times."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformer import Block
 
 import drive
+from benchmarks.transformer import Block
 from drive.experiments.training.networks import Network
 
 TOKENS, WIDTH, HEADS = 128, 768, 12

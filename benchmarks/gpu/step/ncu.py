@@ -1,6 +1,6 @@
 """Where the kernels of one step spend their time, by the GPU's counters: a table, from Nsight Compute.
 
-python benchmarks/gpu_ncu.py
+python -m benchmarks.gpu.step.ncu
 
 A first step of 138 M entries to 90 %, in float32 and in bfloat16. ncu runs each kernel of ours several times,
 on the same inputs; clocks are left as they are.
@@ -11,14 +11,13 @@ from __future__ import annotations
 import csv
 import subprocess
 import sys
-from pathlib import Path
 
-import gpu_report
 import torch
-from bench_prune_gpu import SIZES
-from gpu_rows import NAN, markdown, name_of
-from gpu_run import tool
 
+from benchmarks import pages
+from benchmarks.gpu.stages import script, tool
+from benchmarks.gpu.step.measure import SIZES
+from benchmarks.gpu.step.rows import NAN, name_of
 from drive.experiments.bench.workload import Case, Inputs, implementation
 
 KERNELS = "regex:drive.*(survey|apply)"  # of mangled names, so that no other library's match
@@ -50,7 +49,7 @@ def command(dtype: torch.dtype) -> list[str]:
     return [
         str(tool("ncu")), "--csv", "--page", "raw", "--print-units", "base", "--clock-control", "none",
         "--kernel-name-base", "mangled", "--kernel-name", KERNELS, "--metrics", ",".join(metrics),
-        sys.executable, str(Path(__file__).resolve()), name_of(dtype),
+        *script("step.ncu", name_of(dtype)),
     ]  # fmt: skip
 
 
@@ -82,8 +81,8 @@ def main() -> None:
     if sys.argv[1:]:
         step(getattr(torch, sys.argv[1]))
         return
-    print(", ".join(f"{k} {v}" for k, v in gpu_report.facts("cuda").items()), end="\n\n")
-    print(markdown(COLUMNS, []), flush=True)
+    print(", ".join(f"{k} {v}" for k, v in pages.facts("cuda").items()), end="\n\n")
+    print(pages.markdown(COLUMNS, []), flush=True)
     for dtype in (torch.float32, torch.bfloat16):
         run = subprocess.run(
             command(dtype), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False

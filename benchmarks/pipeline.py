@@ -1,6 +1,6 @@
 """Images a second of the input pipeline alone, against those of training: nothing may wait for its data.
 
-python benchmarks/bench_pipeline.py --device cuda --models alexnet,resnet18
+python -m benchmarks.pipeline --device cuda --models alexnet,resnet18
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Tables and a figure of what bench_sparse.py has measured.
+"""Tables and a figure of what measure.py has measured.
 
-python benchmarks/sparse_report.py docs/results/sparse-cpu.jsonl docs/results/sparse-cpu.md
+python -m benchmarks.cpu.sparse.report docs/results/sparse-cpu.jsonl docs/results/sparse-cpu.md
 
 The figure goes beside the page, under the same name.
 """
@@ -14,8 +14,17 @@ from itertools import groupby
 from pathlib import Path
 from statistics import median
 
-from sparse_rows import CONVOLUTION, DISTURBED, FIRST, IN_A_ROW, LINEAR, NETWORK, TOLERATED, Row, read
-
+from benchmarks.cpu.sparse.rows import (
+    CONVOLUTION,
+    DISTURBED,
+    FIRST,
+    IN_A_ROW,
+    LINEAR,
+    NETWORK,
+    TOLERATED,
+    Row,
+    read,
+)
 from drive.figures import figure_of, save_figure
 from drive.files import write_atomic
 
@@ -27,7 +36,7 @@ How many times faster than dense: than the best of contiguous and channels_last,
 packed weight (inference). Outputs were compared with the dense ones before anything was timed. All run in
 turns in one process, each turn in an order of its own, calls of less than 50 ms twice and the second timed; a
 figure is the median of the ratios in each turn. Freed memory is kept for the next call, for dense and sparse
-alike: bench_sparse.py says why. A dash: not measured.
+alike: benchmarks/cpu/sparse/measure.py says why. A dash: not measured.
 
 ## Whole networks
 

@@ -1,6 +1,6 @@
 """drive.prune on a GPU: an iteration of DRIVE on ResNet-18, eager and captured, and the pruning step's share.
 
-python benchmarks/bench_prune_loop.py --out loop.md
+python -m benchmarks.gpu.loop --out loop.md
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from itertools import pairwise, product
 from pathlib import Path
 from statistics import median
 
-import gpu_report
 import torch
 from torch import Tensor, nn
 
 import drive
+from benchmarks import pages
 from drive._scoring.capture import WARM_UP
 from drive.files import write_atomic
 from drive.methods import Drive
@@ -153,7 +153,7 @@ def main() -> None:
         print("no CUDA device")
         return
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    facts = gpu_report.facts("cuda")
+    facts = pages.facts("cuda")
     header = HEADER.format(
         device=facts["device"], facts=", ".join(f"{k} {v}" for k, v in facts.items() if k != "device"),
         batch=BATCH, iterations=options.iterations, first=SETTLED + 1,
@@ -162,7 +162,7 @@ def main() -> None:
     lines: list[list[str]] = []
     for side, autocast, capture in product((32, 224), (None, torch.bfloat16), (False, True)):
         lines.append(Case(side, autocast, capture).cells(options.iterations))
-        table = gpu_report.markdown(COLUMNS, lines)
+        table = pages.markdown(COLUMNS, lines)
         if options.out:  # after every line: it can be stopped at any time
             out = options.out / "loop.md" if options.out.is_dir() else options.out
             write_atomic(out, f"{header}{table}\n".encode())

@@ -1,7 +1,8 @@
 """cub::DeviceTopK for tensors (see cub_topk.cu): compiled by nvcc when it is first asked for, and kept.
 
-python benchmarks/cub_topk.py compiles it beforehand. Whether it went well or not is kept in build/gpu, for
-these sources, compiler and headers: a compiler that cannot do it is not asked again for every case.
+python -m benchmarks.gpu.step.cub_topk compiles it beforehand. Whether it went well or not is kept in
+build/gpu, for these sources, compiler and headers: a compiler that cannot do it is not asked again for every
+case.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from gpu_build import BUILD
 from torch import Tensor
+
+from benchmarks.gpu.build import BUILD
 
 HEADER = "cub/device/device_topk.cuh"
 

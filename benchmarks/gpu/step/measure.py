@@ -1,6 +1,6 @@
 """One pruning step on a GPU against its rivals: prune.csv, prune.md and prune.png in a folder.
 
-python benchmarks/bench_prune_gpu.py --out docs/results/nvidia-h200 --minutes 5
+python -m benchmarks.gpu.step.measure --out docs/results/nvidia-h200 --minutes 5
 
 The most telling cases come first, and the files are complete after each: it can be stopped at any time. What
 prune.csv in that folder holds already, of the same commit on the same device, is not measured again.
@@ -18,11 +18,12 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple, TypeVar
 
-import gpu_report
 import torch
-from gpu_providers import CHECKED, OURS, PROVIDERS, RIVALS, Provider, Unavailable
-from gpu_rows import NAN, WRONG, Row
 
+from benchmarks import pages
+from benchmarks.gpu.step.providers import CHECKED, OURS, PROVIDERS, RIVALS, Provider, Unavailable
+from benchmarks.gpu.step.report import Report, brief, title
+from benchmarks.gpu.step.rows import NAN, WRONG, Row
 from drive.experiments.bench.step import Step
 from drive.experiments.bench.workload import (
     Case,
@@ -249,8 +250,8 @@ def main() -> None:
         raise SystemExit("no CUDA device")
     deadline = time.monotonic() + 60 * options.minutes
     options.out.mkdir(parents=True, exist_ok=True)
-    facts = gpu_report.facts(options.device)
-    report = gpu_report.Report(options.out, facts, options.rounds, options.seconds)
+    facts = pages.facts(options.device)
+    report = Report(options.out, facts, options.rounds, options.seconds)
     wanted = [job for job in plan(options.sizes) if not options.telling or job.case in TELLING]
     jobs = [job for job in wanted if not report.has(job.case, job.providers)]
     results = run(jobs, options.device, options.rounds, options.seconds)
@@ -260,13 +261,13 @@ def main() -> None:
             found = next(results) if begin < deadline else "no time was left"
         except DeviceLost as error:  # what was measured before stays
             report.add(job.case, str(error))
-            print(f"{gpu_report.title(job.case)}: {error}", flush=True)
+            print(f"{title(job.case)}: {error}", flush=True)
             if error.provider in OURS:
                 raise SystemExit(1) from error
             break
         report.add(job.case, found)
         took = time.monotonic() - begin
-        print(f"{gpu_report.title(job.case)}, {took:.1f} s: {gpu_report.brief(found)}", flush=True)
+        print(f"{title(job.case)}, {took:.1f} s: {brief(found)}", flush=True)
     report.draw()
     print(report.tables())
     if wrong := [row for row in report.rows if row.note.startswith(WRONG)]:

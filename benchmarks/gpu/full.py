@@ -13,8 +13,8 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from gpu_build import ROOT
-from gpu_run import (
+from benchmarks import ROOT
+from benchmarks.gpu.stages import (
     Outcome,
     Stage,
     clear,
@@ -55,24 +55,24 @@ def stages(out: Path) -> list[Stage]:
             "--error-exitcode=9",
             "--kernel-name=kernel_substring=drive",
         ]  # all of ours, none of PyTorch's
-        command = [*watch, *ours, *script("gpu_parity.py", "compiled")]
+        command = [*watch, *ours, *script("step.parity", "compiled")]
         return Stage(check, 45, lambda _: command, "" if sanitizer else "no compute-sanitizer")
 
     return [
-        Stage("build", 140, lambda _: script("gpu_build.py")),
-        Stage("kernels", 60, lambda _: script("gpu_kernels.py")),
-        Stage("parity", 40, lambda _: script("gpu_parity.py", "compiled", "triton")),
-        Stage("telling", 90, measure("bench_prune_gpu.py", "--telling")),
+        Stage("build", 140, lambda _: script("build")),
+        Stage("kernels", 60, lambda _: script("kernels")),
+        Stage("parity", 40, lambda _: script("step.parity", "compiled", "triton")),
+        Stage("telling", 90, measure("step.measure", "--telling")),
         Stage("exactness", 135, lambda _: [*pytest, "-k", "parity and not triton"]),
         Stage("tests", 60, lambda _: [*pytest, "-k", "not parity and not triton"]),
-        Stage("counters", 45, lambda _: script("gpu_ncu.py"), "" if tool("ncu") else "no ncu", told=True),
+        Stage("counters", 45, lambda _: script("step.ncu"), "" if tool("ncu") else "no ncu", told=True),
         *map(sanitize, ("memcheck", "racecheck")),
         Stage("triton", 90, lambda _: [*pytest, "-k", "triton"]),
         *map(sanitize, ("synccheck", "initcheck")),
-        Stage("loop", 60, lambda _: script("bench_prune_loop.py", "--out", out)),
-        Stage("sparse", 60, measure("bench_sparse_gpu.py")),
+        Stage("loop", 60, lambda _: script("loop", "--out", out)),
+        Stage("sparse", 60, measure("sparse")),
         Stage("info", 30, lambda _: [sys.executable, "-m", "drive", "info"]),
-        Stage("benchmark", 600, measure("bench_prune_gpu.py")),
+        Stage("benchmark", 600, measure("step.measure")),
     ]
 
 
@@ -87,7 +87,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: docs/results/<GPU>")
     parser.add_argument("--minutes", type=float, default=9, help="for all stages")
     options = parser.parse_args()
-    found = device()
+    found = device("gpu")
     if "name" not in found:
         return without_device(stages(Path()))
     out = (options.out or results(found)).resolve()

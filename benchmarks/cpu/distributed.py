@@ -1,6 +1,6 @@
 """A step over several processes against steps of one process each: docs/scaling.md.
 
-python benchmarks/bench_distributed.py [--entries 25000000] [--ranks 1 2 4] [--rounds 15]
+python -m benchmarks.cpu.distributed [--entries 25000000] [--ranks 1 2 4] [--rounds 15]
 
 Each rank holds `entries` of one DTensor and computes with one thread. Rounds of four kinds take turns, and in
 each all ranks start together:

@@ -1,6 +1,6 @@
 """Compiles beforehand, on all cores, what the tests and benchmarks on a GPU would compile one by one.
 
-TORCH_CUDA_ARCH_LIST=9.0 python benchmarks/gpu_kernels.py
+TORCH_CUDA_ARCH_LIST=9.0 python -m benchmarks.gpu.kernels
 
 That is Triton's kernels, and cub's selection. The launches are found by the same calls on CPU tensors, where
 nothing runs. Each is then compiled as its launch on the device will be, into Triton's cache: by Triton's own
@@ -19,19 +19,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "tests" / "helpers"))
+from benchmarks import ROOT
 
-import bench_sparse_gpu
+sys.path.append(str(ROOT / "tests" / "helpers"))
+
 from linear_cases import BlockCase, PackedCase
 from masked_cases import CASES, TOLERANCE, Case
 from ugly import Step, laid_out, sample_inputs
 
+from benchmarks.gpu import sparse
+from benchmarks.gpu.stages import script
 from drive_kernels.linear import block, packed
 
 HALVES = (torch.float32, torch.bfloat16, torch.float16)
@@ -111,18 +113,18 @@ def sparse_layers() -> None:
 
 
 def measured_layers() -> None:
-    """As bench_sparse_gpu.py has them."""
+    """As sparse.py has them."""
     from drive_kernels.linear import block_triton, masked_triton, packed_triton
 
-    size = bench_sparse_gpu.SIZE
-    mask = bench_sparse_gpu.blocks(size, 0.9, "cpu")
+    size = sparse.SIZE
+    mask = sparse.blocks(size, 0.9, "cpu")
     blocks = block.block_of(mask)
     assert blocks is not None
     pattern = block.pattern_of(mask, blocks)
-    for dtype in bench_sparse_gpu.DTYPES:
-        layer = bench_sparse_gpu.layer(mask, dtype)
+    for dtype in sparse.DTYPES:
+        layer = sparse.layer(mask, dtype)
         bits = packed.pack(layer.weight, mask)
-        for rows in bench_sparse_gpu.ROWS:
+        for rows in sparse.ROWS:
             x = torch.ones(rows, size, dtype=dtype)
             packed_triton.packed_linear(x, *bits, layer.bias, [size, size])
             block_triton.block_linear(x, layer.weight, pattern, layer.bias, blocks)
@@ -183,8 +185,8 @@ def main() -> None:
         raise SystemExit("no CUDA device")
     arch = os.environ.get("TORCH_CUDA_ARCH_LIST", "")  # who asks CUDA for it cannot fork
     if not re.fullmatch(r"\d+\.\d", arch):
-        raise SystemExit(f"gpu_kernels.py: TORCH_CUDA_ARCH_LIST must be the GPU's, 9.0 say, got {arch!r}")
-    cub = subprocess.Popen([sys.executable, str(Path(__file__).with_name("cub_topk.py"))])
+        raise SystemExit(f"kernels.py: TORCH_CUDA_ARCH_LIST must be the GPU's, 9.0 say, got {arch!r}")
+    cub = subprocess.Popen(script("step.cub_topk"))
     begin = time.monotonic()
     try:
         with recorded() as launches:

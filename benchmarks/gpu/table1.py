@@ -16,9 +16,10 @@ import tarfile
 import time
 from pathlib import Path
 
-from gpu import stages
-from gpu_build import LIBRARY, ROOT
-from gpu_run import Stage, device, environment, run
+from benchmarks import ROOT
+from benchmarks.gpu.build import LIBRARY
+from benchmarks.gpu.full import stages
+from benchmarks.gpu.stages import Stage, device, environment, run
 
 OVERTIME = 45  # seconds for the epoch in hand when the budget ends, and for the page
 PACKED = "cells.tar.gz"
@@ -36,14 +37,14 @@ def main() -> int:
     parser.add_argument("--precision", default="float32")
     options = parser.parse_args()
     deadline = time.monotonic() + 60 * options.minutes
-    found = device()
+    found = device("gpu-table1")
     if "name" not in found:
-        print("gpu_table1.py: no CUDA device")
+        print("table1.py: no CUDA device")
         return 0
     if not options.data.exists():
-        raise SystemExit(f"gpu_table1.py: --data must be CIFAR-10's archive or folder, got {options.data}")
+        raise SystemExit(f"table1.py: --data must be CIFAR-10's archive or folder, got {options.data}")
     if options.last and not options.last.is_dir():
-        raise SystemExit(f"gpu_table1.py: --last must be the folder of the call before, got {options.last}")
+        raise SystemExit(f"table1.py: --last must be the folder of the call before, got {options.last}")
     out, data = options.out.resolve(), options.data.resolve()
     if options.last and options.last.resolve() != out:
         take_over(options.last, out)

@@ -1,6 +1,6 @@
 """A pruned Linear on a GPU, dense and sparse: sparse.md in a folder.
 
-python benchmarks/bench_sparse_gpu.py --out docs/results/nvidia-h200 --minutes 1
+python -m benchmarks.gpu.sparse --out docs/results/nvidia-h200 --minutes 1
 
 The file is complete after each case: it can be stopped at any time.
 """
@@ -16,12 +16,12 @@ from itertools import product
 from pathlib import Path
 from statistics import median
 
-import gpu_report
 import torch
-from bench_prune_gpu import CpuMeter, CudaMeter, Meter
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks import pages
+from benchmarks.gpu.step.measure import CpuMeter, CudaMeter, Meter
 from drive.files import write_atomic
 from drive.sparse import gpu
 from drive.targets.structures import structure
@@ -169,7 +169,7 @@ def cells(row: Row) -> list[str]:
 def report(rows: list[Row]) -> str:
     """The table, and each note once."""
     notes = {f"- {name}: {note}": None for row in rows for name, note in row.notes.items()}
-    return "\n\n".join(filter(None, [gpu_report.markdown(COLUMNS, [*map(cells, rows)]), "\n".join(notes)]))
+    return "\n\n".join(filter(None, [pages.markdown(COLUMNS, [*map(cells, rows)]), "\n".join(notes)]))
 
 
 def main() -> None:
@@ -184,7 +184,7 @@ def main() -> None:
         print("no CUDA device")
         return
     deadline = time.monotonic() + 60 * options.minutes
-    facts = gpu_report.facts(options.device)
+    facts = pages.facts(options.device)
     header = HEADER.format(
         device=facts.pop("device"), facts=", ".join(f"{name} {value}" for name, value in facts.items()),
         size=options.size, rounds=options.rounds,

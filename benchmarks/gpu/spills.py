@@ -11,11 +11,12 @@ import multiprocessing
 import os
 import sys
 from itertools import groupby, product
-from pathlib import Path
 
 import triton
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "tests" / "helpers"))
+from benchmarks import ROOT
+
+sys.path.append(str(ROOT / "tests" / "helpers"))
 import triton_launches
 from ahead_of_time import CAPABILITIES, Code, Launch
 

@@ -1,6 +1,6 @@
 """An epoch of a sparse ResNet-18, dense with masks and on the sparse ops: the same losses, other seconds.
 
-python benchmarks/sparse_epoch.py --data-dir IMAGES --out docs/results/sparse-epoch.md
+python -m benchmarks.cpu.sparse.epoch --data-dir IMAGES --out docs/results/sparse-epoch.md
 
 IMAGES: train/CLASS/* and test/CLASS/* of 32x32 (CIFAR-10, say). All networks start from the same weights,
 pruned by DRIVE, and see the same batches in turns; the figure goes beside the page.

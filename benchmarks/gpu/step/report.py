@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import io
-import os
-import subprocess
-import time
 from dataclasses import replace
 from pathlib import Path
 
-import gpu_goals
 import torch
-from gpu_providers import API, COMPILED, CUB, GRAPH, PYTORCH, TRITON, YARDSTICK, Provider
-from gpu_rows import (
+
+from benchmarks.gpu.step import goals
+from benchmarks.gpu.step.providers import API, COMPILED, CUB, GRAPH, PYTORCH, TRITON, YARDSTICK, Provider
+from benchmarks.gpu.step.rows import (
     WRONG,
     Cases,
     Row,
@@ -20,13 +18,11 @@ from gpu_rows import (
     best_of_pytorch,
     by_case,
     from_csv,
-    markdown,
     name_of,
     number,
     ours,
 )
-
-from drive.experiments.bench import step as bench
+from benchmarks.pages import markdown
 from drive.experiments.bench.workload import Case
 from drive.files import write_atomic
 
@@ -94,7 +90,7 @@ class Report:
             markdown(RIVAL_COLUMNS, [rival_cells(found) for found in cases.values()]),
             "\n".join(f"- {note}" for note in (*notes, *self.missed)),
             markdown(OUR_COLUMNS, [our_cells(found, cases) for found in cases.values()]),
-            gpu_goals.table(cases),
+            goals.table(cases),
         ]
         return "\n\n".join(filter(None, parts))
 
@@ -198,22 +194,3 @@ def draw(rows: list[Row], device: str, path: Path) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
     write_atomic(path, buffer.getvalue())
-
-
-def facts(device: str) -> dict[str, str]:
-    """What was measured, with what: the device first."""
-    found = {"device": bench.processor()}
-    if device == "cuda":
-        driver = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
-        found = {"device": torch.cuda.get_device_name(), "driver": driver, "CUDA": str(torch.version.cuda)}
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    commit = os.environ.get("COMMIT") or output(*git)  # a copy of the sources may lack its history
-    return {**found, "torch": torch.__version__, "commit": commit, "date": time.strftime("%Y-%m-%d")}
-
-
-def output(*command: str) -> str:
-    """What a command prints; "unknown" if it fails or is not there."""
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"

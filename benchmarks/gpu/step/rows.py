@@ -8,8 +8,8 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-from gpu_providers import COMPILED, CUB, PROVIDERS, PYTORCH, TRITON, YARDSTICK
 
+from benchmarks.gpu.step.providers import COMPILED, CUB, PROVIDERS, PYTORCH, TRITON, YARDSTICK
 from drive.experiments.bench.workload import Case
 
 WRONG = "WRONG MASKS"
@@ -116,7 +116,3 @@ def _row(line: dict[str, str]) -> Row:
         host=value("host_us", 1e-6), memory=value("extra_bytes_an_entry"), checked=line["checked"],
         note=line["note"],
     )  # fmt: skip
-
-
-def markdown(head: list[str], lines: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines))

@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
-from gpu_providers import CHECKED, YARDSTICK
-from gpu_rows import NAN, WRONG, Cases, Row, best_of_pytorch, markdown, name_of, number, ours
 
+from benchmarks.gpu.step.providers import CHECKED, YARDSTICK
+from benchmarks.gpu.step.rows import NAN, WRONG, Cases, Row, best_of_pytorch, name_of, number, ours
+from benchmarks.pages import markdown
 from drive.experiments.bench.workload import Case
 
 Found = dict[str, Row]

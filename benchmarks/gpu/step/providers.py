@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
-import cub_topk
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.step import cub_topk
 from drive.experiments.bench import step as bench
 from drive.experiments.bench.step import Step
 from drive.experiments.bench.workload import CHUNK, Case, Inputs, implementation

@@ -1,17 +1,18 @@
 """Small steps through every kernel of drive::prune_ for GPUs, each compared with the CPU bit for bit.
 
-python benchmarks/gpu_parity.py compiled triton
+python -m benchmarks.gpu.step.parity compiled triton
 """
 
 from __future__ import annotations
 
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "tests" / "helpers"))
+from benchmarks import ROOT
+
+sys.path.append(str(ROOT / "tests" / "helpers"))
 from misleading import TRAPS, misleading
 from on_device import assert_parity
 from ugly import Step, sample_inputs

@@ -1,4 +1,4 @@
-"""The file that bench_sparse.py writes and sparse_report.py reads: a row a line, each naming its version."""
+"""The file that measure.py writes and report.py reads: a row a line, each naming its version."""
 
 from __future__ import annotations
 
@@ -9,11 +9,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks import ROOT
 from drive.experiments.bench.step import machine
 from drive.files import write_atomic
 
 # What a row is of; IN_A_ROW: the same convolutions, called many times in a row.
 NETWORK, CONVOLUTION, IN_A_ROW, LINEAR = "network", "3x3 convolution", "3x3 convolution, in a row", "linear"
+
+MEASURED = (
+    "csrc", "python/drive_kernels", "python/drive/sparse", "benchmarks/cpu/sparse/measure.py",
+    "benchmarks/cpu/sparse/networks.py", "benchmarks/transformer.py",
+)  # fmt: skip
 
 TOLERATED = 0.97  # a converted network may be so much slower than the dense one
 FIRST = "ours, first"  # beside "ours" where a network seemed to be slower than that, and was measured again
@@ -58,11 +64,9 @@ def read(path: Path) -> list[Row]:
 
 def version() -> str:
     """The commit that last changed what is measured here, with a + if something has changed since."""
-    measured = ["csrc", "drive_kernels", "python/drive/sparse", "benchmarks/bench_sparse.py",
-                "benchmarks/sparse_networks.py", "benchmarks/transformer.py"]  # fmt: skip
 
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parents[1]), *arguments, "--", *measured]
+        command = ["git", "-C", str(ROOT), *arguments, "--", *MEASURED]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     return git("log", "-1", "--format=%h") + ("+" if git("status", "--porcelain") else "")

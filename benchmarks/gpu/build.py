@@ -7,13 +7,13 @@ one of them is called, its reference serves.
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import setuptools  # noqa: F401  (brings distutils, which Python has not from 3.12 on)
 
+from benchmarks import ROOT
+
 from distutils.core import run_setup  # isort: skip
 
-ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "gpu"
 LIBRARY = BUILD / "lib"  # what is imported: drive, drive_kernels and its compiled part
 LEFT_OUT = "csrc/sparse/"

@@ -1,6 +1,6 @@
 """What a step on a GPU costs on paper: docs/gpu-passes.md, from the compiled kernels and what they move.
 
-python benchmarks/gpu_passes.py --out docs/gpu-passes.md
+python -m benchmarks.gpu.step.passes --out docs/gpu-passes.md
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import drive_kernels
+from benchmarks.pages import markdown
 from drive.experiments.bench.workload import Shapes, resnet18_shapes, vgg16_shapes
 from drive.files import write_atomic
 
@@ -75,15 +76,15 @@ class Resources:
 def cuobjdump(*options: str) -> str:
     """Of the compiled part; the tool comes with Triton."""
     if drive_kernels._C is None:
-        raise SystemExit(f"gpu_passes.py: needs the compiled part: {drive_kernels.build_error}")
+        raise SystemExit(f"passes.py: needs the compiled part: {drive_kernels.build_error}")
     triton = find_spec("triton")
     if triton is None or triton.origin is None:
-        raise SystemExit("gpu_passes.py: needs Triton, for its cuobjdump")
+        raise SystemExit("passes.py: needs Triton, for its cuobjdump")
     tool = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     command = [str(tool), *options, str(drive_kernels._C.__file__)]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     if run.returncode:
-        raise SystemExit(f"gpu_passes.py: needs a part compiled for CUDA: {run.stderr.strip()}")
+        raise SystemExit(f"passes.py: needs a part compiled for CUDA: {run.stderr.strip()}")
     return run.stdout
 
 
@@ -141,8 +142,9 @@ def expected(shapes: Shapes, itemsize: int, an_entry: float) -> tuple[int, float
 PAGE = """# A step on a GPU, on paper
 
 What `drive::prune_` launches for a first step to 90 % in float32 (csrc/prune/cuda/prune.cu), with the
-registers and shared memory of its kernels as compiled for {architecture}. **Nothing here was measured on a GPU**:
-`make gpu` measures ([gpu.md](gpu.md)). Made by `python benchmarks/gpu_passes.py --out docs/gpu-passes.md`.
+registers and shared memory of its kernels as compiled for {architecture}. **Nothing here was measured on
+a GPU**: `make gpu` measures ([gpu.md](gpu.md)). Made by
+`python -m benchmarks.gpu.step.passes --out docs/gpu-passes.md`.
 
 {passes}
 
@@ -160,10 +162,6 @@ whichever is longer.
 
 At 11 M half of the time lies between launches; a CUDA graph shortens that.
 """
-
-
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
 
 
 def page(architecture: str) -> str:

@@ -1,0 +1,1 @@
+"""Sparse layers and networks on CPU against dense ones."""
