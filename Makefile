@@ -20,7 +20,7 @@ bench: $(VENV)/.built
 results: $(VENV)/.built
 	mkdir -p build && $(BIN)/pytest benchmarks/ --benchmark-only --benchmark-json build/bench.json
 	$(BIN)/python -m benchmarks.table build/bench.json docs/results/bench.md
-	$(BIN)/python -m benchmarks.bench_prune --out docs/results/cpu.md
+	$(BIN)/python -m benchmarks.cpu.prune --out docs/results/cpu.md
 	$(BIN)/python -m benchmarks.cpu.sparse.measure --out docs/results/sparse-cpu.jsonl
 	$(BIN)/python -m benchmarks.cpu.sparse.report docs/results/sparse-cpu.jsonl docs/results/sparse-cpu.md
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cpu.sparse.measure import MODES, close, pruned, rival
+from benchmarks.layers import MODES, close, pruned, rival
 from benchmarks.sizes import BATCH, Size
 from drive.sparse import MaskedConv2d, MaskedLinear, PackedLinear, SparseConv2d, SparseLinear
 

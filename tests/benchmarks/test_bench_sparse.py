@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from torch import nn
 
+from benchmarks import ROOT
 from benchmarks.cpu.sparse import measure, report
-from benchmarks.cpu.sparse.rows import Row, Rows, read
+from benchmarks.cpu.sparse.rows import MEASURED, Row, Rows, read
 
 
 def tiny() -> nn.Module:
@@ -86,6 +87,11 @@ def test_rows_of_another_version_are_replaced(quick, tmp_path: Path, monkeypatch
     after = networks(tmp_path / "rows.jsonl", "tiny")
     assert [row.key for row in after] == [row.key for row in before]
     assert {row.commit for row in after} == {"def5678"}
+
+
+def test_a_version_is_of_code_that_there_is():
+    """git is silent about a path that has moved."""
+    assert all((ROOT / path).exists() for path in MEASURED)
 
 
 def test_rows_of_a_disturbed_machine_are_measured_again(quick, tmp_path: Path, monkeypatch):

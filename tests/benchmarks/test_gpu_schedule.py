@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -106,3 +107,9 @@ def test_if_everything_hangs(minutes: int):
     begun = [result for result in found.values() if result != "no time was left"]
     assert begun == ["timed out"] * (len(begun) - 1) + ["cut short"]
     assert Outcome("", "timed out").bad and not Outcome("", "cut short").bad
+
+
+@pytest.mark.parametrize("stage", (*smoke.stages(), *full.stages(Path())), ids=lambda stage: stage.name)
+def test_every_stage_runs_a_module_that_there_is(stage: Stage):
+    command = stage.command(stage.seconds)
+    assert find_spec(command[command.index("-m") + 1])

@@ -47,6 +47,7 @@ from benchmarks.cpu.sparse.rows import (
     Rows,
     best_dense,
 )
+from benchmarks.layers import MODES, Run, backward, close, forward, inference, pruned, rival
 from drive.sparse.laid_out import OneDnnLinear
 from drive.sparse.measure import interleaved
 from drive_kernels.sparse.pattern import pattern_of
@@ -61,36 +62,6 @@ LAST = torch.channels_last
 # call came out up to 16 % off the first in 3 turns, up to 4 % in 8 (four sets of six, in a fixed order).
 LAYER_SECONDS, NETWORK_SECONDS = 1.0, 12.0
 TURN_SECONDS = 0.1  # of calls in a row: hundreds where the first one, after others, takes much longer
-
-Run = Callable[[], object]
-Layer = Callable[[Tensor, Tensor], Tensor]
-
-
-def forward(layer: Layer, x: Tensor, weight: Tensor) -> Run:
-    def run() -> None:
-        with torch.no_grad():
-            layer(x, weight)
-
-    return run
-
-
-def backward(layer: Layer, x: Tensor, weight: Tensor) -> Run:
-    """Forward, then the gradients to the input and to the weight."""
-    leaves = [t.detach().clone().requires_grad_() for t in (x, weight)]
-    grad = torch.randn_like(layer(*leaves))
-    return lambda: torch.autograd.grad(layer(*leaves), leaves, grad)
-
-
-MODES = {"forward": forward, "forward + backward": backward}
-
-
-def pruned(shape: tuple[int, ...], sparsity: float) -> tuple[Tensor, Tensor]:
-    mask = torch.rand(shape) >= sparsity
-    return torch.randn(shape).masked_fill_(~mask, 0), mask
-
-
-def close(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max() + 1))
 
 
 def dense_conv(x: Tensor, weight: Tensor) -> Tensor:
@@ -130,15 +101,6 @@ def sparseprop(layer: nn.Conv2d | nn.Linear, x: Tensor, weight: Tensor) -> dict[
     for module in found.values():
         close(module(x).detach(), expected)
     return found
-
-
-def rival(module: nn.Module, x: Tensor, mode: str) -> Run:
-    """As `forward` and `backward`, of a module that holds its own weight."""
-    if mode == "forward":
-        return inference(module, x)
-    leaves = [x.clone().requires_grad_(), *module.parameters()]
-    grad = torch.randn_like(module(x))
-    return lambda: torch.autograd.grad(module(leaves[0]), leaves, grad)
 
 
 def in_a_row(runs: dict[str, Run], calls: dict[str, int]) -> dict[str, float]:
@@ -226,16 +188,6 @@ def training_step(model: nn.Module, x: Tensor) -> Run:
         optimizer.step()
 
     return step
-
-
-def inference(model: nn.Module, x: Tensor) -> Run:
-    model.eval()
-
-    def run() -> None:
-        with torch.no_grad():
-            model(x)
-
-    return run
 
 
 WAYS = {"inference": inference, "training step": training_step}
