@@ -1,7 +1,6 @@
 """The command line: what it rejects, what it says, what it leaves behind."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from images import image_folder
+from processes import environment
 
 import drive
 import drive_kernels
@@ -20,7 +20,6 @@ from drive.experiments.runs.inputs import InputError
 from drive.experiments.training.compute import Compute
 from drive.experiments.training.networks import Network
 
-ROOTS = [str(Path(module.__file__).parents[1]) for module in (drive, drive_kernels)]
 TINY = ["--epochs", "2", "--limit-train", "128", "--batch-size", "32"]
 TINY_PRUNE = [*TINY, *["--warmup-epochs", "1", "--iterations", "2", "--seeds", "1", "--sparsities", "0.9"]]
 
@@ -47,9 +46,8 @@ def rejected(capsys: pytest.CaptureFixture[str], command: str, status: int = 2) 
 
 
 def python(*arguments: str) -> "subprocess.CompletedProcess[str]":
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(ROOTS)}
     return subprocess.run(
-        [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, *arguments], env=environment(), capture_output=True, text=True, timeout=120
     )
 
 
@@ -255,9 +253,8 @@ def test_prune_on_an_image_folder_with_a_corrupt_image(
 
 @needs_digits
 def test_interrupted_by_ctrl_c() -> None:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(ROOTS)}
     process = subprocess.Popen(
-        [sys.executable, "-m", "drive", "prune", "--out", "run"], env=environment,
+        [sys.executable, "-m", "drive", "prune", "--out", "run"], env=environment(),
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         # a shell that starts the tests in the background has it ignored, and Python leaves it so
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),

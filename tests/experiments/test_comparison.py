@@ -1,7 +1,6 @@
 """`drive prune`: killed anywhere, resumed, the same report byte for byte."""
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -12,11 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from processes import environment
 from rich.progress import Progress
 from torch import nn
 
 import drive
-import drive_kernels
 from drive.experiments.data.dataset import Dataset
 from drive.experiments.data.sources import load
 from drive.experiments.paper import report
@@ -31,21 +30,12 @@ pytest.importorskip("matplotlib", reason="drive prune draws figures")
 
 QUICK = ["--epochs", "6", "--warmup-epochs", "2", "--iterations", "20", "--seeds", "2"]
 QUICK += ["--sparsities", "0.9,0.98"]
-ROOTS = [str(Path(module.__file__).parents[1]) for module in (drive, drive_kernels)]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> object:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # on images of 8x8 a second one would only wait
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def start(folder: Path, *options: str) -> "subprocess.Popen[bytes]":
     command = [sys.executable, "-m", "drive", "prune", "--out", str(folder), *options]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(ROOTS)}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    return subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
 def finish(process: "subprocess.Popen[bytes]") -> None:

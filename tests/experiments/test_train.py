@@ -25,6 +25,8 @@ from drive.experiments.training.recipe import Recipe
 
 pytest.importorskip("lightning", reason="networks are trained on lightning's Fabric")
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 EPOCHS = 4
 RECIPE = Recipe(EPOCHS, lr=0.05)
 NETWORK = Network("small_cnn", classes=2, channels=1, side=8)
@@ -32,14 +34,6 @@ NETWORK = Network("small_cnn", classes=2, channels=1, side=8)
 
 class Killed(Exception):
     pass
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> object:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

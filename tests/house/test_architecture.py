@@ -1,4 +1,4 @@
-"""Who may import or include whom, how large files and folders are, what `import drive` must not need."""
+"""Who may import or include whom, how large files and folders are."""
 
 from __future__ import annotations
 
@@ -105,15 +105,3 @@ def test_files_and_folders_are_small(folder: str):
     files = Counter(path.parent for path in SOURCE[folder])
     assert max(lines.values()) <= 400, max(lines, key=lambda path: lines[path])
     assert max(files.values()) <= 15, files.most_common(1)
-
-
-def test_import_is_light(tmp_path: Path):
-    heavy = "torchvision", "matplotlib", "triton", "sklearn", "lightning", "typer", "rich"
-    script = (
-        "import sys, torch; before = set(sys.modules); import drive; "
-        f"print([m for m in {heavy} if m in set(sys.modules) - before])"
-    )
-    run = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True
-    )
-    assert run.stdout.strip() == "[]"

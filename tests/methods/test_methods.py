@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import copy
 import math
-import struct
 import weakref
 
-import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import example, given, settings
 from torch import nn
 
 import drive
 from drive import Masks, methods
 from drive._scoring.sgd import sgd_epoch
-from drive.rounds import ordered
 
 LOSS = nn.functional.cross_entropy
 
@@ -55,16 +51,6 @@ def same(a: Masks, b: Masks) -> bool:
 
 def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: w.detach().clone() for name, w in model.named_parameters() if w.dim() > 1}
-
-
-def largest(scores: dict[str, torch.Tensor], sparsity: float) -> dict[str, torch.Tensor]:
-    """Masks of the globally largest, by sorting all of them."""
-    flat = torch.cat([score.flatten() for score in scores.values()])
-    keep = flat.numel() - round(sparsity * flat.numel())
-    kept = torch.zeros(flat.numel(), dtype=torch.bool)
-    kept[flat.argsort(descending=True)[:keep]] = True
-    parts = kept.split([score.numel() for score in scores.values()])
-    return {name: part.view(scores[name].shape) for name, part in zip(scores, parts, strict=True)}
 
 
 # Micro-batches
@@ -260,44 +246,6 @@ def test_synflow_is_finite_and_conserved_at_150_wide_layers():
     assert len(sums) == 150 and 1e180 < sums[0] < math.inf
     assert sums == pytest.approx([sums[0]] * 150, rel=1e-10)
     assert masks.sparsity() == pytest.approx(0.9, abs=1e-7)
-
-
-# Signed scores
-
-
-def _float32(bits: int) -> float:
-    return struct.unpack("f", struct.pack("I", bits))[0]
-
-
-ugly = st.one_of(
-    st.integers(0, 2**32 - 1).map(_float32).filter(math.isfinite),
-    st.sampled_from((0, 1, 2, 0x7FFFFF, 0x800000, 0x7F7FFFFF)).map(_float32),
-    st.sampled_from((0.0, -0.0, 1.0, -1.0)),
-)
-
-
-def _neighbours(given: tuple[float, int]) -> list[float]:
-    """A number and the next ones below it."""
-    found = [torch.tensor(given[0])]
-    for _ in range(given[1]):
-        found.append(torch.nextafter(found[-1], torch.tensor(-torch.inf)))
-    return [float(value) for value in found if value.isfinite()]
-
-
-def _flat(lists: list[list[float]]) -> list[float]:
-    return [value for values in lists for value in values]
-
-
-@given(st.lists(st.tuples(ugly, st.integers(0, 2)).map(_neighbours), min_size=1, max_size=25).map(_flat))
-@example([0.0, -0.0, 2.0**-149, -(2.0**-149), 2.0**-126, -(2.0**-126), 3.4028235e38, -3.4028235e38])
-@settings(max_examples=200, deadline=None)
-def test_signed_order_is_that_of_sort(values: list[float]):
-    """Any float32 numbers: -0.0 is 0.0, denormals count, ties stay ties."""
-    given = torch.tensor(values, dtype=torch.float32)
-    found = ordered(given)
-    assert found.dtype == torch.float64 and (found >= 0).all() and not found.signbit().any()
-    assert torch.equal(found.argsort(stable=True), given.sort(stable=True).indices)
-    assert torch.equal(found[:, None] < found, given[:, None] < given)
 
 
 # Training

@@ -1,11 +1,8 @@
-"""drive.sparse: modules that behave as the dense ones, and whole models converted."""
+"""drive.sparse.convert: whole models, and chains of layers in them, that behave as the dense ones."""
 
 from __future__ import annotations
 
 import copy
-import math
-import random
-from functools import partial
 from importlib import import_module
 
 import pytest
@@ -16,7 +13,7 @@ from torch.nn import functional as F
 import drive
 from drive.sparse import SparseConv2d, SparseLinear, convert, measure, report
 from drive.sparse.chains import link, trace
-from drive.sparse.convert import CHAINS, _chained, _choose, _fastest, _replaced
+from drive.sparse.convert import CHAINS, _chained, _replaced
 from drive.sparse.laid_out import KINDS as LAID_OUT
 
 convert_module = import_module("drive.sparse.convert")  # drive.sparse.convert is the function
@@ -185,39 +182,6 @@ def test_kept_values_follow_the_weights():
             torch.testing.assert_close(ours(x), model(x), **TOLERANCE)
 
 
-@pytest.mark.parametrize("kind", (SparseConv2d, SparseLinear))
-def test_repacks_when_the_mask_changes(kind: type[nn.Module]):
-    conv = kind is SparseConv2d
-    layer = (nn.Conv2d(4, 6, 3) if conv else nn.Linear(4, 6)).double()
-    mask = torch.rand(layer.weight.shape) < 0.7
-    layer.weight.data.masked_fill_(~mask, 0)
-    ours = kind.from_dense(layer, mask)
-    x = torch.randn(3, 4, *([7, 7] if conv else []), dtype=torch.float64)
-    torch.testing.assert_close(ours(x), layer(x), **TOLERANCE)
-    mask.logical_and_(torch.rand(mask.shape) < 0.5)
-    layer.weight.data.masked_fill_(~mask, 0)
-    torch.testing.assert_close(ours(x), layer(x), **TOLERANCE)
-    copied = copy.deepcopy(ours)
-    copied.packing.mask.zero_()
-    torch.testing.assert_close(ours(x), layer(x), **TOLERANCE)
-    assert not copied(torch.zeros_like(x)).equal(copied(x)) or not copied.packing.mask.any()
-
-
-def test_gradient_is_zero_where_pruned():
-    layer = nn.Conv2d(4, 6, 3)
-    mask = torch.rand(layer.weight.shape) < 0.3
-    ours = SparseConv2d.from_dense(layer, mask)
-    ours(torch.randn(2, 4, 7, 7)).sum().backward()
-    assert layer.weight.grad[mask].all() and not layer.weight.grad[~mask].any()
-
-
-def test_unbatched_image():
-    layer = nn.Conv2d(4, 6, 3)
-    ours = SparseConv2d.from_dense(layer, torch.ones_like(layer.weight, dtype=torch.bool))
-    x = torch.randn(4, 7, 7)
-    torch.testing.assert_close(ours(x), layer(x), rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize("training", (False, True))
 @pytest.mark.parametrize("model", (Small, Untraceable))
 def test_convert(model: type[nn.Module], training: bool, monkeypatch: pytest.MonkeyPatch):
@@ -262,51 +226,6 @@ def test_convert_leaves_what_it_cannot_compute():
     assert (choice.chosen, choice.why) == ("dense", "padding_mode 'reflect'")
 
 
-@pytest.mark.parametrize(("sparse", "chosen"), ((0.98, "dense channels_last"), (0.96, "sparse blocked")))
-def test_nearly_even_stays_dense(sparse: float, chosen: str, monkeypatch: pytest.MonkeyPatch):
-    seconds = {"dense": 1.1, "dense channels_last": 1.0, "sparse": 1.2, "sparse blocked": sparse}
-    monkeypatch.setattr(measure, "layer_times", lambda *_: seconds)
-    layer, shape = nn.Conv2d(4, 4, 3), torch.Size((1, 4, 9, 9))
-    mask = torch.ones_like(layer.weight, dtype=torch.bool)
-    choice, found = _choose("conv", layer, mask, shape, measure.Costs(False, training=False))
-    assert (choice.chosen, found is not None) == (chosen, sparse < 0.97)
-
-
-LAST = measure.CHANNELS_LAST
-
-
-@pytest.mark.parametrize(
-    ("measured", "chosen"),
-    (
-        ([{"dense": 1.0, CHAINS: 0.5}], CHAINS),
-        ([{"dense": 1.0, CHAINS: 0.9}, {"dense": 2.0, CHAINS: 1.9}], CHAINS),
-        ([{"dense": 1.0, CHAINS: 0.9}, {"dense": 2.0, CHAINS: 1.96}], "dense"),
-        ([{"dense": 1.0, CHAINS: 0.98}], "dense"),
-        ([{"dense": 1.0, LAST: 0.7, CHAINS: 0.69}], LAST),
-        ([{"dense": 1.0, LAST: 0.99}, {"dense": 1.0, LAST: 0.98}], LAST),
-        ([{"dense": 1.0, LAST: 0.9}, {"dense": 1.0, LAST: 1.02}], "dense"),
-        ([{"dense": 1.0, LAST: 0.7, CHAINS: 0.6}, {LAST: 1.0, CHAINS: 0.98}], LAST),
-        ([{"dense": 1.0, LAST: 0.9, CHAINS: 0.85}, {"dense": 1.0, LAST: 1.1}, {"dense": 1.0, CHAINS: 0.9}],
-         CHAINS),
-    ),
-)  # fmt: skip
-def test_a_narrow_lead_has_to_show_again(
-    measured: list[dict[str, float]], chosen: str, monkeypatch: pytest.MonkeyPatch
-):
-    ahead = iter(measured)
-
-    def times(ways: dict[str, nn.Module], *_: object) -> dict[str, float]:
-        found = next(ahead)
-        assert ways.keys() == found.keys()
-        return dict(found)
-
-    monkeypatch.setattr(convert_module, "model_times", times)
-    way, whole = _fastest(dict.fromkeys(measured[0], nn.Identity()), (), False)
-    assert way == chosen
-    assert whole.keys() == measured[0].keys()
-    assert next(ahead, None) is None
-
-
 @pytest.mark.parametrize("name", LAID_OUT)
 def test_convert_takes_a_laid_out_linear(name: str, monkeypatch: pytest.MonkeyPatch):
     """In inference, and in chains too; in training there is no such candidate."""
@@ -329,35 +248,6 @@ def test_convert_takes_a_laid_out_linear(name: str, monkeypatch: pytest.MonkeyPa
         with torch.no_grad():
             expected = copy.deepcopy(model)(x)
             torch.testing.assert_close(copy.deepcopy(ours)(x), expected, rtol=1e-4, atol=1e-4)
-
-
-def test_layers_alike_are_measured_once(monkeypatch: pytest.MonkeyPatch):
-    measured = []
-    monkeypatch.setattr(measure, "layer_times", lambda *given: measured.append(given) or {"dense": 1.0})
-    costs, shape = measure.Costs(False, training=False), torch.Size((1, 4, 9, 9))
-    for layer, density in (
-        (nn.Conv2d(4, 4, 3), 0.1), (nn.Conv2d(4, 4, 3), 0.101), (nn.Conv2d(4, 4, 3), 0.2),
-        (nn.Conv2d(4, 4, 3, stride=2), 0.1), (nn.Conv2d(4, 4, 3, bias=False), 0.1),
-        (nn.Conv2d(4, 4, 3).double(), 0.1), (nn.Conv2d(4, 4, 3), 0.0),
-    ):  # fmt: skip
-        costs.of(layer, {}, shape, density)
-    assert len(measured) == 6
-
-
-def test_interleaved_calls_all_in_each_turn_in_orders_of_their_own():
-    called: list[str] = []
-    rng = torch.random.get_rng_state(), random.getstate()
-    runs = {name: partial(called.append, name) for name in "abcd"}
-    found = measure.interleaved(runs, seconds=math.inf)
-    assert list(found) == list(runs) and min(found.values()) > 0
-    timed = called[len(runs) :: 2]  # short calls: all once, then each twice a turn, the second one timed
-    turns = [tuple(timed[i : i + 4]) for i in range(0, len(timed), 4)]
-    assert len(turns) == 15 and all(set(turn) == set(runs) for turn in turns)
-    assert len(set(turns)) > 5
-    assert torch.equal(torch.random.get_rng_state(), rng[0]) and random.getstate() == rng[1]
-    called.clear()
-    measure.interleaved(runs, seconds=0.0)
-    assert len(called) == len(runs) * (1 + 2 * 5)
 
 
 def test_refuses():

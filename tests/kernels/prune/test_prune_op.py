@@ -10,8 +10,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from misleading import TRAPS, misleading
+from processes import run_on
 from ugly import Step, laid_out, sample_inputs, steps, valued
-from variants import run_on
 
 import drive_kernels
 from drive_kernels.prune.op import kth_by_kthvalue, reference

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import run_on
 from sparse_cases import (
     CONVS,
     TOLERANCE,
@@ -18,7 +19,6 @@ from sparse_cases import (
 )
 from torch import Tensor
 from torch.nn import functional as F
-from variants import run_on
 
 import drive_kernels
 from drive_kernels.sparse import blocked, linear

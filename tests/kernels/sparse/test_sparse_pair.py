@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from processes import run_on
 from sparse_cases import TOLERANCE, Conv
 from torch import Tensor
 from torch.nn import functional as F
-from variants import run_on
 
 from drive_kernels.sparse import pair
 from drive_kernels.sparse.pattern import pattern_of

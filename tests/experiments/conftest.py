@@ -1,0 +1,25 @@
+"""What the tests of experiments share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from images import image_folder
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """On images this small a second one would only wait."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """CIFAR-10's place, taken by 300 images of two classes."""
+    return image_folder(tmp_path_factory.mktemp("images"), count=150, size=(32, 32))
