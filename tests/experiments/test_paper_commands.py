@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from processes import environment
 
-from drive.experiments.cli import paper as reproduce
 from drive.experiments.cli.app import main
-from drive.experiments.paper.grids import Plan
+from drive.experiments.paper.grids import Grid
+from drive.experiments.paper.pages import PAGES, Page
 from drive.experiments.paper.trainer import CellRun
 from drive.experiments.training.compute import Compute
 
@@ -131,8 +131,8 @@ def test_bad_input(capsys: pytest.CaptureFixture[str], options: str, message: st
 
 
 def test_flags_change_what_is_planned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    planned: list[Plan] = []
-    monkeypatch.setattr(reproduce.Page, "write", lambda self, out, plan, *rest: planned.append(plan) or "")
+    planned: list[Grid] = []
+    monkeypatch.setattr(Page, "write", lambda self, out, grid, *rest: planned.append(grid) or "")
     options = ["--momentum", "0.8", "--weight-decay", "0", "--padding", "2", "--no-flip", "--budget", "1e-9"]
     options += ["--precision", "bfloat16", "--channels-last", "--compile", "--sparse-ops", "--devices", "2"]
     assert main(["table1", *options, "--out", str(tmp_path)]) == 0
@@ -142,7 +142,7 @@ def test_flags_change_what_is_planned(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert len(planned[0].cells) == 7 * 3 * (1 + 4 * 4) and math.isclose(recipe.lr, 1e-4)
 
 
-@pytest.mark.parametrize("page", reproduce.PAGES)
+@pytest.mark.parametrize("page", PAGES)
 def test_help_shows_examples(capsys: pytest.CaptureFixture[str], page: str) -> None:
     assert main([page, "--help"]) == 0
     shown = capsys.readouterr().out

@@ -19,7 +19,7 @@ from drive.experiments.data import sources as data
 from drive.experiments.data.dataset import seed_of
 from drive.experiments.paper import tables
 from drive.experiments.paper import trainer as cell_run
-from drive.experiments.paper.grids import POWERS, Key, Plan, ablated, ablation, compared
+from drive.experiments.paper.grids import POWERS, Grid, Key, ablated, ablation, compared
 from drive.experiments.paper.published import METHODS, ROWS
 from drive.experiments.paper.queue import Experiment, Outcome
 from drive.experiments.paper.trainer import CellRun
@@ -33,13 +33,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 NAMES = ["imp", "snip", "drive"]
 
 
-def plan(**options: object) -> Plan:
+def grid(**options: object) -> Grid:
     settings = {"seeds": 2, "scale": 0.07, "sparsities": (0.9,), **options}
-    return compared(Plan([ROWS["cifar10-mlp"]], **settings), NAMES)
+    return compared(Grid([ROWS["cifar10-mlp"]], **settings), NAMES)
 
 
-def experiment(folder: Path, plan: Plan, images: Path) -> Experiment:
-    return Experiment(folder, plan.cells, lambda name: data.load(name, str(images)))
+def experiment(folder: Path, grid: Grid, images: Path) -> Experiment:
+    return Experiment(folder, grid.cells, lambda name: data.load(name, str(images)))
 
 
 def run(experiment: Experiment, **options: object) -> Outcome:
@@ -47,8 +47,8 @@ def run(experiment: Experiment, **options: object) -> Outcome:
         return experiment.run(progress, **options)
 
 
-def accuracies(plan: Plan, outcome: Outcome) -> dict[Key, list[float]]:
-    return {key: tables.Numbers(plan, outcome).accuracies(key) for key in plan.groups}
+def accuracies(grid: Grid, outcome: Outcome) -> dict[Key, list[float]]:
+    return {key: tables.Numbers(grid, outcome).accuracies(key) for key in grid.groups}
 
 
 def untimed(outcome: Outcome) -> list[dict[str, object]]:
@@ -56,13 +56,13 @@ def untimed(outcome: Outcome) -> list[dict[str, object]]:
 
 
 @pytest.fixture(scope="module")
-def whole(images: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, Outcome, Path]:
+def whole(images: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Grid, Outcome, Path]:
     """An uninterrupted run."""
-    planned, folder = plan(), tmp_path_factory.mktemp("whole")
+    planned, folder = grid(), tmp_path_factory.mktemp("whole")
     return planned, run(experiment(folder, planned, images)), folder
 
 
-def test_every_cell_is_a_folder_of_its_own(whole: tuple[Plan, Outcome, Path]) -> None:
+def test_every_cell_is_a_folder_of_its_own(whole: tuple[Grid, Outcome, Path]) -> None:
     planned, outcome, folder = whole
     assert len(outcome.results) == len(planned.cells) == 2 * (1 + 3) and not outcome.failures
     for cell, result in outcome.results.items():
@@ -78,7 +78,7 @@ def test_every_cell_is_a_folder_of_its_own(whole: tuple[Plan, Outcome, Path]) ->
         assert not list(inside.glob("*.pt")) and result["scale"] == 0.07
 
 
-def test_cells_of_one_seed_share_their_warm_up(whole: tuple[Plan, Outcome, Path]) -> None:
+def test_cells_of_one_seed_share_their_warm_up(whole: tuple[Grid, Outcome, Path]) -> None:
     _, outcome, folder = whole
     assert len(list((folder / "cells").glob("*-warmup-*"))) == 2  # seeds
     for seed in range(2):
@@ -91,7 +91,7 @@ def test_cells_of_one_seed_share_their_warm_up(whole: tuple[Plan, Outcome, Path]
 
 @pytest.mark.parametrize("seed", range(2))
 def test_killed_in_the_middle_of_a_write(
-    whole: tuple[Plan, Outcome, Path],
+    whole: tuple[Grid, Outcome, Path],
     images: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -119,7 +119,7 @@ def test_killed_in_the_middle_of_a_write(
 
 
 def test_nothing_is_begun_after_the_budget(images: Path, tmp_path: Path) -> None:
-    planned = plan()
+    planned = grid()
     outcome = run(experiment(tmp_path, planned, images), deadline=time.monotonic())
     assert outcome.open == planned.cells and not outcome.results
     page = tables.against_paper("Table 1", planned, NAMES, outcome)
@@ -127,11 +127,11 @@ def test_nothing_is_begun_after_the_budget(images: Path, tmp_path: Path) -> None
 
 
 def test_paused_at_the_end_of_every_epoch(
-    whole: tuple[Plan, Outcome, Path], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    whole: tuple[Grid, Outcome, Path], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each call begins every cell, whose time is over then."""
     _, expected, _ = whole
-    planned, deadline = plan(seeds=1), time.monotonic() + 1e6
+    planned, deadline = grid(seeds=1), time.monotonic() + 1e6
     late = SimpleNamespace(monotonic=lambda: time.monotonic() + 2e6)
     for module in (train, cell_run):
         monkeypatch.setattr(module, "time", late)
@@ -145,7 +145,7 @@ def test_paused_at_the_end_of_every_epoch(
     assert untimed(outcome) == found
 
 
-def test_scaled_cells_say_so(whole: tuple[Plan, Outcome, Path]) -> None:
+def test_scaled_cells_say_so(whole: tuple[Grid, Outcome, Path]) -> None:
     planned, outcome, _ = whole
     page = tables.against_paper("Table 1", planned, NAMES, outcome)
     assert "**\\* Scaled: 7 % of the epochs" in page and ", 21 training images." in page
@@ -156,7 +156,7 @@ def test_scaled_cells_say_so(whole: tuple[Plan, Outcome, Path]) -> None:
 
 def test_full_cells_stand_beside_the_published_numbers() -> None:
     row = ROWS["cifar10-alexnet"]
-    planned = compared(Plan([row], seeds=2, scale=1), METHODS)
+    planned = compared(Grid([row], seeds=2, scale=1), METHODS)
     found = Outcome()
     for cell in planned.cells:
         if cell.seed == 0 or cell.variant.name != "snip":
@@ -176,7 +176,7 @@ def test_full_cells_stand_beside_the_published_numbers() -> None:
 
 def test_what_changes_the_result_changes_the_cell() -> None:
     def names(**options: object) -> set[str]:
-        return {cell.name for cell in plan(**options).cells}
+        return {cell.name for cell in grid(**options).cells}
 
     first = names()
     gpu = names(compute=Compute("cuda"))
@@ -193,7 +193,7 @@ def test_the_page_says_how_it_was_computed() -> None:
 
 
 def test_another_process_is_left_to_its_cell(images: Path, tmp_path: Path) -> None:
-    planned = plan(seeds=1)
+    planned = grid(seeds=1)
     busy = planned.cells[2]
     folder = tmp_path / "cells" / busy.name
     folder.mkdir(parents=True)
@@ -206,7 +206,7 @@ def test_another_process_is_left_to_its_cell(images: Path, tmp_path: Path) -> No
 def test_who_made_the_warm_up_does_not_matter(images: Path, tmp_path: Path) -> None:
     """With BatchNorm, which would see a difference in mode or statistics."""
     row = replace(ROWS["cifar10-mlp"], model="small_cnn")
-    planned = compared(Plan([row], 1, 0.07, (0.9,)), ["drive"])
+    planned = compared(Grid([row], 1, 0.07, (0.9,)), ["drive"])
     shared = run(experiment(tmp_path / "shared", planned, images))  # the dense network's cell made it
     own = planned.cells[1:]
     alone = run(Experiment(tmp_path / "alone", own, lambda name: data.load(name, str(images))))
@@ -220,7 +220,7 @@ def test_who_made_the_warm_up_does_not_matter(images: Path, tmp_path: Path) -> N
 
 def test_levels_of_imp_are_those_of_one_call(images: Path, tmp_path: Path) -> None:
     """Each level can be resumed from, and the last ends where `drive.prune` would."""
-    planned = plan(seeds=1, scale=0.15, sparsities=(0.9,))
+    planned = grid(seeds=1, scale=0.15, sparsities=(0.9,))
     cell = next(cell for cell in planned.cells if cell.variant.name == "imp")
     assert (cell.variant.iterations, cell.variant.rounds) == (3, 2)
     with Progress(disable=True) as progress:
@@ -244,7 +244,7 @@ def test_levels_of_imp_are_those_of_one_call(images: Path, tmp_path: Path) -> No
 
 
 def test_ablation(images: Path, tmp_path: Path) -> None:
-    planned = ablated(Plan([ROWS["cifar10-mlp"]], seeds=1, scale=0.07, sparsities=(0.9,)))
+    planned = ablated(Grid([ROWS["cifar10-mlp"]], seeds=1, scale=0.07, sparsities=(0.9,)))
     assert {cell.variant.warmup for cell in planned.cells} == {0, 1, 2}  # 5 and 10 leave none of 4 epochs
     assert len(planned.cells) == 1 + 3 + 3 * 3 + len(POWERS) - 1
     outcome = run(experiment(tmp_path, planned, images))
@@ -276,7 +276,7 @@ def test_ways_to_compute(
 ) -> None:
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)  # it takes its time
-    planned = compared(Plan([ROWS["cifar10-cnn4"]], 1, 0.07, (0.9,), compute), ["snip"])
+    planned = compared(Grid([ROWS["cifar10-cnn4"]], 1, 0.07, (0.9,), compute), ["snip"])
     outcome = run(experiment(tmp_path, planned, images))
     assert not outcome.failures and bool(compiled) == compute.compile
     assert all(result["final_loss"] < 2 for result in outcome.results.values())

@@ -16,7 +16,7 @@ from rich.console import Console
 from drive import methods
 from drive.experiments.data import sources
 from drive.experiments.data.dataset import Dataset
-from drive.experiments.paper.grids import Plan
+from drive.experiments.paper.grids import Grid
 from drive.experiments.paper.pages import PAGES
 from drive.experiments.paper.published import METHODS, ROWS, Row
 from drive.experiments.paper.queue import Experiment
@@ -108,8 +108,8 @@ def reproduce(
         device or "cpu", precision or "float32", channels_last, compile, sparse_ops, devices or 1
     )
     names = list(pruned_by or METHODS)
-    plan = page.plan(
-        Plan(chosen, seeds, scale, tuple(sparsities) if sparsities else page.sparsities, compute), names
+    grid = page.grid(
+        Grid(chosen, seeds, scale, tuple(sparsities) if sparsities else page.sparsities, compute), names
     )
 
     if page.figure:
@@ -117,12 +117,12 @@ def reproduce(
     make_folder(out)
     deterministic(torch.get_num_threads())
     console = Console()
-    experiment = Experiment(out, plan.cells, _loader(data_dir, console), tensorboard=tensorboard)
+    experiment = Experiment(out, grid.cells, _loader(data_dir, console), tensorboard=tensorboard)
     with bars(console) as progress:
         outcome = experiment.run(progress, deadline=deadline, pause=pause)
     if not outcome.results and len(reasons := set(outcome.failures.values())) == 1:
         raise InputError(reasons.pop())  # the same for all: the data are missing, say
-    text = page.write(out, plan, names, outcome)
+    text = page.write(out, grid, names, outcome)
     console.print(text, highlight=False, soft_wrap=True, markup=False)
     done, failed, left = len(outcome.results), len(outcome.failures), len(outcome.open)
     console.print(f"{done} of {done + failed + left} cells are finished, {failed} failed; results in {out}",

@@ -40,7 +40,7 @@ class Key(NamedTuple):
 
 
 @dataclass
-class Plan:
+class Grid:
     """Cells in the order in which they are trained: of a row the first seed's come first."""
 
     rows: list[Row]
@@ -55,11 +55,11 @@ class Plan:
         return self.sparsities or row.sparsities
 
     def warmup_of(self, row: Row) -> int:
-        """DRIVE's, in this plan's fraction of the epochs."""
+        """DRIVE's, in this grid's fraction of the epochs."""
         return dense(row.warmup).scaled(self.scale).warmup
 
     def add(self, row: Row, variants: Sequence[Variant]) -> None:
-        """Plan a row: the dense network, and the variants, which are scaled already, at all sparsities."""
+        """Add a row: the dense network, and the variants, which are scaled already, at all sparsities."""
         first = dense(self.warmup_of(row))
         for seed in range(self.seeds):
             self._add(row, first, 0.0, seed)
@@ -88,22 +88,22 @@ def pruned_by(row: Row, method: str) -> Variant:
     return Variant(method, method, row.warmup if found.stage == "warm-up" else 0, iterations)
 
 
-def compared(plan: Plan, names: Sequence[str]) -> Plan:
+def compared(grid: Grid, names: Sequence[str]) -> Grid:
     """The tables and figures of the paper: methods against each other."""
-    for row in plan.rows:
-        plan.add(row, [pruned_by(row, name).scaled(plan.scale) for name in names])
-    return plan
+    for row in grid.rows:
+        grid.add(row, [pruned_by(row, name).scaled(grid.scale) for name in names])
+    return grid
 
 
-def ablated(plan: Plan) -> Plan:
+def ablated(grid: Grid) -> Grid:
     """What of DRIVE matters: its parts, warm-up and iterations, and the terms of its score.
 
     The warm-ups of the grid are not scaled. Those that leave nothing to train after them are left out.
     """
-    for row in plan.rows:
-        epochs = row.recipe.scaled(plan.scale).epochs
-        plan.add(row, [v for v in ablation(plan.warmup_of(row)) if v.warmup < epochs])
-    return plan
+    for row in grid.rows:
+        epochs = row.recipe.scaled(grid.scale).epochs
+        grid.add(row, [v for v in ablation(grid.warmup_of(row)) if v.warmup < epochs])
+    return grid
 
 
 def ablation(warmup: int) -> list[Variant]:

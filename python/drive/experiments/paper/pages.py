@@ -9,7 +9,7 @@ from drive.experiments.runs.folder import write_json
 from drive.files import write_atomic
 
 from . import plots, tables
-from .grids import FIGURE5, Plan, ablated, compared
+from .grids import FIGURE5, Grid, ablated, compared
 from .published import TABLE1, TABLE2
 from .queue import Outcome
 
@@ -41,18 +41,18 @@ class Page:
         drive {self.name} --rows cifar10-cnn4 --scale 0.2 --data-dir data --budget 30
     """
 
-    def plan(self, plan: Plan, names: list[str]) -> Plan:
-        return ablated(plan) if self.ablation else compared(plan, names)
+    def grid(self, grid: Grid, names: list[str]) -> Grid:
+        return ablated(grid) if self.ablation else compared(grid, names)
 
-    def write(self, folder: Path, plan: Plan, names: list[str], outcome: Outcome) -> str:
+    def write(self, folder: Path, grid: Grid, names: list[str], outcome: Outcome) -> str:
         """The page as Markdown, all results as JSON, the figure; gives back the Markdown."""
         if self.ablation:
-            text = tables.ablation_page(plan, outcome)
+            text = tables.ablation_page(grid, outcome)
         else:
-            text = tables.against_paper(self.title, plan, names, outcome)
+            text = tables.against_paper(self.title, grid, names, outcome)
         if self.figure:
             draw = {"accuracy": plots.draw_accuracy, "time": plots.draw_time}[self.figure]
-            draw(plan, names, outcome, folder / f"{self.name}.png")
+            draw(grid, names, outcome, folder / f"{self.name}.png")
             text += f"\n![{self.title}]({self.name}.png)\n"
         write_json(folder / f"{self.name}.json", list(outcome.results.values()))
         write_atomic(folder / f"{self.name}.md", text.encode())

@@ -9,7 +9,7 @@ from statistics import mean, stdev
 
 from drive.figures import figure_of, save_figure
 
-from .grids import Key, Plan
+from .grids import Grid, Key
 from .queue import Outcome
 from .tables import Numbers
 
@@ -22,12 +22,12 @@ PARTS = {
 }
 
 
-def draw_accuracy(plan: Plan, methods: Sequence[str], outcome: Outcome, path: Path) -> None:
+def draw_accuracy(grid: Grid, methods: Sequence[str], outcome: Outcome, path: Path) -> None:
     """PNG: accuracy against sparsity, a panel per row, a line per method with a band of one deviation."""
-    numbers = Numbers(plan, outcome)
-    figure = figure_of(6.4 * len(plan.rows), 4.4)
-    for axes, row in zip(figure.subplots(1, len(plan.rows), squeeze=False)[0], plan.rows, strict=True):
-        sparsities = plan.sparsities_of(row)
+    numbers = Numbers(grid, outcome)
+    figure = figure_of(6.4 * len(grid.rows), 4.4)
+    for axes, row in zip(figure.subplots(1, len(grid.rows), squeeze=False)[0], grid.rows, strict=True):
+        sparsities = grid.sparsities_of(row)
         places = range(len(sparsities))  # evenly spaced: the interesting ones crowd near 1
         for index, method in enumerate(methods):
             groups = [numbers.accuracies(Key(row.name, method, s)) for s in sparsities]
@@ -49,34 +49,34 @@ def draw_accuracy(plan: Plan, methods: Sequence[str], outcome: Outcome, path: Pa
         axes.set_xticks(list(places), [f"{100 * s:g}" for s in sparsities])
         axes.set_xlabel("weights pruned in %")
         axes.set_ylabel("top-1 test accuracy in %")
-        axes.set_title(_title(f"{row.model} on {row.data}", plan), fontsize=10)
+        axes.set_title(_title(f"{row.model} on {row.data}", grid), fontsize=10)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     save_figure(figure, path)
 
 
-def draw_time(plan: Plan, methods: Sequence[str], outcome: Outcome, path: Path) -> None:
+def draw_time(grid: Grid, methods: Sequence[str], outcome: Outcome, path: Path) -> None:
     """PNG: seconds of pruning and training, a panel per row, a bar per method (mean over sparsities)."""
-    numbers = Numbers(plan, outcome)
-    figure = figure_of(5.6 * len(plan.rows), 4.2)
-    for axes, row in zip(figure.subplots(1, len(plan.rows), squeeze=False)[0], plan.rows, strict=True):
+    numbers = Numbers(grid, outcome)
+    figure = figure_of(5.6 * len(grid.rows), 4.2)
+    for axes, row in zip(figure.subplots(1, len(grid.rows), squeeze=False)[0], grid.rows, strict=True):
         bottom = [0.0] * (len(methods) + 1)
         names = ["dense", *methods]
         for part, (label, color) in PARTS.items():
             heights = []
             for name in names:
-                sparsities = (0.0,) if name == "dense" else plan.sparsities_of(row)
+                sparsities = (0.0,) if name == "dense" else grid.sparsities_of(row)
                 keys = [Key(row.name, name, s) for s in sparsities]
                 heights.append(numbers.seconds(keys, [part]) or 0.0)
             axes.bar(names, heights, 0.7, bottom=bottom, color=color, label=label)
             bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
         axes.set_ylabel("seconds")
-        axes.set_title(_title(f"{row.model} on {row.data}", plan), fontsize=10)
+        axes.set_title(_title(f"{row.model} on {row.data}", grid), fontsize=10)
         axes.legend(fontsize=8)
     save_figure(figure, path)
 
 
-def _title(what: str, plan: Plan) -> str:
-    seeds = f"{plan.seeds} seeds" if plan.seeds > 1 else "one seed"
-    scaled = f"\nSCALED: {100 * plan.scale:g} % of epochs and images" if plan.scale != 1 else ""
+def _title(what: str, grid: Grid) -> str:
+    seeds = f"{grid.seeds} seeds" if grid.seeds > 1 else "one seed"
+    scaled = f"\nSCALED: {100 * grid.scale:g} % of epochs and images" if grid.scale != 1 else ""
     return f"{what}, {seeds}{scaled}"

@@ -8,7 +8,7 @@ from statistics import mean, stdev
 
 from drive.experiments.training.recipe import Recipe, Steps
 
-from .grids import ITERATIONS, POWERS, WARMUPS, Key, Plan, grid_name
+from .grids import ITERATIONS, POWERS, WARMUPS, Grid, Key, grid_name
 from .published import Row
 from .queue import Outcome
 from .trainer import Result
@@ -18,18 +18,18 @@ BEFORE_TRAINING = ("warmup_seconds", "round_seconds", "prune_seconds")
 
 
 class Numbers:
-    """The results of a plan's cells, by what several seeds have in common."""
+    """The results of a grid's cells, by what several seeds have in common."""
 
-    def __init__(self, plan: Plan, outcome: Outcome):
-        self.plan, self._outcome = plan, outcome
+    def __init__(self, grid: Grid, outcome: Outcome):
+        self.grid, self._outcome = grid, outcome
 
     def results(self, key: Key) -> list[Result]:
         """Of the seeds that are finished."""
         found = self._outcome.results
-        return [found[cell] for cell in self.plan.groups.get(key, []) if cell in found]
+        return [found[cell] for cell in self.grid.groups.get(key, []) if cell in found]
 
     def failed(self, key: Key) -> bool:
-        return any(cell in self._outcome.failures for cell in self.plan.groups.get(key, []))
+        return any(cell in self._outcome.failures for cell in self.grid.groups.get(key, []))
 
     def accuracies(self, key: Key) -> list[float]:
         """In %, of the seeds that are finished."""
@@ -46,26 +46,26 @@ class Numbers:
         if not values:
             return "failed" if self.failed(key) else "-"
         text = f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
-        if self.plan.scale != 1:
+        if self.grid.scale != 1:
             text += " *"
-        if len(values) < self.plan.seeds:
-            text += f" [{len(values)} of {self.plan.seeds} seeds]"
+        if len(values) < self.grid.seeds:
+            text += f" [{len(values)} of {self.grid.seeds} seeds]"
         if published is not None:
             text += f" ({published:.2f}, {mean(values) - published:+.2f})"
         return text
 
 
-def against_paper(title: str, plan: Plan, methods: Sequence[str], outcome: Outcome) -> str:
+def against_paper(title: str, grid: Grid, methods: Sequence[str], outcome: Outcome) -> str:
     """Methods against each other and against what is published, row by row of the paper."""
-    numbers, lines = Numbers(plan, outcome), [f"# {title}", "", *_warning(plan)]
+    numbers, lines = Numbers(grid, outcome), [f"# {title}", "", *_warning(grid)]
     lines += [
-        f"Top-1 test accuracy in %, {_over(plan)}; in brackets the "
+        f"Top-1 test accuracy in %, {_over(grid)}; in brackets the "
         "published mean of three runs, and ours minus that. Seconds: all that comes before the sparse "
         "network is trained (dense warm-up, levels of IMP, scoring), mean over the sparsities.", "",
-        *_made_with(plan, outcome),
+        *_made_with(grid, outcome),
     ]  # fmt: skip
-    for row in plan.rows:
-        sparsities = plan.sparsities_of(row)
+    for row in grid.rows:
+        sparsities = grid.sparsities_of(row)
         dense = Key(row.name, "dense", 0.0)
         lines += _heading(row, numbers)
         lines += [f"Not pruned: {numbers.shown(dense, row.unpruned)}.", ""]
@@ -81,12 +81,12 @@ def against_paper(title: str, plan: Plan, methods: Sequence[str], outcome: Outco
     return "\n".join([*lines, *_failures(outcome)])
 
 
-def ablation_page(plan: Plan, outcome: Outcome) -> str:
+def ablation_page(grid: Grid, outcome: Outcome) -> str:
     """DRIVE taken apart: its steps, warm-up and iterations, terms of the score."""
-    numbers, lines = Numbers(plan, outcome), ["# Ablation", "", *_warning(plan)]
-    lines += [f"Top-1 test accuracy in %, {_over(plan)}.", "", *_made_with(plan, outcome)]
-    for row in plan.rows:
-        sparsities, warmup = plan.sparsities_of(row), plan.warmup_of(row)
+    numbers, lines = Numbers(grid, outcome), ["# Ablation", "", *_warning(grid)]
+    lines += [f"Top-1 test accuracy in %, {_over(grid)}.", "", *_made_with(grid, outcome)]
+    for row in grid.rows:
+        sparsities, warmup = grid.sparsities_of(row), grid.warmup_of(row)
         whole = grid_name(warmup, 100)
         lines += _heading(row, numbers)
         lines += [f"Not pruned: {numbers.shown(Key(row.name, 'dense', 0.0))}.", ""]
@@ -113,33 +113,33 @@ def ablation_page(plan: Plan, outcome: Outcome) -> str:
     return "\n".join([*lines, *_failures(outcome)])
 
 
-def _over(plan: Plan) -> str:
-    return "one seed" if plan.seeds == 1 else f"mean ± standard deviation of {plan.seeds} seeds"
+def _over(grid: Grid) -> str:
+    return "one seed" if grid.seeds == 1 else f"mean ± standard deviation of {grid.seeds} seeds"
 
 
-def _made_with(plan: Plan, outcome: Outcome) -> list[str]:
+def _made_with(grid: Grid, outcome: Outcome) -> list[str]:
     """What the numbers, and the seconds more so, depend on beside the rows' recipes."""
     found = {
         ", ".join(f"{what} {value}" for what, value in result["made_with"].items())
         for result in outcome.results.values()
     }
-    return [f"Made with {'; '.join(sorted(found))}; {plan.compute.arithmetic}.", ""] if found else []
+    return [f"Made with {'; '.join(sorted(found))}; {grid.compute.arithmetic}.", ""] if found else []
 
 
-def _warning(plan: Plan) -> list[str]:
-    if plan.scale == 1:
+def _warning(grid: Grid) -> list[str]:
+    if grid.scale == 1:
         return []
     return [
-        f"**\\* Scaled: {100 * plan.scale:g} % of the epochs (dense warm-up and the levels of IMP too) and "
-        f"{100 * plan.scale:g} % of the training images: no reproduction of published numbers.**",
+        f"**\\* Scaled: {100 * grid.scale:g} % of the epochs (dense warm-up and the levels of IMP too) and "
+        f"{100 * grid.scale:g} % of the training images: no reproduction of published numbers.**",
         "",
     ]  # fmt: skip
 
 
 def _heading(row: Row, numbers: Numbers) -> list[str]:
     """What the row is, and on how many images it was trained."""
-    recipe = row.recipe.scaled(numbers.plan.scale)
-    keys = [key for key in numbers.plan.groups if key.row == row.name]
+    recipe = row.recipe.scaled(numbers.grid.scale)
+    keys = [key for key in numbers.grid.groups if key.row == row.name]
     counts = {result["train_images"] for key in keys for result in numbers.results(key)}
     images = "".join(f", {count:,} training images" for count in sorted(counts))
     return [f"## {row.model} on {row.data}", "", f"{describe(recipe)}{images}.", ""]
