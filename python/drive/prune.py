@@ -23,8 +23,8 @@ from .distributed.team import team_of, together, together_from
 from .masks import Masks
 from .methods.base import Method, Problem
 from .plan import Plan
+from .progress import tracked
 from .rounds import Selection
-from .targets.scopes import Groups
 from .targets.targets import Include, prunable
 
 _log = logging.getLogger(__name__)
@@ -103,7 +103,8 @@ def prune(
             same results in less time. "auto": where the model allows it and there are enough
             iterations; otherwise they stay eager, and the logger `drive.capture` says why. True: it
             must be possible. What the model decides in Python, once captured, is decided for good.
-        progress: show a progress bar.
+        progress: tell how far it is, on stderr if that is a terminal: by a bar if rich is installed, else by
+            a line every few seconds.
 
     Returns:
         The masks, on the weights' device.
@@ -144,8 +145,8 @@ def prune(
             train=train or sgd_epoch(batches, loss_fn), accumulate=plan.accumulate, sparsity=sparsity,
             iteration=0, iterations=plan.iterations, masks=masks,
         )  # fmt: skip
-        title = f"{chosen.name} to {sparsity:.2%}"
-        for number, some in enumerate(_tracked(groups, title, progress), start=1):
+        shown = tracked(groups, f"{chosen.name} to {sparsity:.2%}") if progress else groups
+        for number, some in enumerate(shown, start=1):
             problem = replace(problem, iteration=number)
             chosen.before(problem)
             with scoring(model, weights) if plan.trains else nullcontext():
@@ -159,11 +160,3 @@ def prune(
         for mask in result.masks.values():  # they may be of the graph's stream
             mask.record_stream(torch.cuda.current_stream(device))
     return result.masks
-
-
-def _tracked(plan: list[Groups], what: str, progress: bool) -> Iterable[Groups]:
-    if not progress:
-        return plan
-    from rich.progress import track
-
-    return track(plan, description=what)

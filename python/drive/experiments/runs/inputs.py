@@ -12,6 +12,7 @@ import torch
 
 # extra of the package -> what it brings in, by import name
 EXTRAS = {
+    "cli": ("typer", "rich"),
     "vision": ("torchvision", "PIL"),
     "experiments": ("sklearn", "matplotlib", "lightning", "tensorboard"),
 }
