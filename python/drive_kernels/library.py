@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 library = torch.library.Library("drive", "DEF")
+references: dict[str, Callable[..., Any]] = {}  # by the names of the ops
 
 
 def serve(name: str, fake: Callable[..., Any], reference: Callable[..., Any]) -> None:
@@ -15,5 +16,6 @@ def serve(name: str, fake: Callable[..., Any], reference: Callable[..., Any]) ->
 
     Compiled kernels, registered for one device each, go before the reference; autograd goes around both.
     """
+    references[name] = reference
     torch.library.register_fake(f"drive::{name}", fake, lib=library)
     library.impl(name, reference, "CompositeExplicitAutograd")

@@ -7,11 +7,13 @@ import Triton, the first call of such an op does.
 Not every GPU can run them: compiled kernels need machine code of its architecture, or PTX that its driver
 compiles, and Triton supports compute capability 8.0 and later. This is found out for each GPU when it is
 first used, and said in one warning. The compiled part hands over what it cannot run to the op of the same
-name in `drive_fallback` (csrc/common/implement.h).
+name in `drive_fallback` (csrc/common/implement.h). That there is no compiled part at all is logged as a
+warning, where it would first have served.
 """
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -23,9 +25,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .library import library
-from .linear import block, masked, packed
-from .prune import op, shards
+from .library import library, references
+
+_log = logging.getLogger(__name__)
 
 
 class Op(NamedTuple):
@@ -33,30 +35,29 @@ class Op(NamedTuple):
 
     compiled: Sequence[str]  # devices that csrc has kernels for
     triton: str | None = None  # module here with a kernel for CUDA
-    reference: Callable[..., Any] | None = None  # of ops with a kernel for CUDA
 
 
 OPS = {
-    "prune_": Op(("cpu", "cuda"), "prune.triton.launch", op.reference),
+    "prune_": Op(("cpu", "cuda"), "prune.triton.launch"),
     "sparse_conv2d": Op(("cpu",)),
     "sparse_conv2d_backward": Op(("cpu",)),
     "sparse_conv2d_pair": Op(("cpu",)),
     "sparse_linear": Op(("cpu",)),
     "sparse_linear_backward": Op(("cpu",)),
-    "shard_sample": Op(("cpu", "cuda"), reference=shards.sample_reference),
-    "shard_histogram": Op(("cpu", "cuda"), reference=shards.histogram_reference),
-    "shard_survey": Op(("cpu", "cuda"), reference=shards.survey_reference),
-    "shard_split": Op(("cpu", "cuda"), reference=shards.split_reference),
-    "shard_ties": Op(("cpu", "cuda"), reference=shards.ties_reference),
-    "shard_apply_": Op(("cpu", "cuda"), reference=shards.apply_reference),
-    "checksum": Op(("cpu", "cuda"), reference=shards.checksum_reference),
-    "masked_linear": Op((), "linear.masked_triton", masked.linear_reference),
-    "masked_linear_backward": Op((), "linear.masked_triton", masked.linear_backward_reference),
-    "masked_conv2d": Op((), "linear.masked_triton", masked.conv2d_reference),
-    "masked_conv2d_backward": Op((), "linear.masked_triton", masked.conv2d_backward_reference),
-    "packed_linear": Op((), "linear.packed_triton", packed.reference),
-    "block_linear": Op((), "linear.block_triton", block.reference),
-    "block_linear_backward": Op((), "linear.block_triton", block.backward_reference),
+    "shard_sample": Op(("cpu", "cuda")),
+    "shard_histogram": Op(("cpu", "cuda")),
+    "shard_survey": Op(("cpu", "cuda")),
+    "shard_split": Op(("cpu", "cuda")),
+    "shard_ties": Op(("cpu", "cuda")),
+    "shard_apply_": Op(("cpu", "cuda")),
+    "checksum": Op(("cpu", "cuda")),
+    "masked_linear": Op((), "linear.masked_triton"),
+    "masked_linear_backward": Op((), "linear.masked_triton"),
+    "masked_conv2d": Op((), "linear.masked_triton"),
+    "masked_conv2d_backward": Op((), "linear.masked_triton"),
+    "packed_linear": Op((), "linear.packed_triton"),
+    "block_linear": Op((), "linear.block_triton"),
+    "block_linear_backward": Op((), "linear.block_triton"),
 }
 COMPILED = {"cpu": "compiled C++ kernel", "cuda": "compiled CUDA kernel"}
 TRITON, REFERENCE = "Triton kernel", "reference in PyTorch"
@@ -74,14 +75,16 @@ def complete(build_error: str | None) -> None:
     """To be called when the compiled part is loaded, or has failed to: fills `implementations`, and registers
     what serves CUDA where no compiled kernel does."""
     no_triton = None if find_spec("triton") else "Triton is not installed"
-    for name, (compiled, triton, _) in OPS.items():
+    for name, (compiled, triton) in OPS.items():
         op = implementations[f"drive::{name}"] = {
             device: {COMPILED[device]: _compiled(name, device, build_error)} if device in compiled else {}
             for device in COMPILED
         }
+        if build_error is not None and "cpu" in compiled:
+            library.impl(name, _uncompiled(name), "CPU")
+        if (triton or "cuda" in compiled) and None not in op["cuda"].values():
+            library.impl(name, _best_on_gpu(name), "CUDA")
         if triton:
-            if None not in op["cuda"].values() and not no_triton:
-                library.impl(name, _best_on_gpu(name), "CUDA")
             op["cuda"][TRITON] = no_triton
         for device in op.values():
             device[REFERENCE] = None
@@ -120,6 +123,22 @@ def _compiled(name: str, device: str, build_error: str | None) -> str | None:
     return None if there else f"the compiled part was built without a {device.upper()} kernel"
 
 
+def _uncompiled(name: str) -> Callable[..., Any]:
+    """An op by its reference, on the CPU, which lacks its compiled kernel."""
+
+    def call(*arguments: Any) -> Any:
+        _say_if_not_compiled()
+        return references[name](*arguments)
+
+    return call
+
+
+@cache
+def _say_if_not_compiled() -> None:
+    if error := import_module(__package__).build_error:
+        _log.warning("drive_kernels is not compiled (%s): slower kernels serve (see drive info)", error)
+
+
 def _best_on_gpu(name: str) -> Callable[..., Any]:
     """An op by Triton, or else by its reference."""
 
@@ -137,14 +156,14 @@ def _gpu_of(arguments: Sequence[Any]) -> int:
 
 @cache
 def _serving(name: str, gpu: int) -> Callable[..., Any]:
+    _say_if_not_compiled()
     if faults(gpu):
         _warn(gpu)
-    _, triton, reference = OPS[name]
+    triton = OPS[name].triton
     if triton and on_gpu(f"drive::{name}", gpu)[TRITON] is None:
         call: Callable[..., Any] = getattr(import_module(f".{triton}", __package__), name)
         return call
-    assert reference is not None, f"{name} has a kernel for CUDA"
-    return reference
+    return references[name]
 
 
 @cache

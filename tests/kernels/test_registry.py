@@ -11,6 +11,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +21,7 @@ import drive_kernels
 from drive.experiments.bench import workload
 from drive.experiments.cli import info
 from drive_kernels import registry
+from drive_kernels.library import references
 from drive_kernels.linear import block, masked
 from drive_kernels.prune.op import reference
 
@@ -116,18 +118,50 @@ def test_benchmarks_time_what_they_name(monkeypatch: pytest.MonkeyPatch):
         workload.implementation("triton", "cpu")
 
 
-def test_every_op_with_a_gpu_kernel_has_a_reference():
-    """Which has its arguments, and is what CPU tensors get where there is no compiled kernel."""
+def test_every_op_has_a_reference():
+    """Which has its arguments, and is what tensors get where there is no kernel for them."""
     for name, op in registry.OPS.items():
-        assert (op.reference is not None) == bool(op.triton or "cuda" in op.compiled), name
         schema = getattr(torch.ops.drive, name).default._schema
-        if op.reference is not None:
-            parameters = inspect.signature(op.reference).parameters.values()
-            arguments = [p.name for p in parameters if p.default is p.empty]
-            assert arguments == [a.name for a in schema.arguments], name
+        names, own = [a.name for a in schema.arguments], inspect.signature(references[name]).parameters
+        assert list(own)[: len(names)] == names, name
+        assert all(p.default is not p.empty for p in list(own.values())[len(names) :]), name
         if "cuda" in op.compiled:
             fallback = getattr(torch.ops.drive_fallback, name).default
             assert str(fallback._schema) == str(schema).replace("drive::", "drive_fallback::")
+
+
+UNCOMPILED = """
+import sys
+sys.modules["drive_kernels._C"] = None
+import torch, drive
+from torch._subclasses import FakeTensorMode
+
+def step():
+    weight, grad = torch.ones(4), torch.arange(4.0)
+    mask = torch.ones(4, dtype=torch.bool)
+    torch.ops.drive.prune_([weight], [grad], [], [mask], True, 2, 0)
+    return weight
+
+with FakeTensorMode():
+    assert step().shape == (4,)
+print("nothing was pruned yet", file=sys.stderr)
+for call in (step, torch.compile(step, fullgraph=True, backend="aot_eager"), step):
+    assert call().tolist() == [0, 0, 1, 1]
+assert drive.fused_drive_prune([torch.ones(4)], [torch.arange(4.0)], sparsity=0.5).pruned == 2
+"""
+
+
+def test_a_package_that_was_not_compiled_says_so_once(tmp_path: Path):
+    """At its first step, to a user who has set up no logging."""
+    run = subprocess.run(
+        [sys.executable, "-c", UNCOMPILED], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stderr.splitlines() == [
+        "nothing was pruned yet",
+        "drive_kernels is not compiled (import of drive_kernels._C halted; None in sys.modules): "
+        "slower kernels serve (see drive info)",
+    ]
 
 
 def test_import_asks_no_gpu():
@@ -149,7 +183,7 @@ def test_the_fallback_on_the_device(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.undo()
     weight, grad = torch.randn(2, 1000, device="cuda")
     mask = torch.ones(1000, dtype=torch.bool, device="cuda")
-    monkeypatch.setattr(registry, "_serving", lambda name, gpu: registry.OPS[name].reference)
+    monkeypatch.setattr(registry, "_serving", lambda name, gpu: references[name])
     args = ([weight.clone()], [grad], [], [mask.clone()], True, 900, 0)
     other = ([weight.clone()], [grad], [], [mask.clone()], True, 900, 0)
     torch.ops.drive_fallback.prune_(*args)
