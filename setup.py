@@ -1,7 +1,7 @@
-"""Build of drive_kernels._C: the CPU part always, the CUDA part where it can be.
+"""Build of drive_kernels._C: the CPU part always, the CUDA part where it is wanted.
 
-DRIVE_CUDA=auto (default) builds csrc/**/*.cu if torch was built with CUDA and a toolkit is found, 1 insists
-on it, 0 leaves it out. No GPU need be visible: without TORCH_CUDA_ARCH_LIST a default list serves.
+DRIVE_CUDA=1 builds csrc/**/*.cu, for TORCH_CUDA_ARCH_LIST or else for a default list; no GPU need be visible.
+0 leaves it out. auto (default) builds it where it can be, and either a GPU is visible or that list is given.
 """
 
 import glob
@@ -71,9 +71,14 @@ def cuda_architectures(sources: list[str]) -> list[str]:
         }.items()
         if not there
     ]
-    if choice == "1" and missing:
-        raise SystemExit(f"setup.py: DRIVE_CUDA=1 needs {' and '.join(missing)}")
-    return [] if missing else found
+    if missing:
+        if choice == "1":
+            raise SystemExit(f"setup.py: DRIVE_CUDA=1 needs {' and '.join(missing)}")
+        return []
+    if choice == "auto" and not (os.environ.get("TORCH_CUDA_ARCH_LIST") or torch.cuda.is_available()):
+        print("setup.py: no GPU is visible, so no CUDA kernels are built: DRIVE_CUDA=1 builds them")
+        return []
+    return found
 
 
 def extension() -> cpp_extension.CppExtension:

@@ -25,12 +25,13 @@ KNOWN = {
 
 @pytest.fixture
 def toolkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that looks like a CUDA toolkit, for a torch that was built with CUDA."""
+    """A folder that looks like a CUDA toolkit, for a torch that was built with CUDA and sees a GPU."""
     for folder in ("bin", "lib64"):
         (tmp_path / folder).mkdir()
     (tmp_path / "lib64" / "libcudart.so").touch()
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(tmp_path))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.chdir(ROOT)
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
     monkeypatch.delenv("DRIVE_CUDA", raising=False)
@@ -99,6 +100,31 @@ def test_a_list_of_ones_own(
     assert codes(toolkit, KNOWN["13.0"]) == expected
     says = f"setup.py: no CUDA kernels for {left_out} of TORCH_CUDA_ARCH_LIST: they need 8.0 or later\n"
     assert capsys.readouterr().out == (says if left_out else "")
+
+
+@pytest.mark.parametrize("listed", (None, "9.0"))
+@pytest.mark.parametrize("choice", (None, "auto", "1", "0"))
+def test_without_a_gpu_only_what_is_asked_for(
+    choice: str | None,
+    listed: str | None,
+    toolkit: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    """By DRIVE_CUDA=1, or by a list; what is left out is said in a line, if it could have been built."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name, value in (("DRIVE_CUDA", choice), ("TORCH_CUDA_ARCH_LIST", listed)):
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    asked = choice == "1" or (listed and choice != "0")
+    says = "setup.py: no GPU is visible, so no CUDA kernels are built: DRIVE_CUDA=1 builds them\n"
+    architectures = ["sm_90"] if listed else ["sm_80", "sm_90", "sm_100", "compute_100"]
+    assert codes(toolkit, KNOWN["13.0"]) == (architectures if asked else None)
+    assert capsys.readouterr().out == (says if not asked and choice != "0" else "")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    if choice != "1":
+        assert codes(toolkit, None) is None
+        assert capsys.readouterr().out == ""
 
 
 def test_insists(toolkit: Path, monkeypatch: pytest.MonkeyPatch):
