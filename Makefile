@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 BUILD_TOOLS := setuptools pybind11 ninja wheel
 EVERYTHING := ".[vision,experiments,dev]"
 
-.PHONY: demo test bench results paper gpu-smoke gpu gpu-table1 spills lint sanitize clean
+.PHONY: demo test bench results paper gpu-smoke gpu gpu-table1 spills lint sanitize wheel clean
 
 demo: $(VENV)/.built
 	$(BIN)/drive prune
@@ -76,16 +76,34 @@ sanitize: $(VENV)/.built
 	    $(BIN)/pytest tests/core/test_fused.py tests/kernels/prune/test_prune_op.py \
 	        tests/kernels/prune/test_shard_ops.py tests/kernels/sparse
 
+# dist: an sdist, and a wheel made of it for the torch in .venv (make wheel TORCH=2.13.0: for that one). It is
+# built where nothing but its build requirements is, installed where nothing is, and used there. Newer pips
+# constrain a build by the second variable.
+TORCH ?= $(shell $(BIN)/python -c 'from importlib.metadata import version; print(version("torch"))')
+WHEEL := build/wheel
+wheel: $(VENV)/.installed
+	rm -rf dist $(WHEEL) python/*.egg-info && mkdir -p $(WHEEL) && echo "torch==$(TORCH)" >$(WHEEL)/torch.txt
+	$(BIN)/python setup.py -q sdist
+	PIP_CONSTRAINT=$(WHEEL)/torch.txt PIP_BUILD_CONSTRAINT=$(WHEEL)/torch.txt \
+	    $(BIN)/pip wheel -q --no-deps --wheel-dir dist dist/*.tar.gz
+	$(PYTHON) -m venv $(WHEEL)/fresh
+	$(WHEEL)/fresh/bin/pip install -q -c $(WHEEL)/torch.txt "$$(echo dist/*.whl)[cli]"
+	cd $(WHEEL) && fresh/bin/drive info && fresh/bin/python -c 'import torch, drive, drive_kernels; \
+	    weight, grad = torch.randn(2, 1000); \
+	    result = drive.fused_drive_prune([weight], [grad], sparsity=0.9); \
+	    assert drive_kernels._C and result.pruned == (weight == 0).sum() == 900'
+
 # $(call install,WHAT): nothing newer than what was tested. Where the index could be asked and has no such
-# versions any more, what it has.
+# versions any more, what it has. What setup.py says, which pip keeps to itself.
 define install
-@pip='$(BIN)/pip install -q --disable-pip-version-check'; log=$(VENV)/pip.log; \
+@all=$(VENV)/pip-all.log; log=$(VENV)/pip.log; rm -f $$all; \
+pip="$(BIN)/pip install -q --disable-pip-version-check --log $$all"; \
 echo $$pip -c constraints.txt '$(1)'; $$pip -c constraints.txt $(1) 2>$$log; status=$$?; cat $$log >&2; \
 if [ $$status != 0 ] && grep -q 'ResolutionImpossible\|No matching distribution' $$log && \
     ! grep -q 'connection broken\|Could not fetch' $$log; then \
     $$pip $(1); status=$$?; [ $$status != 0 ] || \
     echo 'make: pip found no versions within constraints.txt, see above: untested ones were installed' >&2; \
-fi; exit $$status
+fi; sed -n 's/.*\(setup\.py: \)/\1/p' $$all | sort -u; exit $$status
 endef
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -99,4 +117,4 @@ $(VENV)/.built: $(VENV)/.installed setup.py $(wildcard csrc/* csrc/*/* csrc/*/*/
 	touch $@
 
 clean:
-	rm -rf build $(VENV) *.egg-info python/drive_kernels/*.so
+	rm -rf build dist $(VENV) python/*.egg-info python/drive_kernels/*.so

@@ -26,10 +26,12 @@ def index(tmp_path: Path) -> dict[str, str]:
     return {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path)}
 
 
-def install(folder: Path, constraints: str, pip: dict[str, str]) -> tuple[subprocess.CompletedProcess, set]:
+def install(
+    folder: Path, constraints: str, pip: dict[str, str], what: str = "toy"
+) -> tuple[subprocess.CompletedProcess, set]:
     """make's exit code and words, and which versions of the package are there then."""
     (folder / "constraints.txt").write_text(constraints)
-    (folder / "Makefile").write_text(f"include {ROOT}/Makefile\ntoy: ; $(call install,toy)\n")
+    (folder / "Makefile").write_text(f"include {ROOT}/Makefile\ntoy: ; $(call install,{what})\n")
     program = folder / "venv" / "bin" / "pip"
     program.parent.mkdir(parents=True)
     program.write_text(f'#!/bin/sh\nexec {sys.executable} -m pip "$@" --target {folder}/site\n')
@@ -52,6 +54,19 @@ def test_says_so_where_there_is_none(tmp_path: Path, index: dict[str, str]):
     assert (run.returncode, there) == (0, {"toy-3.0.dist-info"}), run.stderr
     assert "ResolutionImpossible" in run.stderr
     assert SAYS in run.stderr
+
+
+def test_says_what_setup_py_says(tmp_path: Path):
+    """Once, however often pip runs it."""
+    source = tmp_path / "source"
+    source.mkdir()
+    says = "setup.py: no GPU is visible"
+    (source / "setup.py").write_text(
+        f"from setuptools import setup\nprint({says!r})\nsetup(name='toy', version='1.0')"
+    )
+    run, there = install(tmp_path, "", {"PIP_NO_INDEX": "1"}, f"--no-build-isolation {source}")
+    assert (run.returncode, there) == (0, {"toy-1.0.dist-info"}), run.stderr
+    assert run.stdout.splitlines()[1:] == [says]
 
 
 def test_no_network_is_no_matter_of_versions(tmp_path: Path):
