@@ -2,22 +2,24 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# A build with that choice of kernels; .built is any build, with which a `make` that chooses nothing is content.
+BUILT := $(VENV)/.built$(DRIVE_CUDA)
 BUILD_TOOLS := setuptools pybind11 ninja wheel
 EVERYTHING := ".[vision,experiments,dev]"
 
 .PHONY: demo test bench results paper gpu-smoke gpu gpu-table1 spills lint sanitize wheel clean
 
-demo: $(VENV)/.built
+demo: $(BUILT)
 	$(BIN)/drive prune
 
-test: $(VENV)/.built
+test: $(BUILT)
 	$(BIN)/pytest
 
-bench: $(VENV)/.built
+bench: $(BUILT)
 	$(BIN)/pytest benchmarks/ --benchmark-only
 
 # The tables in docs/results: hours, and meaningful on a quiet machine only.
-results: $(VENV)/.built
+results: $(BUILT)
 	mkdir -p build && $(BIN)/pytest benchmarks/ --benchmark-only --benchmark-json build/bench.json
 	$(BIN)/python -m benchmarks.table build/bench.json docs/results/bench.md
 	$(BIN)/python -m benchmarks.cpu.prune --out docs/results/cpu.md
@@ -27,7 +29,7 @@ results: $(VENV)/.built
 # The paper's experiments at a size for two cores (docs/paper.md), in docs/results: hours, and what is
 # finished is not run again. make paper DATA=cifar10.tar.gz
 SMALL = --scale 0.2 --precision bfloat16 --channels-last --data-dir $(or $(DATA),cifar10.tar.gz)
-paper: $(VENV)/.built
+paper: $(BUILT)
 	$(BIN)/drive table1 --rows cifar10-cnn4 $(SMALL) --out runs/cnn4
 	$(BIN)/drive figure6 --rows cifar10-cnn4 $(SMALL) --out runs/cnn4
 	$(BIN)/drive figure5 --rows cifar10-cnn4 --seeds 1 $(SMALL) --out runs/cnn4
@@ -57,17 +59,17 @@ gpu-table1:
 	    $(if $(PRECISION),--precision $(PRECISION))
 
 # Registers, spills and shared memory of the Triton kernels on GPUs of three kinds, none of which need be here.
-spills: $(VENV)/.built
+spills: $(BUILT)
 	$(BIN)/python -m benchmarks.gpu.spills
 
-lint: $(VENV)/.built
+lint: $(BUILT)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 # The ops' tests on a build that watches every address and every undefined operation.
 SANITIZE := build/sanitize
-sanitize: $(VENV)/.built
+sanitize: $(BUILT)
 	CFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer" \
 	LDFLAGS="-fsanitize=address,undefined" DRIVE_CUDA=0 \
 	    $(BIN)/python setup.py -q build --build-lib $(SANITIZE) --build-temp $(SANITIZE).tmp
@@ -112,9 +114,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(call install,$(BUILD_TOOLS) "torch>=2.10")
 	touch $@
 
-$(VENV)/.built: $(VENV)/.installed setup.py $(wildcard csrc/* csrc/*/* csrc/*/*/*)
+$(BUILT): $(VENV)/.installed setup.py $(wildcard csrc/* csrc/*/* csrc/*/*/*)
 	$(call install,--no-build-isolation -e $(EVERYTHING))
-	touch $@
+	rm -f $(VENV)/.built* && touch $(VENV)/.built $@
 
 clean:
 	rm -rf build dist $(VENV) python/*.egg-info python/drive_kernels/*.so

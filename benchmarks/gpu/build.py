@@ -21,6 +21,7 @@ LEFT_OUT = "csrc/sparse/"
 
 def main() -> None:
     os.chdir(ROOT)
+    os.environ["DRIVE_CUDA"] = "1"
     arguments = ["-q", "build", "--build-lib", str(LIBRARY), "--build-temp", str(BUILD / "temp")]
     package = run_setup("setup.py", arguments, stop_after="commandline")
     for extension in package.ext_modules:

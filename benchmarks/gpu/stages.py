@@ -113,7 +113,6 @@ def environment(arch: str) -> dict[str, str]:
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "PYTHONUNBUFFERED": "1",
-        "DRIVE_CUDA": "1",
         "TORCH_CUDA_ARCH_LIST": arch,
         "TRITON_CACHE_DIR": str(BUILD / "triton"),
     }
