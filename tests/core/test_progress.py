@@ -23,7 +23,9 @@ def rich(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> boo
     for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "NO_COLOR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TERM", "xterm")
-    if request.param == "no rich":
+    if request.param == "rich":
+        pytest.importorskip("rich")
+    else:
         for loaded in [name for name in sys.modules if name.partition(".")[0] == "rich"] + ["rich"]:
             monkeypatch.setitem(sys.modules, loaded, None)
     return request.param == "rich"

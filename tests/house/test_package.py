@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+import drive
 from drive.__main__ import main
 from drive.experiments.runs.inputs import EXTRAS
 
@@ -73,6 +74,12 @@ def test_sdist_holds_all_that_the_build_needs(sources: Path, sdist: tarfile.TarF
     assert {"csrc/prune/cuda/prune.cu", "csrc/prune/cuda/step.cuh", "python/drive/py.typed"} < needed
     assert needed - held == set()
     assert not any(name.startswith("tests/") for name in held)
+
+
+def test_one_version(metadata: Message):
+    assert metadata["Version"] == drive.__version__
+    assert f"\nversion: {drive.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## {drive.__version__}, " in (ROOT / "CHANGELOG.md").read_text()
 
 
 def test_extras(metadata: Message):
