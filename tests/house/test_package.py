@@ -1,4 +1,4 @@
-"""The package as others get it: what an sdist holds, which extras there are, what a type checker sees of it."""
+"""The package as others get it: what an sdist holds, which extras there are, what a type checker sees."""
 
 from __future__ import annotations
 
