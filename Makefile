@@ -12,8 +12,9 @@ EVERYTHING := ".[vision,experiments,dev]"
 demo: $(BUILT)
 	$(BIN)/drive prune
 
+# A file of tests at a time on each core. Tests that want several threads ask for them.
 test: $(BUILT)
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
 
 bench: $(BUILT)
 	$(BIN)/pytest benchmarks/ --benchmark-only
