@@ -7,14 +7,20 @@ BUILT := $(VENV)/.built$(DRIVE_CUDA)
 BUILD_TOOLS := setuptools pybind11 ninja wheel
 EVERYTHING := ".[vision,experiments,dev]"
 
-.PHONY: demo test bench results paper gpu-smoke gpu gpu-table1 spills lint sanitize wheel clean
+.PHONY: demo test test-slow test-all bench results paper gpu-smoke gpu gpu-table1 spills lint sanitize wheel clean
 
 demo: $(BUILT)
 	$(BIN)/drive prune
 
+IN_PARALLEL = -n auto --maxprocesses 4 --dist loadfile
 # A file of tests at a time on each core. Tests that want several threads ask for them.
 test: $(BUILT)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(IN_PARALLEL)
+
+# Those that take long and seldom find more: kernels for all GPUs, runs killed at random moments.
+test-slow: $(BUILT)
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(IN_PARALLEL) -m slow
+test-all: test test-slow
 
 bench: $(BUILT)
 	$(BIN)/pytest benchmarks/ --benchmark-only

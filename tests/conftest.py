@@ -1,4 +1,7 @@
-"""Tests marked `gpu` need a CUDA device; all of them say so in the same words where there is none."""
+"""Tests marked `gpu` need a CUDA device; all of them say so in the same words where there is none.
+
+Those marked `slow` are for `make test-all`.
+"""
 
 import os
 from pathlib import Path
@@ -12,6 +15,7 @@ pytest.register_assert_rewrite(*(path.stem for path in (Path(__file__).parent / 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: runs on a CUDA device")
+    config.addinivalue_line("markers", "slow: takes long, and seldom finds what the others do not")
 
 
 @pytest.fixture(autouse=True, scope="session")

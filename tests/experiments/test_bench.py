@@ -39,7 +39,7 @@ def test_real_shapes():
     assert 295e6 < entries(bench.SIZES["300M"]) < 305e6
 
 
-@pytest.mark.parametrize("case", bench.cases(["11M"], [torch.float32, torch.bfloat16], [0.5, 0.9]))
+@pytest.mark.parametrize("case", bench.cases(["11M"], [torch.float32, torch.bfloat16], [0.9]))
 def test_rows_are_complete(case):
     inputs = Inputs(TINY, case.dtype)
     inputs.begin(case)

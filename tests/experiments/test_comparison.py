@@ -74,6 +74,7 @@ def numbers(results: list[dict[str, object]]) -> list[dict[str, object]]:
     return [{k: v for k, v in result.items() if not k.endswith("seconds")} for result in results]
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_and_resumed(uninterrupted: Path, tmp_path: Path) -> None:
     seed = random.randrange(10**6)
     print("seed of the moments:", seed)  # shown when the test fails

@@ -33,6 +33,9 @@ TYPES = {
 }  # fmt: skip
 ALIGNED = [["tt.divisibility", 16]]
 CAPABILITIES = (80, 90, 100)
+EACH_CAPABILITY = pytest.mark.parametrize(
+    "capability", [x if x == 90 else pytest.param(x, marks=pytest.mark.slow) for x in CAPABILITIES]
+)
 VERSION = ".".join(triton.__version__.split(".")[:2])
 # Whose code was looked at: 3.6 comes with torch 2.10 and 2.11, 3.8 with what constraints.txt allows.
 KNOWN_VERSIONS = ("3.6", "3.8")

@@ -18,6 +18,7 @@ from drive_kernels.linear import block
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 from ahead_of_time import (  # noqa: E402
+    EACH_CAPABILITY,
     Launch,
     assert_passes,
     expect,
@@ -47,7 +48,7 @@ def test_launches_are_all_there():
 MATRIX = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 
 
-@pytest.mark.parametrize("capability", MATRIX)
+@EACH_CAPABILITY
 def test_all_launches_compile(capability: int):
     """Products of matrices are left to tensor cores, and no registers are spilled."""
     for launch in launches():

@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from ahead_of_time import CAPABILITIES, Launch, assert_passes, expect, expect_known_spills, interpreted
+from ahead_of_time import EACH_CAPABILITY, Launch, assert_passes, expect, expect_known_spills, interpreted
 from triton_launches import CONVS
 from triton_launches import masked as launches
 
@@ -38,7 +38,7 @@ def multiplies_on_tensor_cores(launch: Launch) -> bool:
     return "*fp32" not in (types.get("source"), types.get("input")) or launch.constant("PRECISION") == "tf32"
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@EACH_CAPABILITY
 def test_all_launches_compile(capability: int):
     """To tensor cores, and loads ahead of them."""
     for launch in launches():
