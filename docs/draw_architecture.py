@@ -53,7 +53,7 @@ def needs() -> Arrows:
         for imported in graph.find_modules_directly_imported_by(importer):
             found.add((room_of(importer, ".", names), room_of(imported, ".", names)))
     for path in (ROOT / "csrc").rglob("*.*"):
-        for header in re.findall(r'^#include "(.+)"', path.read_text(), re.M):
+        for header in re.findall(r'^#(?:include|define DRIVE_KERNELS) "(.+)"', path.read_text(), re.M):
             found.add(
                 (room_of(str(path.relative_to(ROOT)), "/", names), room_of(f"csrc/{header}", "/", names))
             )

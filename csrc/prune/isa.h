@@ -2,17 +2,9 @@
 // through which the one that this processor can run is called.
 #pragma once
 
-#include <ATen/Version.h>
+#include <c10/core/ScalarType.h>
 
 #include <cstdint>
-#include <string>
-#include <type_traits>
-
-#include "prune/key.h"
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
 namespace drive {
 
@@ -54,40 +46,10 @@ struct Kernels {
   void (*apply)(const Entries&, int64_t n, Key cut, void* weight, uint8_t* mask);
 };
 
-}  // namespace drive
-
-#define DRIVE_ISA portable
-#define DRIVE_WIDTH 16
-#define DRIVE_TARGET
-#include "prune/kernels.h"
-
-#if defined(__x86_64__)
-#define DRIVE_ISA avx2
-#define DRIVE_WIDTH 32
-#define DRIVE_TARGET __attribute__((target("avx2")))
-#include "prune/kernels.h"
-
-#define DRIVE_ISA avx512
-#define DRIVE_WIDTH 64
-#define DRIVE_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq")))
-#include "prune/kernels.h"
-#endif
-
-namespace drive {
-
-// The variant for this processor, as PyTorch sees it (ATEN_CPU_CAPABILITY=default|avx2|avx512
-// lowers it, for PyTorch's own kernels and for these).
-template <class T, class Key>
-const Kernels<Key>& kernels() {
-  static const Kernels<Key> chosen = [] {
-#if defined(__x86_64__)
-    const std::string capability = at::get_cpu_capability();
-    if (capability == "AVX512") return avx512::kernels_of<T, Key>();
-    if (capability == "AVX2") return avx2::kernels_of<T, Key>();
-#endif
-    return portable::kernels_of<T, Key>();
-  }();
-  return chosen;
-}
+// Of operands of a dtype, the variant for this processor (common/each_isa.h).
+template <class Key>
+const Kernels<Key>& kernels(at::ScalarType dtype);
+extern template const Kernels<int32_t>& kernels<int32_t>(at::ScalarType dtype);
+extern template const Kernels<int64_t>& kernels<int64_t>(at::ScalarType dtype);
 
 }  // namespace drive

@@ -1,14 +1,15 @@
-// The inner loops of drive::prune_ on CPU, included once for each instruction set, with DRIVE_ISA (a
-// namespace), DRIVE_TARGET (a function attribute) and DRIVE_WIDTH (of a register, in bytes) set.
+// The inner loops of drive::prune_ on CPU, included once for each instruction set (common/each_isa.h).
 //
 // Every loop sees contiguous blocks of kBlock entries; work.h stages what is strided or short.
 // Products are single IEEE operations (no FMA: -ffp-contract=off, no flush to zero: DefaultRounding) and
 // sums run in one lane per entry of a block, so that all variants return the same bits.
 
+#include <type_traits>
+
+#include "prune/key.h"
+
 namespace drive {
 namespace DRIVE_ISA {
-
-#define DRIVE_INLINE DRIVE_TARGET __attribute__((always_inline)) static inline
 
 template <class V, class T>
 DRIVE_INLINE V load(const T* from) {
@@ -260,11 +261,5 @@ constexpr Kernels<Key> kernels_of() {
   return {survey<T, Key>, compute_keys<T, Key>, apply<T, Key>};
 }
 
-#undef DRIVE_INLINE
-
 }  // namespace DRIVE_ISA
 }  // namespace drive
-
-#undef DRIVE_ISA
-#undef DRIVE_WIDTH
-#undef DRIVE_TARGET

@@ -124,7 +124,7 @@ class PruneStep {
         const Item& item = items_[chunks[i].item];
         const int64_t n = padded<Key>(chunks[i].count);
         Counts& c = counts_[i];
-        c = kernels_for<Key>(item).survey(stage(item, chunks[i], n, room), n, lo, hi, inside);
+        c = kernels<Key>(item.dtype()).survey(stage(item, chunks[i], n, room), n, lo, hi, inside);
         c.inside_begin = used.fetch_add(c.inside);
         if (c.inside_begin + c.inside <= capacity_) std::copy_n(inside, c.inside, inside_ + c.inside_begin);
       }

@@ -37,7 +37,7 @@ void sample_item(const Item& item, const int64_t* position, int64_t m, Staging& 
                         item.data(kMaskGrad) ? room.operand[kMaskGrad] : nullptr,
                         item.fresh ? nullptr : reinterpret_cast<uint8_t*>(room.operand[kMask])};
   std::array<Key, kSampleRun> found;
-  kernels_for<Key>(item).compute_keys(entries, padded<Key>(m), found.data());
+  kernels<Key>(item.dtype()).compute_keys(entries, padded<Key>(m), found.data());
   std::copy_n(found.begin(), m, keys);
 }
 

@@ -85,7 +85,7 @@ struct Listed {
 template <class Key>
 Counts survey_chunk(const Item& item, const Chunk& chunk, Key low, Key high, Staging& room, Key* inside) {
   const int64_t n = padded<Key>(chunk.count);
-  Counts c = kernels_for<Key>(item).survey(stage(item, chunk, n, room), n, low, high, inside);
+  Counts c = kernels<Key>(item.dtype()).survey(stage(item, chunk, n, room), n, low, high, inside);
   if (low == kDead<Key>) c.at_lo = 0;
   return c;
 }

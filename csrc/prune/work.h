@@ -62,18 +62,6 @@ struct Staging {
 };
 
 template <class Key>
-const Kernels<Key>& kernels_for(const Item& item) {
-  switch (item.dtype()) {
-    case at::kFloat: return kernels<float, Key>();
-    case at::kBFloat16: return kernels<BFloat16, Key>();
-    case at::kHalf: return kernels<Half, Key>();
-    default:
-      if constexpr (sizeof(Key) == 8) return kernels<double, Key>();
-      TORCH_INTERNAL_ASSERT(false, "float64 entries have 64-bit keys");
-  }
-}
-
-template <class Key>
 int64_t padded(int64_t count) {
   return (count + kBlock<Key> - 1) / kBlock<Key> * kBlock<Key>;
 }
@@ -172,7 +160,7 @@ template <class Key>
 void keys_of(const std::vector<Item>& items, const Chunk& chunk, Staging& room, Key* keys) {
   const Item& item = items[chunk.item];
   const int64_t n = padded<Key>(chunk.count);
-  kernels_for<Key>(item).compute_keys(stage(item, chunk, n, room), n, keys);
+  kernels<Key>(item.dtype()).compute_keys(stage(item, chunk, n, room), n, keys);
 }
 
 // Of the chunk's entries those survive whose key is at least the cut.
@@ -194,7 +182,7 @@ void apply_cuts(const std::vector<Item>& items, const std::vector<Cut<Key>>& cut
       const Entries entries = stage(item, chunk, n, room);
       char* weight = target(item, chunk, n, kWeight, room.operand[kWeight]);
       char* mask = target(item, chunk, n, kMask, room.new_mask);
-      kernels_for<Key>(item).apply(entries, n, cuts[i].cut, weight, reinterpret_cast<uint8_t*>(mask));
+      kernels<Key>(item.dtype()).apply(entries, n, cuts[i].cut, weight, reinterpret_cast<uint8_t*>(mask));
       unstage(item, chunk, kWeight, weight);
       unstage(item, chunk, kMask, mask);
     }

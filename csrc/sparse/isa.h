@@ -90,28 +90,10 @@ struct SparseKernels {
   void (*from_lanes)(const T* from, const int32_t* offsets, T* to, int64_t row_stride, int rows, int cols);
 };
 
-// Loops over the planes of blocked images; what each computes stands beside it in blocked/kernels.h.
-template <class T>
-struct BlockedKernels {
-  void (*add)(const T* x, int64_t count, T center, T* sums);
-  void (*add_squares)(const T* x, int64_t count, T center, T* sums);
-  void (*affine)(const T* x, const T* residual, int64_t count, const T* scale, const T* shift, T floor,
-                 T* out);
-  void (*add_products)(const T* grad, const T* out, const T* x, int64_t count, T center, T* sums,
-                       T* products);
-  void (*combine)(const T* grad, const T* out, const T* x, int64_t count, const T* scale, const T* slope,
-                  const T* shift, T* to, T* masked);
-};
-
-// The variants for this processor, as PyTorch sees it (ATEN_CPU_CAPABILITY=default|avx2|avx512 lowers it).
+// The variant for this processor (common/each_isa.h).
 template <class T>
 const SparseKernels<T>& sparse_kernels();
 extern template const SparseKernels<float>& sparse_kernels<float>();
 extern template const SparseKernels<double>& sparse_kernels<double>();
-
-template <class T>
-const BlockedKernels<T>& blocked_kernels();
-extern template const BlockedKernels<float>& blocked_kernels<float>();
-extern template const BlockedKernels<double>& blocked_kernels<double>();
 
 }  // namespace drive

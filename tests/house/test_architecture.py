@@ -69,7 +69,7 @@ def forbidden_includes(root: Path) -> list[str]:
     found = []
     for path in sorted((root / "csrc").rglob("*.*")):
         room = str(path.parent.relative_to(root))
-        for header in re.findall(r'^#include "(.+)"', path.read_text(), re.M):
+        for header in re.findall(r'^#(?:include|define DRIVE_KERNELS) "(.+)"', path.read_text(), re.M):
             if str(Path("csrc", header).parent) not in {room, *HEADERS[room]}:
                 found.append(f"{path.relative_to(root)} includes {header}")
     return found

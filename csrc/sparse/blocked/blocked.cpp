@@ -11,6 +11,7 @@
 #include <tuple>
 
 #include "common/recycle.h"
+#include "sparse/blocked/isa.h"
 #include "sparse/layout.h"
 
 namespace drive {

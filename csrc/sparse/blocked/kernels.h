@@ -1,5 +1,7 @@
-// The inner loops over blocked images, included after those of the sparse ops, as it is: once for each
-// instruction set. A "plane" is `count` positions of kLanes entries.
+// The inner loops over blocked images, included once for each instruction set (common/each_isa.h). A "plane" is
+// `count` positions of kLanes entries.
+
+#include "sparse/kernels/register.h"
 
 namespace drive {
 namespace DRIVE_ISA {

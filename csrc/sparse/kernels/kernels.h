@@ -1,6 +1,4 @@
-// The inner loops of the sparse ops on CPU, included once for each instruction set, with DRIVE_ISA (a
-// namespace), DRIVE_TARGET and DRIVE_INLINE (function attributes), DRIVE_WIDTH (of a register, in bytes)
-// and DRIVE_REGISTERS (their number) set.
+// The inner loops of the sparse ops on CPU, included once for each instruction set (common/each_isa.h).
 
 #include "sparse/kernels/register.h"
 #include "sparse/kernels/clip.h"
