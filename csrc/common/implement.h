@@ -1,5 +1,5 @@
-// Registers a CUDA kernel for the GPUs that it was compiled for. On others the op goes on as drive_fallback::<name>,
-// of the same schema, which drive_kernels/registry.py serves.
+// Registers a CUDA kernel for the GPUs that it was compiled for. On others the op goes on as
+// drive_fallback::<name>, of the same schema, which drive_kernels/registry.py serves.
 #pragma once
 
 #include <ATen/core/Tensor.h>

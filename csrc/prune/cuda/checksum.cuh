@@ -7,6 +7,7 @@
 
 #include "prune/checksum.h"
 #include "prune/cuda/block.cuh"
+#include "prune/cuda/vectors.cuh"
 #include "prune/cuda/work.cuh"
 #include "prune/sampling.h"
 

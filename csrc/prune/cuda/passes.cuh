@@ -11,6 +11,7 @@
 #include "prune/cuda/block.cuh"
 #include "prune/cuda/search.cuh"
 #include "prune/cuda/step.cuh"
+#include "prune/cuda/vectors.cuh"
 #include "prune/cuda/work.cuh"
 #include "prune/key.h"
 

@@ -24,9 +24,9 @@
 // Scratch: 0.23 byte an entry (bits 0.125, list 0.094, counts 0.01; of 64-bit keys 0.3) and less than 1 MB, or for
 // ten thousand tensors 4 MB.
 //
-// work_list.cuh: the host side. work.cuh: entries and their keys. block.cuh: what a block does together.
-// step.cuh: what launches leave to each other. search.cuh: steps 1, 3, 4. passes.cuh: steps 2, 5.
-// Here: the launches.
+// work_list.cuh: the host side. work.cuh: entries and their keys. vectors.cuh: the same, 16 bytes at a time.
+// block.cuh: what a block does together. step.cuh: what launches leave to each other. search.cuh: steps 1, 3, 4.
+// passes.cuh: steps 2, 5. Here: the launches.
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>

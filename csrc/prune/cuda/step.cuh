@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "prune/cuda/block.cuh"
+#include "prune/cuda/vectors.cuh"
 #include "prune/cuda/work.cuh"
 #include "prune/key.h"
 #include "prune/sampling.h"
