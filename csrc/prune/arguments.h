@@ -1,4 +1,4 @@
-// What drive::prune_, on every device, and the ops of shards.cpp ask of their arguments.
+// What drive::prune_ and drive::shard_*, on every device, ask of their arguments.
 #pragma once
 
 #include <ATen/core/Tensor.h>

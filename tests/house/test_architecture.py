@@ -18,6 +18,7 @@ HEADERS = {
     "csrc": {"csrc/common"},
     "csrc/common": set(),
     "csrc/prune": {"csrc/common"},
+    "csrc/prune/cpu": {"csrc/common", "csrc/prune"},
     "csrc/prune/cuda": {"csrc/common", "csrc/prune"},
     "csrc/sparse": {"csrc/common", "csrc/sparse/kernels"},
     "csrc/sparse/kernels": set(),

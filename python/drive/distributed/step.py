@@ -3,7 +3,7 @@
 Only counts travel, of sizes that do not depend on the number of entries; no rank sees another one's scores.
 
   1. Sample: the ranks look at some 2^14 of their entries. Two rounds of histograms of these keys bracket
-     the threshold, low <= T <= high, as in csrc/prune/prune.cpp.
+     the threshold, low <= T <= high, as in csrc/prune/cpu/prune.cpp.
   2. Survey (one pass over theta, G and an old mask): by tensor, how many keys lie above, at and inside the
      bracket; those inside, 1 to 4 % of all, are listed, where the tensors are. Copies of one part on several
      ranks are counted once, and compared by a checksum. A non-finite score ends the step here, on all ranks.
@@ -39,7 +39,7 @@ from .radix import Problem, bucketing, narrow, solve
 from .shards import Shards
 from .team import sent
 
-# As in csrc/prune/sampling.h and csrc/prune/sample.h, with the reasons
+# As in csrc/prune/sampling.h and csrc/prune/cpu/sample.h, with the reasons
 _SIGMAS = 5
 _MIN_SAMPLE, _MAX_SAMPLE, _ENTRIES_PER_SAMPLE = 1 << 14, 1 << 16, 1 << 12
 _ENTRIES_PER_LISTED = 16

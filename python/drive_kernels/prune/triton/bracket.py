@@ -59,7 +59,7 @@ def list_chunks(table, chunk_item, work, work_item, BLOCK: tl.constexpr):
 
 @triton.jit
 def scrambled(x):
-    """Pseudo-random numbers for indices (splitmix64, as in prune/sample.h): samples must not fall in step
+    """Pseudo-random numbers for indices (splitmix64, as in prune/sampling.h): samples must not fall in step
     with a tensor's shape, and a step should depend on nothing but its input."""
     x = x.to(tl.uint64) + 0x9E3779B97F4A7C15
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9

@@ -1,7 +1,7 @@
 """drive::prune_ in Triton: for GPUs where the compiled kernels are missing.
 
-The step of csrc/prune/prune.cpp without the host ever waiting: every kernel reads from device memory what it
-has to do and returns early where that is nothing, so a step can be captured in a CUDA graph (after a first
+The step of csrc/prune/cpu/prune.cpp without the host ever waiting: every kernel reads from device memory what
+it has to do and returns early where that is nothing, so a step can be captured in a CUDA graph (after a first
 call, which compiles). All tensors go through one work list of chunks.
 
   1. Sample: random keys, sorted, bracket the threshold, low <= T <= high (sample, bracket).

@@ -16,12 +16,12 @@
 
 #include "common/common.h"
 #include "prune/arguments.h"
-#include "prune/isa.h"
+#include "prune/cpu/isa.h"
+#include "prune/cpu/radix.h"
+#include "prune/cpu/sample.h"
+#include "prune/cpu/work.h"
 #include "prune/key.h"
-#include "prune/radix.h"
-#include "prune/sample.h"
 #include "prune/shard_arguments.h"
-#include "prune/work.h"
 
 namespace drive {
 namespace {

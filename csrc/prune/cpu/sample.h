@@ -8,9 +8,9 @@
 #include <utility>
 #include <vector>
 
+#include "prune/cpu/work.h"
 #include "prune/key.h"
 #include "prune/sampling.h"
-#include "prune/work.h"
 
 namespace drive {
 

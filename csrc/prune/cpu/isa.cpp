@@ -1,9 +1,9 @@
 // The inner loops of drive::prune_ and drive::shard_* on CPU, compiled for each instruction set.
-#include "prune/isa.h"
+#include "prune/cpu/isa.h"
 
 #include <c10/util/Exception.h>
 
-#define DRIVE_KERNELS "prune/kernels.h"
+#define DRIVE_KERNELS "prune/cpu/kernels.h"
 #include "common/each_isa.h"
 
 namespace drive {

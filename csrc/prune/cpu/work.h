@@ -9,7 +9,7 @@
 
 #include "common/common.h"
 #include "prune/arguments.h"
-#include "prune/isa.h"
+#include "prune/cpu/isa.h"
 #include "prune/walk.h"
 
 namespace drive {

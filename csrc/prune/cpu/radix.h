@@ -5,8 +5,8 @@
 
 #include <vector>
 
+#include "prune/cpu/work.h"
 #include "prune/key.h"
-#include "prune/work.h"
 
 namespace drive {
 
