@@ -13,11 +13,6 @@ import torch
 pytest.register_assert_rewrite(*(path.stem for path in (Path(__file__).parent / "helpers").glob("*.py")))
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "gpu: runs on a CUDA device")
-    config.addinivalue_line("markers", "slow: takes long, and seldom finds what the others do not")
-
-
 @pytest.fixture(autouse=True, scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Decoded images go to a folder of the tests' own, in the processes that they start too."""

@@ -36,7 +36,8 @@ def install(
     program.parent.mkdir(parents=True)
     program.write_text(f'#!/bin/sh\nexec {sys.executable} -m pip "$@" --target {folder}/site\n')
     program.chmod(0o755)
-    settings = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
+    # make's own: it was `make test`, perhaps
+    settings = {name: text for name, text in os.environ.items() if not name.startswith(("PIP_", "MAKE"))}
     settings |= {"PIP_CONFIG_FILE": os.devnull, **pip}
     command = ["make", f"VENV={folder}/venv", "toy"]
     run = subprocess.run(command, cwd=folder, env=settings, capture_output=True, text=True, check=False)
