@@ -18,6 +18,8 @@ CXX_FLAGS = ["-O3", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno
 # IEEE products on every backend: no contraction to FMA. -Wno-psabi: vectors wider than the baseline's
 # registers are passed between inlined functions only. GCC 12's own AVX-512 headers seem uninitialised to it.
 CXX_FLAGS += ["-ffp-contract=off", "-Wno-psabi", "-Wno-maybe-uninitialized"]
+if "-g" not in os.environ.get("CFLAGS", "").split():
+    CXX_FLAGS += ["-g0"]  # Python's own flags often have -g: half of the build, and most of its bytes
 NVCC_FLAGS = ["-O3", "--fmad=false", "--ftz=false", "-lineinfo", "--threads=0"]
 # Machine code for Ampere and Ada (8.x), Hopper, and data center Blackwell; PTX of the newest for what comes
 # later, and for other Blackwells. The kernels need 8.0, and an nvcc before 12.8 does not know 10.0.

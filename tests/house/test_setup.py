@@ -1,4 +1,4 @@
-"""setup.py: for which architectures it builds, with what nvcc knows; nothing is compiled."""
+"""setup.py: for which architectures it builds, with what nvcc knows, and with which flags; nothing is compiled."""
 
 from __future__ import annotations
 
@@ -144,3 +144,11 @@ def test_libraries_without_a_compiler_are_no_toolkit(toolkit: Path, monkeypatch:
     monkeypatch.setenv("DRIVE_CUDA", "1")
     with pytest.raises(SystemExit, match="DRIVE_CUDA=1 needs a CUDA toolkit$"):
         codes(toolkit, None)
+
+
+@pytest.mark.parametrize(("cflags", "left_out"), (("", True), ("-O1 -g -fsanitize=address", False)))
+def test_debug_information_is_for_those_who_ask(cflags: str, left_out: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CFLAGS", cflags)
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    assert ("-g0" in runpy.run_path("setup.py")["CXX_FLAGS"]) == left_out
