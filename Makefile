@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # A build with that choice of kernels; .built is any build, with which a `make` that chooses nothing is content.
 BUILT := $(VENV)/.built$(DRIVE_CUDA)
-BUILD_TOOLS := setuptools pybind11 ninja wheel
+BUILD_TOOLS := setuptools ninja wheel
 EVERYTHING := ".[vision,experiments,dev]"
 
 .PHONY: demo test test-slow test-all bench results paper gpu-smoke gpu gpu-table1 spills lint sanitize wheel clean

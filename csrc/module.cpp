@@ -1,10 +1,10 @@
-// drive_kernels._C: build facts. Loading it registers the ops' compiled kernels.
-#include <ATen/Version.h>
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+// drive_kernels._C: build facts. Loading it registers the ops' compiled kernels. In Python's own C API: pybind11
+// takes eight seconds to compile.
+#include <Python.h>
 
-#include <map>
-#include <string>
+#include <exception>
+
+#include "common/capability.h"
 
 #if defined(DRIVE_WITH_CUDA)
 #include "common/served.h"
@@ -12,29 +12,44 @@
 
 namespace {
 
-std::map<std::string, std::string> build_info() {
-  return {
-      {"compiler", __VERSION__},
-#if defined(__x86_64__)
-      {"cpu variants", "portable, AVX2, AVX-512"},
-#else
-      {"cpu variants", "portable"},
-#endif
-      {"cpu capability", at::get_cpu_capability()},
+PyObject* build_info(PyObject*, PyObject*) {
+  return Py_BuildValue(
 #if defined(DRIVE_WITH_CUDA)
-      {"cuda", DRIVE_WITH_CUDA},
-      {"gpu architectures", DRIVE_GPU_ARCHITECTURES},
+      "{ssssssssss}", "cuda", DRIVE_WITH_CUDA, "gpu architectures", DRIVE_GPU_ARCHITECTURES,
 #else
-      {"cuda", "not built"},
+      "{ssssssss}", "cuda", "not built",
 #endif
-  };
+#if defined(__x86_64__)
+      "cpu variants", "portable, AVX2, AVX-512",
+#else
+      "cpu variants", "portable",
+#endif
+      "cpu capability", drive::cpu_capability().c_str(), "compiler", __VERSION__);
 }
+
+#if defined(DRIVE_WITH_CUDA)
+PyObject* why_not_served(PyObject*, PyObject* arguments) {
+  int gpu;
+  if (!PyArg_ParseTuple(arguments, "i", &gpu)) return nullptr;
+  try {
+    return Py_BuildValue("z", drive::why_not_served(static_cast<c10::DeviceIndex>(gpu)));
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+    return nullptr;
+  }
+}
+#endif
+
+PyMethodDef functions[] = {
+    {"build_info", build_info, METH_NOARGS, "What was compiled, and how."},
+#if defined(DRIVE_WITH_CUDA)
+    {"why_not_served", why_not_served, METH_VARARGS, "Why the kernels cannot run on a GPU, or None."},
+#endif
+    {},
+};
+
+PyModuleDef definition{PyModuleDef_HEAD_INIT, "_C", nullptr, -1, functions, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace
 
-PYBIND11_MODULE(_C, m) {
-  m.def("build_info", &build_info, "What was compiled, and how.");
-#if defined(DRIVE_WITH_CUDA)
-  m.def("why_not_served", &drive::why_not_served, "Why the kernels cannot run on a GPU, or None.");
-#endif
-}
+PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&definition); }

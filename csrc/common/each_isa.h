@@ -6,17 +6,16 @@
 //   DRIVE_TARGET     a function attribute
 //   DRIVE_INLINE     the same, of functions without a call of their own
 //
-// Then DRIVE_CHOOSE(call) is that call in the namespace for this processor, as PyTorch sees it
-// (ATEN_CPU_CAPABILITY=default|avx2|avx512 lowers it, for PyTorch's own kernels and for these).
+// Then DRIVE_CHOOSE(call) is that call in the namespace for this processor (capability.h).
 #pragma once
 
 #pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12: in its own AVX-512 headers
 
-#include <ATen/Version.h>
-
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
+
+#include "common/capability.h"
 
 #define DRIVE_INLINE DRIVE_TARGET __attribute__((always_inline)) static inline
 
@@ -47,10 +46,10 @@
 #define DRIVE_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma")))
 #include DRIVE_KERNELS
 
-#define DRIVE_CHOOSE(...)                                             \
-  (at::get_cpu_capability() == "AVX512" ? avx512::__VA_ARGS__         \
-   : at::get_cpu_capability() == "AVX2" ? avx2::__VA_ARGS__           \
-                                        : portable::__VA_ARGS__)
+#define DRIVE_CHOOSE(...)                                    \
+  (drive::cpu_capability() == "AVX512" ? avx512::__VA_ARGS__ \
+   : drive::cpu_capability() == "AVX2" ? avx2::__VA_ARGS__   \
+                                       : portable::__VA_ARGS__)
 #else
 #define DRIVE_CHOOSE(...) portable::__VA_ARGS__
 #endif
