@@ -129,7 +129,7 @@ def _conv2d_backward_fake(
 
 serve("sparse_conv2d", _conv2d_fake, conv2d_reference)
 serve("sparse_conv2d_backward", _conv2d_backward_fake, conv2d_backward_reference)
-# Its gradient is registered in csrc/sparse/autograd.cpp.
+# Its gradient is registered in csrc/sparse/ops.cpp.
 
 # Under autocast computed in float32, as all sparse ops: no CPU multiplies 16-bit floats one by one faster.
 torch.library.register_autocast("drive::sparse_conv2d", "cpu", torch.float32, lib=library)

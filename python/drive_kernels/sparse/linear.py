@@ -68,5 +68,5 @@ def _linear_backward_fake(
 
 serve("sparse_linear", _linear_fake, linear_reference)
 serve("sparse_linear_backward", _linear_backward_fake, linear_backward_reference)
-# Its gradient is registered in csrc/sparse/autograd.cpp.
+# Its gradient is registered in csrc/sparse/ops.cpp.
 torch.library.register_autocast("drive::sparse_linear", "cpu", torch.float32, lib=library)  # as in conv.py
