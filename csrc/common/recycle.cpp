@@ -1,6 +1,6 @@
 #include "common/recycle.h"
 
-#include <ATen/ATen.h>
+#include <ATen/EmptyTensor.h>
 #include <ATen/ops/from_blob.h>
 
 #include <cstdlib>
@@ -71,7 +71,7 @@ Pool& pool() {
 at::Tensor empty_recycled(at::IntArrayRef size, const at::TensorOptions& options) {
   size_t bytes = options.dtype().itemsize();
   for (const int64_t n : size) bytes *= n;
-  if (bytes < kLarge) return at::empty(size, options);
+  if (bytes < kLarge) return at::Tensor(at::detail::empty_cpu(size, options));
   const Pool::Block block = pool().take(bytes);
   return at::from_blob(block.data, size, [block](void*) { pool().give(block); }, options);
 }

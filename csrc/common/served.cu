@@ -1,8 +1,8 @@
 // Whether a GPU can run what was compiled: all of it is compiled for the same architectures, so one kernel shows.
 #include "common/served.h"
 
+#include <c10/core/DeviceGuard.h>
 #include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAMacros.h>
 #include <cuda_runtime.h>
 
@@ -16,7 +16,7 @@ __global__ void nothing() {}
 
 // The driver's answer: there is machine code of the device's architecture, or PTX that it can compile.
 cudaError_t ask(c10::DeviceIndex device) {
-  const c10::cuda::CUDAGuard guard(device);
+  const c10::DeviceGuard guard(c10::Device(c10::kCUDA, device));
   cudaFuncAttributes attributes;
   const cudaError_t error = cudaFuncGetAttributes(&attributes, nothing);
   switch (error) {

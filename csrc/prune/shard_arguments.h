@@ -4,7 +4,6 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
-#include <optional>
 
 #include "common/common.h"
 #include "prune/arguments.h"
@@ -13,8 +12,6 @@
 namespace drive {
 
 constexpr int kCounts = 6;  // rows of shard_survey's counts
-
-using MaybeTensor = std::optional<at::Tensor>;
 
 struct ShardArguments : PruneArguments {
   // Operands that are only read. Throws unless they fit together.

@@ -11,18 +11,21 @@
 //
 // The gradient to the input is the same with the taps sorted by input channel. The gradient to the weight
 // is a dot product a tap, of the same shifted window with the input, made in the same pass.
-#include <ATen/ATen.h>
+#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
-#include <torch/library.h>
+#include <ATen/core/Tensor.h>
 
 #include <algorithm>
 #include <array>
 #include <cmath>
 #include <limits>
+#include <optional>
 #include <tuple>
 #include <utility>
+#include <vector>
 
 #include "common/recycle.h"
+#include "sparse/ops.h"
 #include "sparse/conv.h"
 #include "sparse/layout.h"
 #include "sparse/pattern.h"
@@ -227,7 +230,7 @@ void backward(const Conv& conv, const at::Tensor& grad, const at::Tensor& input,
   std::vector<int32_t> packed;
   const Taps<T> taps = backward_taps(conv, pattern, values, in_window, in.clip(), packed);
   const int64_t copies = to_values ? at::get_num_threads() : 0;
-  const at::Tensor sums = at::zeros({copies, pattern.count}, input.options());
+  const at::Tensor sums = input.new_zeros({copies, pattern.count});
   const bool direct = x.direct() && phases == 1;
 
   pieces.run([&] {
@@ -296,11 +299,12 @@ void backward(const Conv& conv, const at::Tensor& grad, const at::Tensor& input,
   if (to_values) pack_sums(sums, packed.data(), to_values->data_ptr<T>());
 }
 
+}  // namespace
+
 at::Tensor sparse_conv2d_cpu(const at::Tensor& input, const at::Tensor& values, at::TensorList pattern,
-                             const std::optional<at::Tensor>& bias, at::IntArrayRef shape,
-                             at::IntArrayRef stride,
+                             const Maybe& bias, at::IntArrayRef shape, at::IntArrayRef stride,
                              at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
-                             const std::optional<at::Tensor>& residual, bool relu) {
+                             const Maybe& residual, bool relu) {
   if (is_half(input) && values.scalar_type() == input.scalar_type()) {
     const auto extra = residual ? std::optional(widened(*residual)) : std::nullopt;
     return sparse_conv2d_cpu(widened(input), widened(values), pattern, bias, shape, stride, padding, dilation,
@@ -319,8 +323,9 @@ at::Tensor sparse_conv2d_cpu(const at::Tensor& input, const at::Tensor& values, 
   }
   at::Tensor r;
   if (residual) {
-    const auto size = output_size(conv, x.sizes());
-    TORCH_CHECK_VALUE(x.dim() == 5 && residual->sizes() == at::IntArrayRef(size), kOp,
+    const std::vector<int64_t> output = output_size(conv, x.sizes());
+    const at::IntArrayRef size = output;
+    TORCH_CHECK_VALUE(x.dim() == 5 && residual->sizes() == size, kOp,
                       ": residual must be blocked, of shape ", size, ", got ", residual->sizes());
     r = residual->to(x.scalar_type()).contiguous();
   }
@@ -333,10 +338,7 @@ at::Tensor sparse_conv2d_cpu(const at::Tensor& input, const at::Tensor& values, 
   });
 }
 
-using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
-
-Gradients sparse_conv2d_backward_cpu(const at::Tensor& grad, const at::Tensor& input,
-                                     const at::Tensor& values,
+Gradients sparse_conv2d_backward_cpu(const at::Tensor& grad, const at::Tensor& input, const at::Tensor& values,
                                      at::TensorList pattern, at::IntArrayRef shape, at::IntArrayRef stride,
                                      at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
                                      std::array<bool, 3> needed) {
@@ -350,9 +352,9 @@ Gradients sparse_conv2d_backward_cpu(const at::Tensor& grad, const at::Tensor& i
   const Conv conv(shape, stride, padding, dilation, groups);
   const Pattern where(kOp, pattern, conv.out_channels, conv.columns() * groups, values);
   const at::Tensor g = grad.contiguous(), x = input.contiguous(), v = values.contiguous();
-  const at::Tensor none = at::empty({0}, x.options());
+  const at::Tensor none = x.new_empty({0});
   Gradients gradients{needed[0] ? empty_recycled(x.sizes(), x.options()) : none,
-                      needed[1] ? at::zeros({where.count}, x.options()) : none.clone(), none.clone()};
+                      needed[1] ? x.new_zeros({where.count}) : none.clone(), none.clone()};
   if (x.numel() > 0 && g.numel() > 0 && (needed[0] || needed[1])) {
     AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), kOp, [&] {
       backward<scalar_t>(conv, g, x, where, v.data_ptr<scalar_t>(),
@@ -366,13 +368,6 @@ Gradients sparse_conv2d_backward_cpu(const at::Tensor& grad, const at::Tensor& i
     std::get<2>(gradients) = g.dim() == 5 ? g.sum({0, 2, 3, 4}) : g.sum({0, 2, 3});
   }
   return gradients;
-}
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(drive, CPU, m) {
-  m.impl("sparse_conv2d", &sparse_conv2d_cpu);
-  m.impl("sparse_conv2d_backward", &sparse_conv2d_backward_cpu);
 }
 
 }  // namespace drive

@@ -4,15 +4,18 @@
 //      L2 cache; output features are split where there would be fewer pieces than threads.
 //   2. Every output feature walks its non-zeros: a broadcast of the value, and an FMA a position.
 //   3. Sixteen features at a time are transposed back.
-#include <ATen/ATen.h>
+#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
-#include <torch/library.h>
+#include <ATen/core/Tensor.h>
 
+#include <algorithm>
 #include <array>
 #include <limits>
 #include <tuple>
+#include <vector>
 
 #include "common/recycle.h"
+#include "sparse/ops.h"
 #include "sparse/pattern.h"
 #include "sparse/work.h"
 
@@ -234,7 +237,7 @@ at::Tensor backward_values(const at::Tensor& grad, const at::Tensor& input, cons
   const Pieces pieces(in.rows, in.features, out.features, sizeof(T));
   // Pieces that differ in their output features only write different sums.
   const int64_t copies = pieces.count == 1 ? 1 : at::get_num_threads();
-  at::Tensor sums = at::zeros({copies, pattern.count}, input.options());
+  at::Tensor sums = input.new_zeros({copies, pattern.count});
   if (input.numel() == 0 || grad.numel() == 0) return sums.sum(0);
   const FeatureTaps<T> taps(
       Entries<T>{pattern.row_start, pattern.column, nullptr, values, out.features, pieces.stride()}, pieces);
@@ -269,8 +272,10 @@ void check_arguments(const at::Tensor& input, const at::Tensor& values, at::IntA
 
 at::Tensor rows_of(const at::Tensor& t) { return t.contiguous().view({-1, t.size(-1)}); }
 
+}  // namespace
+
 at::Tensor sparse_linear_cpu(const at::Tensor& input, const at::Tensor& values, at::TensorList pattern,
-                             const std::optional<at::Tensor>& bias, at::IntArrayRef shape) {
+                             const Maybe& bias, at::IntArrayRef shape) {
   if (is_half(input) && values.scalar_type() == input.scalar_type()) {
     return sparse_linear_cpu(widened(input), widened(values), pattern, bias, shape).to(input.scalar_type());
   }
@@ -278,7 +283,7 @@ at::Tensor sparse_linear_cpu(const at::Tensor& input, const at::Tensor& values, 
   const Pattern where(kOp, pattern, shape[0], shape[1], values);
   std::vector<int64_t> size = input.sizes().vec();
   size.back() = shape[0];
-  if (input.numel() == 0) return bias ? bias->expand(size).contiguous() : at::zeros(size, input.options());
+  if (input.numel() == 0) return bias ? bias->expand(size).contiguous() : input.new_zeros(size);
   const at::Tensor x = rows_of(input), v = values.contiguous();
   const at::Tensor b = bias ? bias->to(x.scalar_type()).contiguous() : at::Tensor();
   if (bias) {
@@ -291,8 +296,6 @@ at::Tensor sparse_linear_cpu(const at::Tensor& input, const at::Tensor& values, 
   });
 }
 
-using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
-
 Gradients sparse_linear_backward_cpu(const at::Tensor& grad, const at::Tensor& input,
                                      const at::Tensor& values, at::TensorList pattern,
                                      at::IntArrayRef shape, std::array<bool, 3> needed) {
@@ -303,11 +306,11 @@ Gradients sparse_linear_backward_cpu(const at::Tensor& grad, const at::Tensor& i
   }
   check_arguments(input, values, shape);
   const Pattern where(kOp, pattern, shape[0], shape[1], values);
-  const at::Tensor none = at::empty({0}, input.options());
+  const at::Tensor none = input.new_empty({0});
   Gradients gradients{none, none.clone(), none.clone()};
   if (input.numel() == 0 || grad.numel() == 0) {
-    if (needed[0]) std::get<0>(gradients) = at::zeros_like(input, at::MemoryFormat::Contiguous);
-    if (needed[1]) std::get<1>(gradients) = at::zeros_like(values);
+    if (needed[0]) std::get<0>(gradients) = input.new_zeros(input.sizes());
+    if (needed[1]) std::get<1>(gradients) = values.new_zeros(values.sizes());
     if (needed[2]) std::get<2>(gradients) = grad.reshape({-1, shape[0]}).sum(0);
     return gradients;
   }
@@ -321,13 +324,6 @@ Gradients sparse_linear_backward_cpu(const at::Tensor& grad, const at::Tensor& i
   });
   if (needed[2]) std::get<2>(gradients) = g.sum(0);
   return gradients;
-}
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(drive, CPU, m) {
-  m.impl("sparse_linear", &sparse_linear_cpu);
-  m.impl("sparse_linear_backward", &sparse_linear_backward_cpu);
 }
 
 }  // namespace drive

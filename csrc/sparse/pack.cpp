@@ -1,11 +1,12 @@
 // drive::sparse_gather and drive::sparse_scatter on CPU: from a dense weight to its packed values, and back.
-#include <ATen/ATen.h>
+#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
-#include <torch/library.h>
+#include <ATen/core/Tensor.h>
 
 #include <algorithm>
 
 #include "common/recycle.h"
+#include "sparse/ops.h"
 
 namespace drive {
 namespace {
@@ -19,10 +20,12 @@ void check_index(const char* op, const at::Tensor& index) {
                     index.sizes());
 }
 
+}  // namespace
+
 at::Tensor sparse_gather_cpu(const at::Tensor& weight, const at::Tensor& index) {
   check_index("drive::sparse_gather", index);
   const at::Tensor w = weight.contiguous();
-  at::Tensor values = at::empty(index.sizes(), w.options());
+  at::Tensor values = w.new_empty(index.sizes());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, w.scalar_type(), "drive::sparse_gather",
                                   [&] {
     const scalar_t* const from = w.data_ptr<scalar_t>();
@@ -59,13 +62,6 @@ at::Tensor sparse_scatter_cpu(const at::Tensor& values, const at::Tensor& index,
     });
   });
   return dense;
-}
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(drive, CPU, m) {
-  m.impl("sparse_gather", &sparse_gather_cpu);
-  m.impl("sparse_scatter", &sparse_scatter_cpu);
 }
 
 }  // namespace drive

@@ -1,15 +1,17 @@
 // drive::sparse_conv2d_pair on CPU: two convolutions by the non-zeros of their weights, one after the other.
 // What lies between them is never a tensor: some rows of a block of images at a time go through both, from
 // one window (see conv.cpp) into another and on into the output, while they are in the L2 cache.
-#include <ATen/ATen.h>
+#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
-#include <torch/library.h>
+#include <ATen/core/Tensor.h>
 
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <vector>
 
 #include "common/recycle.h"
+#include "sparse/ops.h"
 #include "sparse/conv.h"
 #include "sparse/layout.h"
 #include "sparse/taps.h"
@@ -162,10 +164,12 @@ at::Tensor convolve_twice(const Stage<T>& first, const Stage<T>& second, const a
   return output;
 }
 
+}  // namespace
+
 at::Tensor sparse_conv2d_pair_cpu(const at::Tensor& input, at::TensorList values, at::TensorList pattern,
                                   at::TensorList bias, at::IntArrayRef shape, at::IntArrayRef stride,
                                   at::IntArrayRef padding, at::IntArrayRef dilation, at::IntArrayRef groups,
-                                  const std::optional<at::Tensor>& residual, std::array<bool, 2> relu) {
+                                  const Maybe& residual, std::array<bool, 2> relu) {
   TORCH_CHECK_VALUE(values.size() == 2 && bias.size() == 2 && groups.size() == 2 && pattern.size() == 10, kOp,
                     ": values, bias and groups must be two each and pattern ten, got ", values.size(), ", ",
                     bias.size(), ", ", groups.size(), " and ", pattern.size());
@@ -183,8 +187,9 @@ at::Tensor sparse_conv2d_pair_cpu(const at::Tensor& input, at::TensorList values
   const Conv a = conv_of(0, input.sizes());
   const auto between = output_size(a, input.sizes());
   const Conv b = conv_of(1, between);
-  const auto size = output_size(b, between);
-  TORCH_CHECK_VALUE(!residual || residual->sizes() == at::IntArrayRef(size), kOp,
+  const std::vector<int64_t> output = output_size(b, between);
+  const at::IntArrayRef size = output;
+  TORCH_CHECK_VALUE(!residual || residual->sizes() == size, kOp,
                     ": residual must have shape ", size, ", got ", residual->sizes());
   const Pattern where_a(kOp, pattern.slice(0, 5), a.out_channels, a.columns() * a.groups, values[0]);
   const Pattern where_b(kOp, pattern.slice(5, 5), b.out_channels, b.columns() * b.groups, values[1]);
@@ -206,9 +211,5 @@ at::Tensor sparse_conv2d_pair_cpu(const at::Tensor& input, at::TensorList values
                                     {b, where_b, values_b.data_ptr<scalar_t>(), then_b}, x);
   });
 }
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(drive, CPU, m) { m.impl("sparse_conv2d_pair", &sparse_conv2d_pair_cpu); }
 
 }  // namespace drive

@@ -4,12 +4,12 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/tensor.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <atomic>
 #include <vector>
 
+#include "prune/ops.h"
 #include "prune/sampling.h"
 
 namespace drive {
@@ -42,14 +42,12 @@ int64_t checksum_of(const at::Tensor& input) {
   }
 }
 
-at::Tensor checksum(at::TensorList inputs) {
+}  // namespace
+
+at::Tensor checksum_cpu(at::TensorList inputs) {
   std::vector<int64_t> sums;
   for (const at::Tensor& input : inputs) sums.push_back(checksum_of(input));
   return at::tensor(sums, at::kLong);
 }
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(drive, CPU, m) { m.impl("checksum", &checksum); }
 
 }  // namespace drive

@@ -13,11 +13,12 @@
 //
 // Bytes an entry, float32: 8 + 8 read, 4 + 1 written, 2 more for an old mask. Scratch: a quarter of a
 // byte an entry for the collected keys, and 0.02 for the counts.
-#include <ATen/ATen.h>
-#include <torch/library.h>
+#include <ATen/core/Tensor.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstring>
 #include <numeric>
 #include <tuple>
 #include <utility>
@@ -30,6 +31,7 @@
 #include "prune/cpu/sample.h"
 #include "prune/cpu/work.h"
 #include "prune/key.h"
+#include "prune/ops.h"
 
 namespace drive {
 namespace {
@@ -61,7 +63,7 @@ class PruneStep {
     int64_t n = 0;
     for (const Item& item : items_) n += item.numel();
     const int64_t bytes = std::max<int64_t>(n / kEntriesPerScratchKey, kMinSample) * sizeof(Key);
-    scratch_ = at::empty({bytes}, at::kByte);
+    scratch_ = empty({bytes}, at::kByte);
     inside_ = static_cast<Key*>(scratch_.data_ptr());
     capacity_ = bytes / sizeof(Key);
     expect_writes(inside_, bytes);
@@ -285,30 +287,30 @@ class PruneStep {
   Key weakest_ = kTop<Key>;
 };
 
-using Outputs = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
-
 template <class Key>
 Outputs run(const PruneArguments& arguments) {
   std::vector<Item> items;
   for (size_t i = 0; i < arguments.weights.size(); ++i) items.emplace_back(arguments.operands(i), arguments);
-  at::Tensor kept = at::empty({static_cast<int64_t>(items.size())}, at::kLong);
-  at::Tensor nonfinite = at::empty_like(kept);
-  at::Tensor scores = at::full({2}, NAN, at::kDouble);
+  const auto tensors = static_cast<int64_t>(items.size());
+  const at::Tensor kept = empty({tensors}, at::kLong), nonfinite = empty({tensors}, at::kLong);
+  const at::Tensor scores = empty({2}, at::kDouble);
 
   PruneStep<Key> step(std::move(items));
   const bool finite = step.plan(arguments.entries() - arguments.prune, arguments.min_keep);
   if (finite) {
     step.apply();
-    std::tie(scores.data_ptr<double>()[0], scores.data_ptr<double>()[1]) =
-        step.scores(arguments.squared());
   } else if (arguments.fresh) {
     for (const at::Tensor& mask : arguments.masks) mask.fill_(true);
   }
   const std::vector<int64_t>& survivors = finite ? step.kept() : step.alive();
   std::copy(survivors.begin(), survivors.end(), kept.data_ptr<int64_t>());
   std::copy(step.nonfinite().begin(), step.nonfinite().end(), nonfinite.data_ptr<int64_t>());
+  double* const score = scores.data_ptr<double>();
+  std::tie(score[0], score[1]) = finite ? step.scores(arguments.squared()) : std::pair<double, double>(NAN, NAN);
   return {kept, nonfinite, scores};
 }
+
+}  // namespace
 
 Outputs prune_cpu(at::TensorList weights, at::TensorList grads, at::TensorList mask_grads,
                   at::TensorList masks, bool fresh, int64_t prune, int64_t min_keep) {
@@ -320,9 +322,5 @@ Outputs prune_cpu(at::TensorList weights, at::TensorList grads, at::TensorList m
   arguments.bump_versions();
   return outputs;
 }
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(drive, CPU, m) { m.impl("prune_", &prune_cpu); }
 
 }  // namespace drive

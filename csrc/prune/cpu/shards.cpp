@@ -3,8 +3,8 @@
 // The passes of prune.cpp over its chunks, one op each, so that the ranks can add up their counts in between
 // (drive/distributed/step.py tells the algorithm, drive_kernels/prune/shards.py what each means). Bytes an
 // entry, float32: 8 read by shard_survey, 8 read and 5 written by shard_apply_, as there.
-#include <ATen/ATen.h>
-#include <torch/library.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/tensor.h>
 
 #include <algorithm>
 #include <atomic>
@@ -21,6 +21,7 @@
 #include "prune/cpu/sample.h"
 #include "prune/cpu/work.h"
 #include "prune/key.h"
+#include "prune/ops.h"
 #include "prune/shard_arguments.h"
 
 namespace drive {
@@ -45,22 +46,12 @@ int64_t blocks_of(const Item& item) { return (item.numel() + kListed - 1) / kLis
 
 template <class Key>
 at::Tensor sample_of(const std::vector<Item>& items, int64_t entries, int64_t count) {
-  const at::Tensor scores = at::empty({count}, sizeof(Key) == 8 ? at::kDouble : at::kFloat);
+  const at::Tensor scores = empty({count}, sizeof(Key) == 8 ? at::kDouble : at::kFloat);
   if (count == 0) return scores;
   const std::vector<Key> keys = sample<Key>(items, all(items), entries, count);
   auto* to = static_cast<typename KeyTraits<Key>::Bits*>(scores.data_ptr());
   std::transform(keys.begin(), keys.end(), to, bits_of_key<Key>);
   return scores;
-}
-
-at::Tensor shard_sample(at::TensorList weights, at::TensorList grads, at::TensorList mask_grads,
-                        at::TensorList masks, bool fresh, bool wide, int64_t count) {
-  const ShardArguments arguments{"drive::shard_sample", weights, grads, mask_grads, masks, fresh, wide};
-  arguments.check_sample(count);
-  const DefaultRounding rounding;
-  const std::vector<Item> items = items_of(arguments);
-  return wide ? sample_of<int64_t>(items, arguments.entries(), count)
-              : sample_of<int32_t>(items, arguments.entries(), count);
 }
 
 // What a survey lists: of each block of kListed entries the keys strictly inside the bracket, wherever a
@@ -88,15 +79,13 @@ Counts survey_chunk(const Item& item, const Chunk& chunk, Key low, Key high, Sta
   return c;
 }
 
-using Survey = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
-
 template <class Key>
 Survey survey_of(const std::vector<Item>& items, Key low, Key high, int64_t room_inside) {
   const auto tensors = static_cast<int64_t>(items.size());
   int64_t all_blocks = 0;
   for (const Item& item : items) all_blocks += blocks_of(item);
-  const at::Tensor counts = at::zeros({kCounts, tensors}, at::kLong);
-  const at::Tensor memory = at::empty({Listed<Key>::bytes(all_blocks, room_inside)}, at::kByte);
+  std::vector<int64_t> counts(kCounts * tensors);
+  const at::Tensor memory = empty({Listed<Key>::bytes(all_blocks, room_inside)}, at::kByte);
   expect_writes(memory.data_ptr(), memory.nbytes());
   const Listed<Key> listed(memory, all_blocks);
   auto* block = listed.blocks;
@@ -122,24 +111,16 @@ Survey survey_of(const std::vector<Item>& items, Key low, Key high, int64_t room
       }
     });
     block += blocks_of(items[id]);
-    int64_t* to = counts.data_ptr<int64_t>() + id;
+    int64_t* to = &counts[id];
     for (const Counts& c : found) {
       const int64_t rows[kCounts] = {c.above, c.at_hi, c.inside, c.at_lo, c.alive, c.nonfinite};
       for (int row = 0; row < kCounts; ++row) to[row * tensors] += rows[row];
       sum += c.sum;
     }
   }
-  return {counts, at::scalar_tensor(sum, at::kDouble), memory};
-}
-
-Survey shard_survey(at::TensorList weights, at::TensorList grads, at::TensorList mask_grads,
-                    at::TensorList masks, bool fresh, bool wide, int64_t low, int64_t high, int64_t room) {
-  const ShardArguments arguments{"drive::shard_survey", weights, grads, mask_grads, masks, fresh, wide};
-  arguments.check_bracket(low, high, room);
-  const DefaultRounding rounding;
-  const std::vector<Item> items = items_of(arguments);
-  return wide ? survey_of<int64_t>(items, low, high, room)
-              : survey_of<int32_t>(items, static_cast<int32_t>(low), static_cast<int32_t>(high), room);
+  const at::Tensor total = empty({}, at::kDouble);
+  *total.data_ptr<double>() = sum;
+  return {at::tensor(counts, at::kLong).view({kCounts, tensors}), total, memory};
 }
 
 // Of some tensors the keys that count, in runs: those of a chunk, or those that are listed of a block.
@@ -199,24 +180,6 @@ void count_keys(const Runs<Key>& runs, Key low, int shift, std::vector<int64_t>&
   });
 }
 
-at::Tensor shard_histogram(at::TensorList weights, at::TensorList grads, at::TensorList mask_grads,
-                           at::TensorList masks, bool fresh, bool wide,
-                           const MaybeTensor& listed, at::IntArrayRef tensors, int64_t low, int64_t shift,
-                           int64_t buckets) {
-  const ShardArguments arguments{"drive::shard_histogram", weights, grads, mask_grads, masks, fresh, wide};
-  arguments.check_tensors(tensors);
-  arguments.check_buckets(low, shift, buckets);
-  const DefaultRounding rounding;
-  const std::vector<Item> items = items_of(arguments);
-  std::vector<int64_t> counts(buckets);
-  if (wide) {
-    count_keys<int64_t>({items, listed, tensors}, low, static_cast<int>(shift), counts);
-  } else {
-    count_keys<int32_t>({items, listed, tensors}, static_cast<int32_t>(low), static_cast<int>(shift), counts);
-  }
-  return at::tensor(counts, at::kLong);
-}
-
 template <class Key>
 void split_keys(const Runs<Key>& runs, const std::vector<Key>& thresholds, std::vector<int64_t>& counts) {
   count_parallel(runs.size(), counts, [&](int64_t i, auto& into) {
@@ -231,28 +194,6 @@ void split_keys(const Runs<Key>& runs, const std::vector<Key>& thresholds, std::
       into[2 * item + 1] += equal;
     });
   });
-}
-
-at::Tensor shard_split(at::TensorList weights, at::TensorList grads, at::TensorList mask_grads,
-                       at::TensorList masks, bool fresh, bool wide,
-                       const MaybeTensor& listed, at::IntArrayRef tensors, at::IntArrayRef thresholds) {
-  const ShardArguments arguments{"drive::shard_split", weights, grads, mask_grads, masks, fresh, wide};
-  arguments.check_tensors(tensors);
-  arguments.check_thresholds(thresholds, tensors.size());
-  const DefaultRounding rounding;
-  const std::vector<Item> items = items_of(arguments);
-  std::vector<int64_t> counts(2 * items.size());
-  const auto split = [&](auto key) {
-    std::vector<decltype(key)> by_item(items.size());
-    for (size_t i = 0; i < tensors.size(); ++i) {
-      by_item[tensors[i]] = static_cast<decltype(key)>(thresholds[i]);
-    }
-    split_keys<decltype(key)>({items, listed, tensors}, by_item, counts);
-  };
-  wide ? split(int64_t{}) : split(int32_t{});
-  std::vector<int64_t> rows;
-  for (const int64_t t : tensors) rows.insert(rows.end(), {counts[2 * t], counts[2 * t + 1]});
-  return at::tensor(rows, at::kLong).view({-1, 2});
 }
 
 // Blocks of positions in which a tensor may have a key: all, or those beside which it is listed.
@@ -305,10 +246,90 @@ void count_ties(Item item, Key threshold, const std::vector<int64_t>& ends,
   });
 }
 
-at::Tensor shard_ties(at::TensorList weights, at::TensorList grads, at::TensorList mask_grads,
-                      at::TensorList masks, bool fresh, bool wide,
-                      const MaybeTensor& listed, at::IntArrayRef tensors, int64_t threshold,
-                      const at::Tensor& ends) {
+template <class Key>
+void apply_to(std::vector<Item> items, at::IntArrayRef thresholds, at::IntArrayRef tie_ends) {
+  std::vector<Cut<Key>> cuts;
+  for (const int32_t id : all(items)) {
+    const Key threshold = static_cast<Key>(thresholds[id]);
+    const int64_t tie_end = tie_ends[id];
+    if (tie_end > 0 && tie_end < items[id].numel()) items[id].walk_logically();
+    for (const Chunk& chunk : chunks_of(items, {id})) {
+      const auto first = static_cast<int32_t>(std::clamp<int64_t>(tie_end - chunk.begin, 0, chunk.count));
+      const Chunk ties{id, first, chunk.begin}, rest{id, chunk.count - first, chunk.begin + first};
+      if (ties.count > 0) cuts.push_back({ties, threshold});
+      if (rest.count > 0) cuts.push_back({rest, threshold + 1});
+    }
+  }
+  apply_cuts(items, cuts);
+}
+
+}  // namespace
+
+// ---- The ops ----
+
+at::Tensor shard_sample_cpu(at::TensorList weights, at::TensorList grads, at::TensorList mask_grads,
+                            at::TensorList masks, bool fresh, bool wide, int64_t count) {
+  const ShardArguments arguments{"drive::shard_sample", weights, grads, mask_grads, masks, fresh, wide};
+  arguments.check_sample(count);
+  const DefaultRounding rounding;
+  const std::vector<Item> items = items_of(arguments);
+  return wide ? sample_of<int64_t>(items, arguments.entries(), count)
+              : sample_of<int32_t>(items, arguments.entries(), count);
+}
+
+Survey shard_survey_cpu(at::TensorList weights, at::TensorList grads, at::TensorList mask_grads,
+                        at::TensorList masks, bool fresh, bool wide, int64_t low, int64_t high,
+                        int64_t room) {
+  const ShardArguments arguments{"drive::shard_survey", weights, grads, mask_grads, masks, fresh, wide};
+  arguments.check_bracket(low, high, room);
+  const DefaultRounding rounding;
+  const std::vector<Item> items = items_of(arguments);
+  return wide ? survey_of<int64_t>(items, low, high, room)
+              : survey_of<int32_t>(items, static_cast<int32_t>(low), static_cast<int32_t>(high), room);
+}
+
+at::Tensor shard_histogram_cpu(at::TensorList weights, at::TensorList grads, at::TensorList mask_grads,
+                               at::TensorList masks, bool fresh, bool wide, const MaybeTensor& listed,
+                               at::IntArrayRef tensors, int64_t low, int64_t shift, int64_t buckets) {
+  const ShardArguments arguments{"drive::shard_histogram", weights, grads, mask_grads, masks, fresh, wide};
+  arguments.check_tensors(tensors);
+  arguments.check_buckets(low, shift, buckets);
+  const DefaultRounding rounding;
+  const std::vector<Item> items = items_of(arguments);
+  std::vector<int64_t> counts(buckets);
+  if (wide) {
+    count_keys<int64_t>({items, listed, tensors}, low, static_cast<int>(shift), counts);
+  } else {
+    count_keys<int32_t>({items, listed, tensors}, static_cast<int32_t>(low), static_cast<int>(shift), counts);
+  }
+  return at::tensor(counts, at::kLong);
+}
+
+at::Tensor shard_split_cpu(at::TensorList weights, at::TensorList grads, at::TensorList mask_grads,
+                           at::TensorList masks, bool fresh, bool wide, const MaybeTensor& listed,
+                           at::IntArrayRef tensors, at::IntArrayRef thresholds) {
+  const ShardArguments arguments{"drive::shard_split", weights, grads, mask_grads, masks, fresh, wide};
+  arguments.check_tensors(tensors);
+  arguments.check_thresholds(thresholds, tensors.size());
+  const DefaultRounding rounding;
+  const std::vector<Item> items = items_of(arguments);
+  std::vector<int64_t> counts(2 * items.size());
+  const auto split = [&](auto key) {
+    std::vector<decltype(key)> by_item(items.size());
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      by_item[tensors[i]] = static_cast<decltype(key)>(thresholds[i]);
+    }
+    split_keys<decltype(key)>({items, listed, tensors}, by_item, counts);
+  };
+  wide ? split(int64_t{}) : split(int32_t{});
+  std::vector<int64_t> rows;
+  for (const int64_t t : tensors) rows.insert(rows.end(), {counts[2 * t], counts[2 * t + 1]});
+  return at::tensor(rows, at::kLong).view({-1, 2});
+}
+
+at::Tensor shard_ties_cpu(at::TensorList weights, at::TensorList grads, at::TensorList mask_grads,
+                          at::TensorList masks, bool fresh, bool wide, const MaybeTensor& listed,
+                          at::IntArrayRef tensors, int64_t threshold, const at::Tensor& ends) {
   const ShardArguments arguments{"drive::shard_ties", weights, grads, mask_grads, masks, fresh, wide};
   arguments.check_tensors(tensors);
   arguments.check_thresholds(threshold, 1);
@@ -332,27 +353,10 @@ at::Tensor shard_ties(at::TensorList weights, at::TensorList grads, at::TensorLi
   return at::tensor(counts, at::kLong);
 }
 
-template <class Key>
-void apply_to(std::vector<Item> items, at::IntArrayRef thresholds, at::IntArrayRef tie_ends) {
-  std::vector<Cut<Key>> cuts;
-  for (const int32_t id : all(items)) {
-    const Key threshold = static_cast<Key>(thresholds[id]);
-    const int64_t tie_end = tie_ends[id];
-    if (tie_end > 0 && tie_end < items[id].numel()) items[id].walk_logically();
-    for (const Chunk& chunk : chunks_of(items, {id})) {
-      const auto first = static_cast<int32_t>(std::clamp<int64_t>(tie_end - chunk.begin, 0, chunk.count));
-      const Chunk ties{id, first, chunk.begin}, rest{id, chunk.count - first, chunk.begin + first};
-      if (ties.count > 0) cuts.push_back({ties, threshold});
-      if (rest.count > 0) cuts.push_back({rest, threshold + 1});
-    }
-  }
-  apply_cuts(items, cuts);
-}
-
 // What is listed is of no use here: to read two operands again costs less than to look every entry up.
-void shard_apply(at::TensorList weights, at::TensorList grads, at::TensorList mask_grads,
-                 at::TensorList masks, bool fresh, bool wide, const MaybeTensor&, at::IntArrayRef thresholds,
-                 at::IntArrayRef tie_ends) {
+void shard_apply_cpu(at::TensorList weights, at::TensorList grads, at::TensorList mask_grads,
+                     at::TensorList masks, bool fresh, bool wide, const MaybeTensor&,
+                     at::IntArrayRef thresholds, at::IntArrayRef tie_ends) {
   const ShardArguments arguments{weights, grads, mask_grads, masks, fresh, wide, thresholds, tie_ends};
   arguments.expect_fresh_masks();
   const DefaultRounding rounding;
@@ -362,17 +366,6 @@ void shard_apply(at::TensorList weights, at::TensorList grads, at::TensorList ma
     apply_to<int32_t>(items_of(arguments), thresholds, tie_ends);
   }
   arguments.bump_versions();
-}
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(drive, CPU, m) {
-  m.impl("shard_sample", &shard_sample);
-  m.impl("shard_survey", &shard_survey);
-  m.impl("shard_histogram", &shard_histogram);
-  m.impl("shard_split", &shard_split);
-  m.impl("shard_ties", &shard_ties);
-  m.impl("shard_apply_", &shard_apply);
 }
 
 }  // namespace drive

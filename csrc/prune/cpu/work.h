@@ -1,10 +1,13 @@
 // The work list: many tensors, of any sizes and strides, as chunks of contiguous entries.
 #pragma once
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #include "common/common.h"
@@ -18,6 +21,11 @@ namespace drive {
 constexpr int64_t kChunk = 4096;
 // Chunks that are worth waking a thread for: 64 K entries, some 20 us.
 constexpr int64_t kGrain = 16;
+
+// at::empty, whose header takes two seconds to compile.
+inline at::Tensor empty(at::IntArrayRef size, at::ScalarType dtype) {
+  return at::Tensor(at::detail::empty_cpu(size, dtype));
+}
 
 enum Operand { kWeight, kGrad, kMask, kMaskGrad };
 

@@ -27,15 +27,13 @@
 // work_list.cuh: the host side. work.cuh: entries and their keys. vectors.cuh: the same, 16 bytes at a time.
 // block.cuh: what a block does together. step.cuh: what launches leave to each other. search.cuh: steps 1, 3, 4.
 // passes.cuh: steps 2, 5. Here: the launches.
-#include <ATen/ops/empty.h>
-#include <c10/cuda/CUDAGuard.h>
+#include <ATen/core/Tensor.h>
+#include <c10/core/DeviceGuard.h>
 #include <c10/cuda/CUDAStream.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <tuple>
 
-#include "common/implement.h"
 #include "prune/arguments.h"
 #include "prune/cuda/launch.cuh"
 #include "prune/cuda/passes.cuh"
@@ -44,6 +42,7 @@
 #include "prune/cuda/work.cuh"
 #include "prune/cuda/work_list.cuh"
 #include "prune/key.h"
+#include "prune/ops.h"
 #include "prune/sampling.h"
 
 namespace drive {
@@ -129,8 +128,6 @@ void select(const Step<Key>& step, int64_t tensors, int64_t blocks, cudaStream_t
   launch(cut<Key, kStage>, tensors, kThreads, stream, step);
 }
 
-using Outputs = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
-
 // Everything about a step that the host decides.
 template <class Key>
 Step<Key> planned(const PruneArguments& arguments, WorkList& list) {
@@ -155,14 +152,13 @@ Outputs run(const PruneArguments& arguments) {
   WorkList list(arguments);
   Step<Key> step = planned<Key>(arguments, list);
   const auto items = static_cast<int64_t>(list.items.size());
-  const at::TensorOptions device = arguments.weights[0].options();
-  const at::Tensor kept = at::empty({items}, device.dtype(at::kLong));
-  const at::Tensor nonfinite = at::empty({items}, device.dtype(at::kLong));
-  const at::Tensor scores = at::empty({2}, device.dtype(at::kDouble));
+  const at::Tensor& like = arguments.weights[0];
+  const at::Tensor kept = like.new_empty({items}, at::kLong), nonfinite = like.new_empty({items}, at::kLong);
+  const at::Tensor scores = like.new_empty({2}, at::kDouble);
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
   int processors = 0;
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount,
-                                        arguments.weights[0].device().index()));
+  C10_CUDA_CHECK(
+      cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, like.device().index()));
   const auto blocks = [&](int each) {
     return std::max<int64_t>(1, std::min<int64_t>(list.chunks, processors * each));
   };
@@ -172,7 +168,7 @@ Outputs run(const PruneArguments& arguments) {
   step.nonfinite_out = nonfinite.data_ptr<int64_t>();
   step.scores_out = scores.data_ptr<double>();
   const Layout layout = lay_out(step, list, survey_blocks, nullptr);
-  const at::Tensor memory = at::empty({layout.bytes}, device.dtype(at::kByte));
+  const at::Tensor memory = like.new_empty({layout.bytes}, at::kByte);
   lay_out(step, list, survey_blocks, static_cast<char*>(memory.data_ptr()));
 
   C10_CUDA_CHECK(cudaMemsetAsync(memory.data_ptr(), 0, layout.zeros, stream));
@@ -202,18 +198,16 @@ Outputs run(const PruneArguments& arguments) {
   return {kept, nonfinite, scores};
 }
 
+}  // namespace
+
 Outputs prune_cuda(at::TensorList weights, at::TensorList grads, at::TensorList mask_grads,
                    at::TensorList masks, bool fresh, int64_t prune, int64_t min_keep) {
   const PruneArguments arguments{weights, grads, mask_grads, masks, fresh, prune, min_keep};
   const bool wide = arguments.check();
-  const c10::cuda::CUDAGuard guard(weights[0].device());
+  const c10::DeviceGuard guard(weights[0].device());
   Outputs outputs = wide ? run<int64_t>(arguments) : run<int32_t>(arguments);
   arguments.bump_versions();
   return outputs;
 }
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(drive, CUDA, m) { implement<prune_cuda>(m, "prune_"); }
 
 }  // namespace drive

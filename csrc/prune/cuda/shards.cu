@@ -13,18 +13,15 @@
 // there is one for every 16 entries: half a byte an entry.
 //
 // passes.cuh: survey and apply. shard_counts.cuh: what is counted besides. checksum.cuh. Here: launches.
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
-#include <c10/cuda/CUDAGuard.h>
+#include <ATen/core/Tensor.h>
+#include <c10/core/DeviceGuard.h>
 #include <c10/cuda/CUDAStream.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <optional>
 #include <tuple>
 #include <vector>
 
-#include "common/implement.h"
 #include "prune/cuda/checksum.cuh"
 #include "prune/cuda/launch.cuh"
 #include "prune/cuda/passes.cuh"
@@ -33,6 +30,7 @@
 #include "prune/cuda/work.cuh"
 #include "prune/cuda/work_list.cuh"
 #include "prune/key.h"
+#include "prune/ops.h"
 #include "prune/shard_arguments.h"
 
 namespace drive {
@@ -45,12 +43,12 @@ constexpr int kManyBlocks = 8;
 
 // The device's part of an op: which device and stream, and its work list.
 struct OnDevice {
-  c10::cuda::CUDAGuard guard;
-  at::TensorOptions options;
+  c10::DeviceGuard guard;
+  at::Tensor like;
   cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
   int processors = 0;
 
-  explicit OnDevice(const at::Tensor& tensor) : guard(tensor.device()), options(tensor.options()) {
+  explicit OnDevice(const at::Tensor& tensor) : guard(tensor.device()), like(tensor) {
     C10_CUDA_CHECK(
         cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, tensor.device().index()));
   }
@@ -59,7 +57,7 @@ struct OnDevice {
     return std::max<int64_t>(1, std::min<int64_t>(work, static_cast<int64_t>(processors) * each));
   }
 
-  at::Tensor empty(int64_t n, at::ScalarType dtype) const { return at::empty({n}, options.dtype(dtype)); }
+  at::Tensor empty(int64_t n, at::ScalarType dtype) const { return like.new_empty({n}, dtype); }
 
   // Memory for all that `lay_out` takes from an arena.
   template <class LayOut>
@@ -127,16 +125,14 @@ at::Tensor sample_of(const ShardArguments& arguments, int64_t count) {
   return scores;
 }
 
-using Survey = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
-
 template <class Key>
 Survey survey_of(const ShardArguments& arguments, Key low, Key high, int64_t room) {
   const OnDevice device(arguments.weights[0]);
   const WorkList list(arguments);
   const auto items = static_cast<int64_t>(list.items.size());
   const int64_t blocks = device.blocks(list.chunks, kTuning<Key>.survey);
-  const at::Tensor counts = at::zeros({kCounts, items}, device.options.dtype(at::kLong));
-  const at::Tensor sum = at::empty({}, device.options.dtype(at::kDouble));
+  const at::Tensor counts = device.like.new_zeros({kCounts, items}, at::kLong);
+  const at::Tensor sum = device.like.new_empty({}, at::kDouble);
   const at::Tensor listed = device.empty(listed_bytes<Key>(list, room), at::kByte);
 
   Step<Key> step{};
@@ -243,6 +239,15 @@ void apply_to(const ShardArguments& arguments, const MaybeTensor& listed, at::In
   }
 }
 
+template <class Bits>
+void add_bits(const OnDevice& device, const at::Tensor& dense, int64_t n, Counter* sum) {
+  const int64_t threads = n / Loaded<Bits>::kEntries;
+  launch(sum_bits<Bits>, device.blocks(threads / kThreads, kManyBlocks), kThreads, device.stream,
+         data_of<char>(dense), n, sum);
+}
+
+}  // namespace
+
 // ---- The ops ----
 
 at::Tensor shard_sample_cuda(at::TensorList weights, at::TensorList grads, at::TensorList mask_grads,
@@ -267,7 +272,7 @@ at::Tensor shard_histogram_cuda(at::TensorList weights, at::TensorList grads, at
   const ShardArguments arguments{"drive::shard_histogram", weights, grads, mask_grads, masks, fresh, wide};
   arguments.check_tensors(tensors);
   arguments.check_buckets(low, shift, buckets);
-  const at::Tensor counts = at::zeros({buckets}, weights[0].options().dtype(at::kLong));
+  const at::Tensor counts = weights[0].new_zeros({buckets}, at::kLong);
   const auto count = [&](auto key) {
     using Key = decltype(key);
     ask<Key>(arguments, listed, tensors, {}, kTuning<Key>.count,
@@ -286,8 +291,7 @@ at::Tensor shard_split_cuda(at::TensorList weights, at::TensorList grads, at::Te
   const ShardArguments arguments{"drive::shard_split", weights, grads, mask_grads, masks, fresh, wide};
   arguments.check_tensors(tensors);
   arguments.check_thresholds(thresholds, tensors.size());
-  const at::Tensor counts =
-      at::zeros({static_cast<int64_t>(tensors.size()), 2}, weights[0].options().dtype(at::kLong));
+  const at::Tensor counts = weights[0].new_zeros({static_cast<int64_t>(tensors.size()), 2}, at::kLong);
   const auto count = [&](auto key) {
     using Key = decltype(key);
     ask<Key>(arguments, listed, tensors, thresholds, kManyBlocks,
@@ -307,7 +311,7 @@ at::Tensor shard_ties_cuda(at::TensorList weights, at::TensorList grads, at::Ten
   arguments.check_tensors(tensors);
   arguments.check_thresholds(threshold, 1);
   arguments.check_ends(tensors, ends);
-  const at::Tensor positions = ends.contiguous(), counts = at::zeros({ends.numel() - 1}, ends.options());
+  const at::Tensor positions = ends.contiguous(), counts = ends.new_zeros({ends.numel() - 1});
   const auto count = [&](auto key) {
     using Key = decltype(key);
     ask<Key>(arguments, listed, tensors, threshold, kManyBlocks,
@@ -332,16 +336,9 @@ void shard_apply_cuda(at::TensorList weights, at::TensorList grads, at::TensorLi
   arguments.bump_versions();
 }
 
-template <class Bits>
-void add_bits(const OnDevice& device, const at::Tensor& dense, int64_t n, Counter* sum) {
-  const int64_t threads = n / Loaded<Bits>::kEntries;
-  launch(sum_bits<Bits>, device.blocks(threads / kThreads, kManyBlocks), kThreads, device.stream,
-         data_of<char>(dense), n, sum);
-}
-
 at::Tensor checksum_cuda(at::TensorList inputs) {
   const OnDevice device(inputs[0]);
-  const at::Tensor sums = at::zeros({static_cast<int64_t>(inputs.size())}, device.options.dtype(at::kLong));
+  const at::Tensor sums = inputs[0].new_zeros({static_cast<int64_t>(inputs.size())}, at::kLong);
   auto* sum = data_of<Counter>(sums);
   for (const at::Tensor& input : inputs) {
     check_checksum(input);
@@ -357,18 +354,6 @@ at::Tensor checksum_cuda(at::TensorList inputs) {
   launch(scramble_sums<Counter>, 1, kThreads, device.stream, data_of<Counter>(sums),
          static_cast<int>(sums.numel()));
   return sums;
-}
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(drive, CUDA, m) {
-  implement<shard_sample_cuda>(m, "shard_sample");
-  implement<shard_survey_cuda>(m, "shard_survey");
-  implement<shard_histogram_cuda>(m, "shard_histogram");
-  implement<shard_split_cuda>(m, "shard_split");
-  implement<shard_ties_cuda>(m, "shard_ties");
-  implement<shard_apply_cuda>(m, "shard_apply_");
-  implement<checksum_cuda>(m, "checksum");
 }
 
 }  // namespace drive

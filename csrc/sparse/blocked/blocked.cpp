@@ -2,15 +2,18 @@
 //
 // Batch normalisation goes channel by channel: all images' planes of one channel fit the L2 cache, so that
 // mean, variance and output, three passes, read memory once. Lanes beyond the batch stay 0.
-#include <ATen/ATen.h>
+#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
-#include <torch/library.h>
+#include <ATen/core/Tensor.h>
 
+#include <algorithm>
 #include <array>
+#include <cmath>
 #include <limits>
 #include <tuple>
 
 #include "common/recycle.h"
+#include "sparse/ops.h"
 #include "sparse/blocked/isa.h"
 #include "sparse/layout.h"
 
@@ -36,6 +39,40 @@ Window whole_plane(int64_t height, int64_t width) {
   window.move(0);
   return window;
 }
+
+// A channel's part of a blocked tensor: one plane a block.
+template <class T>
+struct Channel {
+  const Images<T>& images;
+  int64_t channel, batch;
+
+  int64_t last() const { return images.blocks() - 1; }
+  int lanes(int64_t block) const {
+    return static_cast<int>(std::min<int64_t>(kLanes, batch - block * kLanes));
+  }
+  T* plane(int64_t block) const { return images.at(block, channel); }
+
+  // Sum over the batch of what add(block, sums) adds to lanes.
+  template <class Add>
+  double sum(const Add& add) const {
+    double total = 0;
+    for (int64_t block = 0; block <= last(); ++block) {
+      std::array<T, kLanes> sums{};
+      add(block, sums.data());
+      for (int lane = 0; lane < lanes(block); ++lane) total += sums[lane];
+    }
+    return total;
+  }
+
+  // A factor for each lane: 0 beyond the batch.
+  std::array<T, kLanes> spread(int64_t block, double value) const {
+    std::array<T, kLanes> factors{};
+    std::fill_n(factors.begin(), lanes(block), static_cast<T>(value));
+    return factors;
+  }
+};
+
+}  // namespace
 
 at::Tensor to_blocks_cpu(const at::Tensor& input) {
   constexpr const char* op = "drive::to_blocks";
@@ -76,43 +113,8 @@ at::Tensor from_blocks_cpu(const at::Tensor& input, int64_t batch) {
   return output;
 }
 
-// A channel's part of a blocked tensor: one plane a block.
-template <class T>
-struct Channel {
-  const Images<T>& images;
-  int64_t channel, batch;
-
-  int64_t last() const { return images.blocks() - 1; }
-  int lanes(int64_t block) const {
-    return static_cast<int>(std::min<int64_t>(kLanes, batch - block * kLanes));
-  }
-  T* plane(int64_t block) const { return images.at(block, channel); }
-
-  // Sum over the batch of what add(block, sums) adds to lanes.
-  template <class Add>
-  double sum(const Add& add) const {
-    double total = 0;
-    for (int64_t block = 0; block <= last(); ++block) {
-      std::array<T, kLanes> sums{};
-      add(block, sums.data());
-      for (int lane = 0; lane < lanes(block); ++lane) total += sums[lane];
-    }
-    return total;
-  }
-
-  // A factor for each lane: 0 beyond the batch.
-  std::array<T, kLanes> spread(int64_t block, double value) const {
-    std::array<T, kLanes> factors{};
-    std::fill_n(factors.begin(), lanes(block), static_cast<T>(value));
-    return factors;
-  }
-};
-
-using Normed = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
-
 Normed blocked_norm_cpu(const at::Tensor& input, int64_t batch, const at::Tensor& weight,
-                        const at::Tensor& bias,
-                        double eps, const std::optional<at::Tensor>& residual, bool relu) {
+                        const at::Tensor& bias, double eps, const Maybe& residual, bool relu) {
   constexpr const char* op = "drive::blocked_norm";
   check_blocked(op, "input", input, batch);
   const at::Tensor x = input.contiguous(), w = weight.contiguous(), b = bias.contiguous();
@@ -120,7 +122,7 @@ Normed blocked_norm_cpu(const at::Tensor& input, int64_t batch, const at::Tensor
   TORCH_CHECK_VALUE(!residual || r.sizes() == x.sizes(), op, ": residual must have shape ", x.sizes(),
                     ", got ", residual ? r.sizes() : x.sizes());
   at::Tensor output = empty_recycled(x.sizes(), x.options());
-  at::Tensor mean = at::empty({x.size(1)}, x.options()), var = at::empty_like(mean);
+  at::Tensor mean = x.new_empty({x.size(1)}), var = x.new_empty({x.size(1)});
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), op, [&] {
     const Images<scalar_t> in(x), out(output);
     const auto& kernels = blocked_kernels<scalar_t>();
@@ -153,19 +155,17 @@ Normed blocked_norm_cpu(const at::Tensor& input, int64_t batch, const at::Tensor
   return {output, mean, var};
 }
 
-using NormGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-
 NormGradients blocked_norm_backward_cpu(const at::Tensor& grad, const at::Tensor& input, int64_t batch,
                                         const at::Tensor& weight, double eps, const at::Tensor& mean,
-                                        const at::Tensor& var, const std::optional<at::Tensor>& output,
+                                        const at::Tensor& var, const Maybe& output,
                                         bool residual) {
   constexpr const char* op = "drive::blocked_norm_backward";
   check_blocked(op, "grad", grad, batch);
   const at::Tensor g = grad.contiguous(), x = input.contiguous(), w = weight.contiguous();
   const at::Tensor y = output ? output->contiguous() : at::Tensor();
   at::Tensor to_input = empty_recycled(x.sizes(), x.options());
-  at::Tensor to_residual = residual ? empty_recycled(x.sizes(), x.options()) : at::empty({0}, x.options());
-  at::Tensor to_weight = at::empty({x.size(1)}, x.options()), to_bias = at::empty_like(to_weight);
+  at::Tensor to_residual = residual ? empty_recycled(x.sizes(), x.options()) : x.new_empty({0});
+  at::Tensor to_weight = x.new_empty({x.size(1)}), to_bias = x.new_empty({x.size(1)});
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), op, [&] {
     const Images<scalar_t> in(x), from(g), to(to_input);
     const auto& kernels = blocked_kernels<scalar_t>();
@@ -202,15 +202,6 @@ NormGradients blocked_norm_backward_cpu(const at::Tensor& grad, const at::Tensor
     });
   });
   return {to_input, to_weight, to_bias, to_residual};
-}
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(drive, CPU, m) {
-  m.impl("to_blocks", &to_blocks_cpu);
-  m.impl("from_blocks", &from_blocks_cpu);
-  m.impl("blocked_norm", &blocked_norm_cpu);
-  m.impl("blocked_norm_backward", &blocked_norm_backward_cpu);
 }
 
 }  // namespace drive

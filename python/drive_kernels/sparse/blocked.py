@@ -135,7 +135,7 @@ for _name, _fake, _reference in (
 ):
     serve(_name, _fake, _reference)
 
-# Their gradients are registered in csrc/sparse/blocked/autograd.cpp.
+# Their gradients are registered in csrc/sparse/ops.cpp.
 
 # Under autocast computed in float32, as all sparse ops (conv.py).
 for _name in ("to_blocks", "blocked_norm"):

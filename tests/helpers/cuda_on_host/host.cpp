@@ -1,11 +1,8 @@
 // csrc/**/*.cu as a Python module, and kernels with mistakes that the emulation must notice.
-#include <torch/extension.h>
-#include <torch/library.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
 
-#undef TORCH_LIBRARY_IMPL  // nothing here serves CUDA tensors
-#define TORCH_LIBRARY_IMPL(space, key, m) \
-  [[maybe_unused]] void C10_CONCATENATE(not_registered, C10_UID)(torch::Library& m)
-
+#include "common/implement.h"
 #include "prune/cuda/prune.cu"
 #include "prune/cuda/shards.cu"
 

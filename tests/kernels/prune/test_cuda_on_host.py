@@ -40,7 +40,7 @@ HERE = ROOT / "tests" / "helpers" / "cuda_on_host"
 
 @pytest.fixture(scope="module")
 def host() -> ModuleType:
-    """The module, built again whenever a source changes: 20 seconds."""
+    """The module, built again whenever a source changes: 15 seconds."""
     sources = sorted([*HERE.rglob("*.*"), *(ROOT / "csrc").rglob("*.*")])
     state = hashlib.sha256(b"".join(path.read_bytes() for path in sources) + torch.__version__.encode())
     library = ROOT / "build" / "cuda_on_host" / f"cuda_on_host-{state.hexdigest()[:16]}.so"

@@ -1,0 +1,37 @@
+// Registers the kernels of this folder's ops. In a file of its own: torch/library.h takes seconds to compile, in
+// CUDA for every architecture.
+#include "prune/ops.h"
+
+#include <torch/library.h>
+
+#if defined(DRIVE_WITH_CUDA)
+#include "common/implement.h"
+#endif
+
+namespace drive {
+
+TORCH_LIBRARY_IMPL(drive, CPU, m) {
+  m.impl("prune_", &prune_cpu);
+  m.impl("shard_sample", &shard_sample_cpu);
+  m.impl("shard_survey", &shard_survey_cpu);
+  m.impl("shard_histogram", &shard_histogram_cpu);
+  m.impl("shard_split", &shard_split_cpu);
+  m.impl("shard_ties", &shard_ties_cpu);
+  m.impl("shard_apply_", &shard_apply_cpu);
+  m.impl("checksum", &checksum_cpu);
+}
+
+#if defined(DRIVE_WITH_CUDA)
+TORCH_LIBRARY_IMPL(drive, CUDA, m) {
+  implement<prune_cuda>(m, "prune_");
+  implement<shard_sample_cuda>(m, "shard_sample");
+  implement<shard_survey_cuda>(m, "shard_survey");
+  implement<shard_histogram_cuda>(m, "shard_histogram");
+  implement<shard_split_cuda>(m, "shard_split");
+  implement<shard_ties_cuda>(m, "shard_ties");
+  implement<shard_apply_cuda>(m, "shard_apply_");
+  implement<checksum_cuda>(m, "checksum");
+}
+#endif
+
+}  // namespace drive
