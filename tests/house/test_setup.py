@@ -1,4 +1,4 @@
-"""setup.py: for which architectures it builds, with what nvcc knows, and with which flags; nothing is compiled."""
+"""setup.py: for which architectures it builds, with what nvcc knows and which flags; nothing is compiled."""
 
 from __future__ import annotations
 
