@@ -123,7 +123,7 @@ def prune(
             structure=structure, min_keep=min_keep, accumulate=accumulate, seed=seed, autocast=autocast,
             capture=capture,
         )  # fmt: skip
-        selection = Selection(model, weights, structure, plan.scope, sparsity, min_keep, team)
+        selection = Selection(model, weights, plan.structure, plan.scope, plan.sparsity, plan.min_keep, team)
         if masks is not None:
             masks = selection.begun(masks)
         said += [*plan.said, *selection.said]
@@ -131,21 +131,21 @@ def prune(
     _log.info("%s", plan)
 
     chosen, device = plan.method, plan.device
-    eager = loss_gradients(model, weights, loss_fn, autocast)
+    eager = loss_gradients(model, weights, loss_fn, plan.autocast)
     checks = LateChecks(steps_late=1 if device.type == "cuda" else 0)
     groups = [selection.groups(step) for step in plan.steps]
     with (
         undone_on_error(model, None if plan.trains else weights),
-        seeded(seed, device),
+        seeded(plan.seed, device),
         nullcontext() if plan.trains else scoring(model, weights),  # once for all iterations
         captured(eager, plan.capture, plan.iterations) as gradients_of,
     ):
         problem = Problem(
             model, weights, together_from(team, endless(batches, device)), loss_fn, gradients_of,
-            train=train or sgd_epoch(batches, loss_fn), accumulate=plan.accumulate, sparsity=sparsity,
+            train=train or sgd_epoch(batches, loss_fn), accumulate=plan.accumulate, sparsity=plan.sparsity,
             iteration=0, iterations=plan.iterations, masks=masks,
         )  # fmt: skip
-        shown = tracked(groups, f"{chosen.name} to {sparsity:.2%}") if progress else groups
+        shown = tracked(groups, f"{chosen.name} to {plan.sparsity:.2%}") if progress else groups
         for number, some in enumerate(shown, start=1):
             problem = replace(problem, iteration=number)
             chosen.before(problem)
