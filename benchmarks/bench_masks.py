@@ -25,7 +25,8 @@ class Work:
 
     def __init__(self, size: Size, device: str):
         inputs = Inputs(size.shapes, torch.float32, device)
-        self.weights = {str(i): nn.Parameter(weight) for i, weight in enumerate(inputs.weights)}
+        self.model = nn.ParameterDict({str(i): nn.Parameter(w) for i, w in enumerate(inputs.weights)})
+        self.weights = dict(self.model.items())
         self.grads, self.entries = inputs.grads, inputs.entries
         self.masks: Masks = fused_drive_prune(self.weights, self.grads, sparsity=0.9).masks
 
@@ -55,7 +56,7 @@ def work(size: Size, device: str) -> Work:
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_optimizer_step(timed, work: Work, kind: str, held: bool):
     optimizer = OPTIMIZERS[kind](work.weights.values())
-    with work.masks.attach(work.weights, optimizer) if held else nullcontext():
+    with work.masks.attach(work.model, optimizer) if held else nullcontext():
         work.step(optimizer)
         assert any(map(torch.any, work.pruned(optimizer))) != held
         group = f"Gradients and a step of {kind}, {work.entries:,} weights, 90 % pruned"

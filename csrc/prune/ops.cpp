@@ -19,6 +19,7 @@ TORCH_LIBRARY_IMPL(drive, CPU, m) {
   m.impl("shard_ties", &shard_ties_cpu);
   m.impl("shard_apply_", &shard_apply_cpu);
   m.impl("checksum", &checksum_cpu);
+  m.impl("zero_pruned_", &zero_pruned_cpu);
 }
 
 #if defined(DRIVE_WITH_CUDA)

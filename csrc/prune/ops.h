@@ -33,6 +33,7 @@ using ShardApply = void(at::TensorList weights, at::TensorList grads, at::Tensor
                         at::TensorList masks, bool fresh, bool wide, const MaybeTensor& listed,
                         at::IntArrayRef thresholds, at::IntArrayRef tie_ends);
 using Checksum = at::Tensor(at::TensorList inputs);
+using ZeroPruned = void(at::TensorList tensors, at::TensorList masks);
 
 Prune prune_cpu, prune_cuda;
 ShardSample shard_sample_cpu, shard_sample_cuda;
@@ -42,5 +43,6 @@ ShardSplit shard_split_cpu, shard_split_cuda;
 ShardTies shard_ties_cpu, shard_ties_cuda;
 ShardApply shard_apply_cpu, shard_apply_cuda;
 Checksum checksum_cpu, checksum_cuda;
+ZeroPruned zero_pruned_cpu;
 
 }  // namespace drive

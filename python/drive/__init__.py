@@ -3,6 +3,7 @@
 from . import methods, reference, schedules, sparse
 from .collapse import Collapse, collapse
 from .fused import fused_drive_prune
+from .holding import register_optimizer
 from .masks import Masks
 from .prune import prune
 from .result import PruneResult
@@ -10,5 +11,5 @@ from .result import PruneResult
 __version__ = "0.1.0"
 __all__ = [
     "Collapse", "Masks", "PruneResult", "collapse", "fused_drive_prune", "methods", "prune", "reference",
-    "schedules", "sparse",
+    "register_optimizer", "schedules", "sparse",
 ]  # fmt: skip

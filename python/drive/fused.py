@@ -15,7 +15,8 @@ from .distributed.placement import distributed_like, is_dtensor, local
 from .distributed.shards import Shards
 from .distributed.step import sharded_step
 from .distributed.team import Said, Team, team_of, together
-from .masks import Masks, zero_pruned_
+from .holding.zero import zero_pruned_
+from .masks import Masks
 from .result import PruneResult
 from .targets.targets import Include, Operands, Target, Tensors, operands
 
@@ -179,8 +180,8 @@ class Step:
         else:
             kept, nonfinite, scores, bad_ranks = sharded_step(shards, *arguments)
         if found.scores is not None:  # the op has zeroed these
-            for weight, mask in zip(weights, self._masks, strict=True):
-                zero_pruned_(weight, mask)
+            zero_pruned_(zip(weights, self._masks, strict=True))
+        torch.autograd.graph.increment_version(self._masks)  # which the op does not: copies are kept of them
         masks = Masks(dict(zip(found.weights, self._masks, strict=True)))
         result = PruneResult(masks, kept, nonfinite, scores, sizes, bad_ranks)
         if check_finite:

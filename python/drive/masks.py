@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -14,11 +13,14 @@ import safetensors
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.optim import Optimizer
 from typing_extensions import Self
 
 from .bits import FORMAT, write_packed, write_sharded
 from .distributed.placement import check_placed, distributed_like, is_dtensor, local, reshard, sharded_like
+from .holding.attachment import Attachment, innermost
+from .holding.hold import OnRevived
+from .holding.zero import zero_pruned_
 from .targets.targets import Include, Target, prunable, unwrap
 
 
@@ -88,27 +90,59 @@ class Masks(Mapping[str, Tensor]):
         Raises:
             ValueError: a name is missing in the model, or a shape differs; nothing is changed then.
         """
-        for weight, mask in self._pairs(model, "Masks.apply_"):
-            zero_pruned_(weight, mask)
+        zero_pruned_(self._pairs(model, "Masks.apply_"))
         return self
 
-    def attach(self, model: nn.Module, optimizer: Optimizer | None = None) -> Attachment:
-        """Keep pruned weights at exactly 0 while the model trains.
+    def attach(
+        self, model: nn.Module, optimizer: Optimizer | None = None, *, on_revived: OnRevived = "zero"
+    ) -> Attachment:
+        """Keep pruned weights at exactly 0 while the model trains, however it is trained.
 
-        Gradients of pruned weights become 0 as soon as they are accumulated (so norms and clipping
-        see the sparse model), and after every optimizer step the pruned entries of the weights and
-        of the optimizer's state (momentum, Adam's moments, whatever existed before) are set to 0.
+        Gradients of pruned weights become 0 as soon as they are accumulated (so norms and clipping see the
+        sparse model), and after every optimizer step the pruned entries of the weights and of what is known
+        to be entry-wise in the optimizer's state (momentum, Adam's moments, whatever existed before;
+        `drive.register_optimizer`) are set to 0. What something else writes into pruned weights (an optimizer
+        over float32 copies of them, an average of weights from before) is found before the next forward pass.
+
+        It belongs to the model's modules: it ends with them, copies and pickles of them are held, too, and so
+        is what `load_state_dict` loads. docs/training.md has the table of loops, wrappers and optimizers.
+        Masks that are attached later are held beside those of before.
 
         Args:
             model: the model whose parameters these masks name.
-            optimizer: whose steps to watch; default: every optimizer that holds such a parameter.
+            optimizer: one that exists already, to zero its state now; its steps are seen in any case.
+            on_revived: what to do before a forward pass when pruned weights are not zero: "zero" them, with a
+                warning to the logger, or raise an "error".
 
         Returns:
-            A handle: `handle.remove()`, or use it as a context manager.
+            A handle: `handle.remove()`, or use it as a context manager. It need not be kept.
+
+        Raises:
+            ValueError: a name is missing in the model, or a shape differs; `on_revived` is neither.
+            TypeError: the model is no module, or the optimizer none.
+            RuntimeError: later, in a step: a weight has been replaced by one that its mask does not fit;
+                before a forward pass: pruned weights are not zero, and `on_revived` is "error".
         """
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"Masks.attach: model must be a module, got {type(model).__name__}")
+        if on_revived not in ("zero", "error"):
+            raise ValueError(f"Masks.attach: on_revived must be 'zero' or 'error', got {on_revived!r}")
+        if optimizer is not None:
+            innermost(optimizer)
         pairs = self._pairs(model, "Masks.attach")
-        self.apply_(model)
-        return Attachment(pairs, optimizer)
+        places: dict[int, list[tuple[nn.Module, str]]] = {}  # of a tied weight there are several
+        for module in unwrap(model).modules():
+            for key, weight in module._parameters.items():
+                places.setdefault(id(weight), []).append((module, key))
+        owned = [
+            (module, key, name, mask)
+            for name, (weight, mask) in zip(self, pairs, strict=True)
+            for module, key in places[id(weight)]
+        ]
+        attachment = Attachment(unwrap(model), owned, on_revived)
+        if optimizer is not None:
+            attachment.clear(optimizer)
+        return attachment
 
     def state_dict(self) -> dict[str, Tensor]:
         """The mask tensors by name (shared, not copied)."""
@@ -188,70 +222,6 @@ class Masks(Mapping[str, Tensor]):
             _check_shape(op, name, mask, weights[name])
             check_placed(op, name, mask, weights[name])
         return [(weights[name], mask) for name, mask in self.items()]
-
-
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def zero_pruned_(tensor: Tensor, mask: Tensor) -> None:
-    """Set the entries where the mask is False to +0, in place.
-
-    By their bits: on a CPU masked_fill_ branches at every entry (15 M of them: 28 against 5 ms), and a
-    product with the mask would keep NaN and signs.
-    """
-    bits = local(tensor).view(_BITS[tensor.element_size()])
-    bits.bitwise_and_(local(mask).to(bits.device, bits.dtype).neg_())
-
-
-class Attachment:
-    """Hooks that keep pruned weights at zero; made by `Masks.attach`."""
-
-    def __init__(self, pairs: list[tuple[Tensor, Tensor]], optimizer: Optimizer | None):
-        self._masks = {id(weight): mask for weight, mask in pairs}
-        self._handles: list[Any] = [
-            weight.register_post_accumulate_grad_hook(self._clear_gradient)
-            for weight, _ in pairs
-            if weight.requires_grad
-        ]
-        for weight, _ in pairs:
-            if weight.grad is not None:
-                self._clear_gradient(weight)
-        if optimizer is None:
-            self._handles.append(register_optimizer_step_post_hook(self._clear_after_step))
-        else:
-            self._clear_after_step(optimizer)
-            self._handles.append(optimizer.register_step_post_hook(self._clear_after_step))
-
-    def remove(self) -> None:
-        """Stop watching; the weights stay as they are."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.remove()
-
-    @torch.no_grad()
-    def _clear_gradient(self, weight: Tensor) -> None:
-        mask = self._masks.get(id(weight))
-        if mask is not None and weight.grad is not None:
-            zero_pruned_(weight.grad, mask)
-
-    @torch.no_grad()
-    def _clear_after_step(self, optimizer: Optimizer, *_: object) -> None:
-        for weight in (w for group in optimizer.param_groups for w in group["params"]):
-            mask = self._masks.get(id(weight))
-            if mask is None:
-                continue
-            zero_pruned_(weight, mask)
-            for state in optimizer.state.get(weight, {}).values():
-                if isinstance(state, Tensor) and state.shape == weight.shape:
-                    zero_pruned_(state, mask)
 
 
 def _unpack(name: str, packed: np.ndarray[Any, Any], shape: list[int]) -> Tensor:

@@ -12,7 +12,8 @@ from .distributed.placement import check_placed, is_dtensor, local
 from .distributed.shards import Shards
 from .distributed.team import Said, Team, together
 from .fused import Step
-from .masks import Masks, zero_pruned_
+from .holding.zero import zero_pruned_
+from .masks import Masks
 from .methods.base import Ranking
 from .result import PruneResult
 from .targets import scopes, structures
@@ -136,9 +137,9 @@ class Selection:
         min_keep = structure.units_to_keep(self.min_keep)
         find = partial(Operands, units, [], [], ranked)
         result = self._take(find, prune + sum(guarded), Masks(open_), min_keep)
-        for name, weight in weights.items():
+        for name in weights:
             alive[name].copy_(structure.expand(result.masks[name] | safe[name], self.axes[name]))
-            zero_pruned_(weight, alive[name])
+        zero_pruned_((weight, alive[name]) for name, weight in weights.items())
         kept = (result._kept + torch.tensor(guarded, device=result._kept.device)) * structure.size
         return PruneResult(alive, kept, bad, result._scores)
 

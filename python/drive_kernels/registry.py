@@ -51,6 +51,7 @@ OPS = {
     "shard_ties": Op(("cpu", "cuda")),
     "shard_apply_": Op(("cpu", "cuda")),
     "checksum": Op(("cpu", "cuda")),
+    "zero_pruned_": Op(("cpu",)),
     "masked_linear": Op((), "linear.masked_triton"),
     "masked_linear_backward": Op((), "linear.masked_triton"),
     "masked_conv2d": Op((), "linear.masked_triton"),

@@ -1,4 +1,5 @@
-"""drive::prune_, one exact global pruning step, and its pieces for tensors on several ranks."""
+"""drive::prune_, one exact global pruning step, its pieces for tensors on several ranks, and masks held."""
 
 from . import op as op
 from . import shards as shards
+from . import zero as zero

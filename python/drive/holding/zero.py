@@ -1,0 +1,36 @@
+"""Pruned entries set to zero, of many tensors at once and wherever they lie."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+import drive_kernels  # noqa: F401  (defines torch.ops.drive)
+from drive.distributed.placement import local
+
+
+@torch.no_grad()
+def zero_pruned_(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Set the entries of tensors where their masks are False to +0, in place; NaN and infinities, too.
+
+    Args:
+        pairs: a tensor (float32, bfloat16, float16, float64) and its mask (bool, of its shape). Of DTensors,
+            this rank's parts. A mask that is elsewhere is copied to the tensor's device.
+    """
+    found: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = {}
+    for tensor, mask in pairs:
+        here = local(tensor)
+        tensors, masks = found.setdefault(here.device, ([], []))
+        tensors.append(here)
+        masks.append(local(mask).to(here.device))
+    for tensors, masks in found.values():
+        torch.ops.drive.zero_pruned_(tensors, masks)
+
+
+@torch.no_grad()
+def revived(tensor: Tensor, mask: Tensor) -> int:
+    """How many entries are not zero although their mask is False. The host waits for the device."""
+    here = local(tensor)
+    return int(torch.count_nonzero(here.masked_fill(local(mask).to(here.device), 0)))
