@@ -25,8 +25,8 @@ class Work:
 
     def __init__(self, size: Size, device: str):
         inputs = Inputs(size.shapes, torch.float32, device)
-        self.model = nn.ParameterDict({str(i): nn.Parameter(w) for i, w in enumerate(inputs.weights)})
-        self.weights = dict(self.model.items())
+        self.model = nn.ParameterList(map(nn.Parameter, inputs.weights))
+        self.weights = dict(self.model.named_parameters())
         self.grads, self.entries = inputs.grads, inputs.entries
         self.masks: Masks = fused_drive_prune(self.weights, self.grads, sparsity=0.9).masks
 

@@ -15,8 +15,13 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 
+_PLAIN = (Tensor, nn.Parameter)
+
+
 def is_dtensor(tensor: object) -> TypeGuard[DTensor]:
     """Is it a DTensor? `import drive` does not import them: where nobody has, there are none."""
+    if type(tensor) in _PLAIN:  # the answer in a tenth of the time
+        return False
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 

@@ -63,7 +63,7 @@ class Hold:
         device = self.param.device
         if self.mask.device == device:
             return self.mask
-        state = device, _version(self.mask)
+        state = device, *_state(self.mask)
         if self._copied is None or self._copied[0] != state:
             self._copied = state, self.mask.to(device)
         return self._copied[1]
@@ -120,7 +120,7 @@ class Hold:
 
     def settle(self) -> None:
         """Its pruned entries are zero now: remember in what state it is."""
-        self._version, self._pointer = _version(self.param), _pointer(self.param)
+        self._state = _state(self.param)
         self._due = False
 
     def touched(self) -> bool:
@@ -134,7 +134,7 @@ class Hold:
             return False  # another tensor stands in for a while: torch.func.functional_call, FSDP2
         if self._hook is None:
             self.watch_gradient()
-        return self._due or self._version != _version(self.param) or self._pointer != _pointer(self.param)
+        return self._due or self._state != _state(self.param)
 
     def stepped(self) -> None:
         """An optimizer that was seen has updated it, and its pruned entries are zero again."""
@@ -156,7 +156,6 @@ class Hold:
         return count
 
 
-@torch.no_grad()
 def _clear_gradient(reference: weakref.ref[Hold], param: Tensor) -> None:
     hold = reference()
     if hold is None or hold.param is not param:
@@ -173,9 +172,6 @@ def _clear_gradient(reference: weakref.ref[Hold], param: Tensor) -> None:
     zero_pruned_([(grad, hold.mask_there)])
 
 
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
-
-
-def _pointer(param: Tensor) -> int:
-    return local(param).data_ptr()
+def _state(tensor: Tensor) -> tuple[int, int]:
+    """What changes when it is written to, or its memory replaced; not when `.data` is written to."""
+    return 0 if tensor.is_inference() else tensor._version, local(tensor).data_ptr()

@@ -11,7 +11,6 @@ import drive_kernels  # noqa: F401  (defines torch.ops.drive)
 from drive.distributed.placement import local
 
 
-@torch.no_grad()
 def zero_pruned_(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
     """Set the entries of tensors where their masks are False to +0, in place; NaN and infinities, too.
 
@@ -21,12 +20,13 @@ def zero_pruned_(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
     """
     found: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = {}
     for tensor, mask in pairs:
-        here = local(tensor)
+        here, its = local(tensor), local(mask)
         tensors, masks = found.setdefault(here.device, ([], []))
         tensors.append(here)
-        masks.append(local(mask).to(here.device))
-    for tensors, masks in found.values():
-        torch.ops.drive.zero_pruned_(tensors, masks)
+        masks.append(its if its.device == here.device else its.to(here.device))
+    with torch.no_grad():
+        for tensors, masks in found.values():
+            torch.ops.drive.zero_pruned_.default(tensors, masks)
 
 
 @torch.no_grad()
