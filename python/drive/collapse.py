@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._scoring.loss import tensors_in
 from .masks import Masks
 from .targets.targets import unwrap
 
@@ -46,7 +47,7 @@ def collapse(model: nn.Module, masks: Masks, inputs: Any) -> Collapse:
 
     Raises:
         ValueError: the masks are of another model.
-        TypeError: the model does not return a tensor, or a dict or tuple of some.
+        TypeError: there is no floating-point tensor in what the model returns.
     """
     positive = copy.deepcopy(unwrap(model)).double().eval()
     devices = {w.device for w in positive.parameters() if w.is_cuda}
@@ -56,8 +57,10 @@ def collapse(model: nn.Module, masks: Masks, inputs: Any) -> Collapse:
         _make_positive(positive, masks)
         masks.apply_(positive)
         outputs = positive(_noise(inputs))
+        if not (found := tensors_in(outputs)):
+            raise TypeError(f"collapse: the model must return tensors, got {type(outputs).__name__}")
         weights = {name: positive.get_parameter(name) for name in masks}
-        total = torch.stack([out.sum() for out in _tensors(outputs)]).sum()
+        total = torch.stack([out.sum() for out in found]).sum()
         grads = torch.autograd.grad(total, list(weights.values()), allow_unused=True)
     kept = {name: int(mask.sum()) for name, mask in masks.items()}
     effective = {
@@ -96,13 +99,3 @@ def _noise(inputs: Any) -> Any:
     if isinstance(inputs, Mapping):
         return {name: _noise(value) for name, value in inputs.items()}
     return type(inputs)(map(_noise, inputs)) if isinstance(inputs, list | tuple) else inputs
-
-
-def _tensors(outputs: Any) -> list[Tensor]:
-    if isinstance(outputs, Tensor):
-        return [outputs]
-    parts = list(outputs.values()) if isinstance(outputs, Mapping) else outputs
-    found = [part for part in parts if isinstance(part, Tensor)] if isinstance(parts, list | tuple) else []
-    if not found:
-        raise TypeError(f"collapse: the model must return tensors, got {type(outputs).__name__}")
-    return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -15,7 +15,8 @@ from . import schedules
 from ._scoring.capture import Capture, captured
 from ._scoring.feed import endless
 from ._scoring.finite import LateChecks
-from ._scoring.gradients import Batch, LossFn, loss_gradients
+from ._scoring.gradients import loss_gradients
+from ._scoring.loss import Batch, ComputeLoss, Loss, LossFn
 from ._scoring.restore import scoring, seeded, undone_on_error
 from ._scoring.sgd import Train, sgd_epoch
 from .distributed.placement import is_dtensor
@@ -24,6 +25,7 @@ from .masks import Masks
 from .methods.base import Method, Problem
 from .plan import Plan
 from .progress import tracked
+from .result import PruneResult
 from .rounds import Selection
 from .targets.targets import Include, prunable
 
@@ -33,9 +35,10 @@ _log = logging.getLogger(__name__)
 def prune(
     model: nn.Module,
     batches: Iterable[Batch],
-    loss_fn: LossFn,
+    loss_fn: LossFn | None = None,
     *,
     sparsity: float,
+    compute_loss: ComputeLoss | None = None,
     method: str | Method = "drive",
     iterations: int | None = None,
     schedule: str | schedules.Schedule | None = None,
@@ -50,6 +53,7 @@ def prune(
     seed: int = 0,
     autocast: torch.dtype | None = None,
     capture: Capture = "auto",
+    on_step: Callable[[PruneResult], object] | None = None,
     progress: bool = True,
 ) -> Masks:
     """Prune a model to `sparsity` in place, by a named method, and return the masks.
@@ -68,10 +72,14 @@ def prune(
 
     Args:
         model: the model; for DRIVE after its dense warm-up, for SNIP at initialisation.
-        batches: any iterable of (inputs, targets), a DataLoader say; started again when short. Both may
-            be tensors or tuples, lists and dicts of them; they are copied to the weights' device, on
-            CUDA while it computes (at its best from pinned memory).
-        loss_fn: (model(inputs), targets) -> scalar loss.
+        batches: any iterable of batches, a DataLoader say; started again when short. A batch is (inputs,
+            targets), of which both may be tensors or tuples, lists and dicts of them; or a mapping of the
+            model's arguments, with labels, so that `model(**batch)` gives the loss (as `.loss`, `["loss"]` or
+            a dict of losses to be added up); or, with `compute_loss`, anything. They are copied to the
+            weights' device, on CUDA while it computes (at its best from pinned memory).
+        loss_fn: (model(inputs), targets) -> scalar loss. None: the model's own, of batches that are mappings.
+        compute_loss: (model, batch) -> scalar loss, in place of `loss_fn`: for every other form of batches.
+            As in transformers' Trainer, whose bound method can be given.
         sparsity: final fraction of zeros over all prunable entries, 0 <= sparsity < 1.
         method: a name in `drive.methods.names()` or an instance.
         iterations: how often to score and prune. Default: the method's own (DRIVE 100, SNIP 1).
@@ -103,6 +111,8 @@ def prune(
             same results in less time. "auto": where the model allows it and there are enough
             iterations; otherwise they stay eager, and the logger `drive.capture` says why. True: it
             must be possible. What the model decides in Python, once captured, is decided for good.
+        on_step: called with each iteration's `PruneResult` once its masks are applied: for curves and logs.
+            If it raises, all is undone.
         progress: tell how far it is, on stderr if that is a terminal: by a bar if rich is installed, else by
             a line every few seconds.
 
@@ -110,7 +120,7 @@ def prune(
         The masks, on the weights' device.
 
     Raises:
-        ValueError, TypeError: bad arguments, batches that run out, a non-finite score.
+        ValueError, TypeError: bad arguments, batches that run out or give no loss, a non-finite score.
         RuntimeError: capture is True and it is not possible, with the reason.
     """
     team = team_of("prune", model, process_group)
@@ -126,12 +136,15 @@ def prune(
         selection = Selection(model, weights, plan.structure, plan.scope, plan.sparsity, plan.min_keep, team)
         if masks is not None:
             masks = selection.begun(masks)
+        loss = Loss(loss_fn, compute_loss)
+        if on_step is not None and not callable(on_step):
+            raise TypeError(f"prune: on_step must be callable, got {type(on_step).__name__}")
         said += [*plan.said, *selection.said]
     selection.meet()
     _log.info("%s", plan)
 
     chosen, device = plan.method, plan.device
-    eager = loss_gradients(model, weights, loss_fn, plan.autocast)
+    eager = loss_gradients(model, weights, loss, plan.autocast)
     checks = LateChecks(steps_late=1 if device.type == "cuda" else 0)
     groups = [selection.groups(step) for step in plan.steps]
     with (
@@ -141,8 +154,8 @@ def prune(
         captured(eager, plan.capture, plan.iterations) as gradients_of,
     ):
         problem = Problem(
-            model, weights, together_from(team, endless(batches, device)), loss_fn, gradients_of,
-            train=train or sgd_epoch(batches, loss_fn), accumulate=plan.accumulate, sparsity=plan.sparsity,
+            model, weights, together_from(team, endless(batches, device)), loss, gradients_of,
+            train=train or sgd_epoch(batches, loss), accumulate=plan.accumulate, sparsity=plan.sparsity,
             iteration=0, iterations=plan.iterations, masks=masks,
         )  # fmt: skip
         shown = tracked(groups, f"{chosen.name} to {plan.sparsity:.2%}") if progress else groups
@@ -155,6 +168,8 @@ def prune(
             problem = replace(problem, masks=result.masks)
             checks.add(result.check_finite(f"prune: iteration {number}"))
             chosen.after(problem)
+            if on_step is not None:
+                on_step(result)
         checks.finish()
     if device.type == "cuda":
         for mask in result.masks.values():  # they may be of the graph's stream

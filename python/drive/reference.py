@@ -15,7 +15,7 @@ from torch.func import functional_call
 
 from drive_kernels.prune.op import KthLargest, kth_by_topk, reference
 
-from ._scoring.gradients import LossFn
+from ._scoring.loss import LossFn
 from .fused import check_sparsity, prune_step
 from .masks import Masks
 from .result import PruneResult

@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import pack_sequence
 from drive._scoring import capture
 from drive._scoring.capture import WARM_UP, WORTHWHILE, GraphedGradients, captured
 from drive._scoring.gradients import LossGradients
+from drive._scoring.loss import Loss
 from drive.methods import Problem
 
 LOSS = nn.functional.cross_entropy
@@ -97,7 +98,7 @@ def batches(count: int, size: int = 4, seed: int = 1) -> list[tuple[Tensor, Tens
 def graphed(model: nn.Module | None = None, loss=LOSS, required: bool = False) -> GraphedGradients:
     model = model or network()
     weights = {name: p for name, p in model.named_parameters() if p.dim() == 2}
-    return GraphedGradients(Recordable(model, weights, loss), None, required)
+    return GraphedGradients(Recordable(model, weights, Loss(loss)), None, required)
 
 
 def run(gradients: GraphedGradients, data) -> list[dict[str, Tensor]]:
@@ -148,7 +149,7 @@ def test_dtype_strides_and_structure_are_part_of_the_shape():
 def problem(gradients: GraphedGradients, data) -> Problem:
     eager = gradients._eager
     return Problem(
-        eager.model, eager.weights, iter(data), eager.loss_fn, gradients,
+        eager.model, eager.weights, iter(data), eager.loss, gradients,
         train=print, accumulate=1, sparsity=0.5, iteration=1, iterations=1,
     )  # fmt: skip
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from .gradients import Batch, LossGradients
+from .gradients import LossGradients
+from .loss import Batch
 
 Capture = bool | Literal["auto"]
 

@@ -6,7 +6,8 @@ ahead of the device, so when it takes a batch, the device is still at work on th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_map
 
-from .gradients import Batch
+from .loss import Batch
 
 
 def endless(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
@@ -27,9 +28,9 @@ def endless(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
     served = 0
     while True:
         before = served
-        for inputs, targets in batches:
+        for batch in batches:
             served += 1
-            yield move((inputs, targets))
+            yield move(batch)
         if served == before:
             again = f"they ran out after {served} and cannot be started again" if served else "they are empty"
             raise ValueError(f"prune: batches must go on as long as the method needs them: {again}")
@@ -42,7 +43,7 @@ def mover(device: torch.device) -> Callable[[Any], Any]:
         return tensor.to(device, non_blocking=True)
 
     if device.type != "cuda":
-        return lambda batch: _map_tensors(move, batch)
+        return lambda batch: _map_tensors(move, batch, device)
     copies = torch.cuda.Stream(device)
 
     def move_aside(batch: Any) -> Any:
@@ -57,16 +58,25 @@ def mover(device: torch.device) -> Callable[[Any], Any]:
             moved.record_stream(computing)  # its memory is not free before `computing` is done with it
             return moved
 
-        moved = _map_tensors(aside, batch)
+        moved = _map_tensors(aside, batch, device)
         computing.wait_stream(copies)
         return moved
 
     return move_aside
 
 
-def _map_tensors(change: Callable[[Tensor], Tensor], batch: Any) -> Any:
-    return tree_map(
-        lambda leaf: change(leaf) if isinstance(leaf, Tensor) else leaf,
-        batch,
-        is_leaf=lambda node: isinstance(node, PackedSequence),  # its lengths must stay on the CPU
-    )
+def _map_tensors(change: Callable[[Tensor], Tensor], batch: Any, device: torch.device) -> Any:
+    """`change` on every tensor, however nested. What else can be moved (a graph of PyTorch Geometric, an
+    encoding
+    of transformers, a PackedSequence, whose lengths stay on the CPU) does it by its own `to`."""
+
+    def moved(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return change(leaf)
+        if callable(getattr(leaf, "to", None)):
+            return copy.copy(leaf).to(device)  # a copy: many move themselves
+        if isinstance(leaf, Mapping):  # of a type that pytree does not know
+            return {key: _map_tensors(change, value, device) for key, value in leaf.items()}
+        return leaf
+
+    return tree_map(moved, batch, is_leaf=lambda node: isinstance(node, PackedSequence))

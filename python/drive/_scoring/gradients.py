@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +10,7 @@ from torch import Tensor, nn
 from drive.distributed.placement import fsdp_modules, placed_as
 from drive.distributed.team import replicated
 
-LossFn = Callable[[Any, Any], Tensor]
-Batch = tuple[Any, Any]  # inputs and targets: tensors, or tuples, lists and dicts of tensors
+from .loss import Batch, Loss
 
 
 class LossGradients:
@@ -28,10 +26,10 @@ class LossGradients:
         self,
         model: nn.Module,
         weights: Mapping[str, Tensor],
-        loss_fn: LossFn,
+        loss: Loss,
         autocast: torch.dtype | None = None,
     ):
-        self.model, self.weights, self.loss_fn, self.autocast = model, weights, loss_fn, autocast
+        self.model, self.weights, self.loss, self.autocast = model, weights, loss, autocast
 
     @property
     def device(self) -> torch.device:
@@ -43,11 +41,11 @@ class LossGradients:
 
         Raises:
             ValueError: a prunable weight has no part in the loss.
+            TypeError, ValueError: a batch that gives no loss (`Loss`).
         """
-        inputs, targets = batch
         with torch.enable_grad():
             with self._autocasting():
-                loss = self.loss_fn(self.model(inputs), targets)
+                loss = self.loss(self.model, batch)
             grads = self._differentiated(loss)
         found: dict[str, Tensor] = {}
         for (name, weight), grad in zip(self.weights.items(), grads, strict=True):
@@ -91,9 +89,9 @@ class ReducedGradients(LossGradients):
 
 
 def loss_gradients(
-    model: nn.Module, weights: Mapping[str, Tensor], loss_fn: LossFn, autocast: torch.dtype | None = None
+    model: nn.Module, weights: Mapping[str, Tensor], loss: Loss, autocast: torch.dtype | None = None
 ) -> LossGradients:
     """`LossGradients` of whatever kind the model needs."""
     reduced = replicated(model) is not None or bool(fsdp_modules(model))
     kind = ReducedGradients if reduced else LossGradients
-    return kind(model, weights, loss_fn, autocast)
+    return kind(model, weights, loss, autocast)

@@ -11,13 +11,13 @@ from torch import nn
 from drive.masks import Masks
 
 from .feed import mover
-from .gradients import Batch, LossFn
+from .loss import Batch, Loss
 
 # model, the masks to hold (None: still dense), number of the round since the weights were fresh
 Train = Callable[[nn.Module, Masks | None, int], object]
 
 
-def sgd_epoch(batches: Iterable[Batch], loss_fn: LossFn, lr: float = 0.01, momentum: float = 0.9) -> Train:
+def sgd_epoch(batches: Iterable[Batch], loss: Loss, lr: float = 0.01, momentum: float = 0.9) -> Train:
     """A round of training: one pass over the batches by SGD, whose momentum starts anew."""
 
     def train(model: nn.Module, masks: Masks | None, number: int) -> None:
@@ -26,9 +26,8 @@ def sgd_epoch(batches: Iterable[Batch], loss_fn: LossFn, lr: float = 0.01, momen
         model.train()
         with torch.enable_grad(), masks.attach(model, optimizer) if masks else nullcontext():
             for batch in batches:
-                inputs, targets = move(batch)
                 optimizer.zero_grad()
-                loss_fn(model(inputs), targets).backward()  # type: ignore[no-untyped-call, unused-ignore]
+                loss(model, move(batch)).backward()  # type: ignore[no-untyped-call, unused-ignore]
                 optimizer.step()
         optimizer.zero_grad()
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from drive._scoring.capture import GraphedGradients
-from drive._scoring.gradients import Batch, LossFn, LossGradients
+from drive._scoring.gradients import LossGradients
+from drive._scoring.loss import Batch, Loss, LossFn
 from drive._scoring.sgd import Train
 from drive.masks import Masks
 from drive.schedules import Schedule
@@ -25,18 +26,22 @@ class Problem:
     """What a method may look at in one iteration: the model, its prunable weights, batches, the loss.
 
     Attributes:
+        loss: (model, batch, temperature=1) -> scalar, whatever form the batches have.
         gradients_of: batch -> dL/dtheta, computed eagerly or by a CUDA graph.
         train: of `drive.prune`.
         accumulate: batches that one score takes.
         sparsity: the final one.
         iteration, iterations: this one, from 1, and how many there are.
         masks: those of the iterations before; None at the first one, if the caller gave none.
+        notes: empty at first: what a method wants to remember from one iteration to the next goes here, and
+        not
+            on its instance, of which several runs may make use.
     """
 
     model: nn.Module
     weights: Mapping[str, Tensor]
     batches: Iterator[Batch]
-    loss_fn: LossFn
+    loss: Loss
     gradients_of: LossGradients | GraphedGradients
     train: Train
     accumulate: int
@@ -44,6 +49,12 @@ class Problem:
     iteration: int
     iterations: int
     masks: Masks | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def loss_fn(self) -> LossFn | None:
+        """(outputs, targets) -> loss of `drive.prune`; None where the loss is another."""
+        return self.loss.loss_fn
 
     def take(self) -> list[Batch]:
         """The fresh batches of one score."""

@@ -20,4 +20,4 @@ class Crop(Method):
 
     def rank(self, problem: Problem) -> Ranking:
         problem.model.eval()  # drive.prune puts the mode back
-        return Ranking(hessian_times_gradient(problem, problem.take()))
+        return Ranking(hessian_times_gradient(self.name, problem, problem.take()))

@@ -25,7 +25,7 @@ class Grasp(Method):
         self.temperature = temperature
 
     def rank(self, problem: Problem) -> Ranking:
-        products = hessian_times_gradient(problem, problem.take(), self.temperature)
+        products = hessian_times_gradient(self.name, problem, problem.take(), self.temperature)
         with torch.no_grad():
             scores = {name: w * products[name] for name, w in problem.weights.items()}
         return Ranking(scores=scores, signed=True)

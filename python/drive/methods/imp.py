@@ -3,7 +3,6 @@
 from math import ceil, log
 
 import torch
-from torch import Tensor
 
 from drive.targets.targets import unwrap
 
@@ -35,7 +34,6 @@ class Imp(Method):
         if not 0 <= rewind < rounds:
             raise ValueError(f"Imp: rewind must be in [0, rounds), got {rewind} of {rounds}")
         self.fraction, self.rounds, self.rewind = fraction, rounds, rewind
-        self._start: dict[str, Tensor] = {}
 
     def iterations_to(self, sparsity: float) -> int:
         return max(1, ceil(log(1 - sparsity) / log(1 - self.fraction) - 1e-9))
@@ -45,7 +43,7 @@ class Imp(Method):
         for number in range(0 if first else self.rewind, self.rounds):
             if first and number == self.rewind:
                 state = unwrap(problem.model).state_dict()
-                self._start = {name: tensor.clone() for name, tensor in state.items()}
+                problem.notes["start"] = {name: tensor.clone() for name, tensor in state.items()}
             problem.train(problem.model, problem.masks, number)
 
     def rank(self, problem: Problem) -> Ranking:
@@ -55,7 +53,5 @@ class Imp(Method):
     def after(self, problem: Problem) -> None:
         assert problem.masks is not None
         for name, tensor in unwrap(problem.model).state_dict().items():
-            tensor.copy_(self._start[name])
+            tensor.copy_(problem.notes["start"][name])
         problem.masks.apply_(problem.model)
-        if problem.iteration == problem.iterations:
-            self._start = {}

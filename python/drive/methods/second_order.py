@@ -1,20 +1,20 @@
 """Hessian times gradient, by differentiating twice: nothing larger than the graph of one batch."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_map
 
-from drive._scoring.gradients import Batch
+from drive._scoring.loss import Batch, tensors_in
 
 from .base import Problem
 
 
 def hessian_times_gradient(
-    problem: Problem, batches: Sequence[Batch], temperature: float = 1.0
+    op: str, problem: Problem, batches: Sequence[Batch], temperature: float = 1.0
 ) -> dict[str, Tensor]:
     """H g on the prunable weights: g is dL/dtheta summed over the batches, H the Hessian of that sum.
 
@@ -22,16 +22,72 @@ def hessian_times_gradient(
     pieces. Entries pruned before take no part in the product.
 
     Args:
+        op: whose product it is, for the error messages.
         temperature: the model's outputs are divided by it before the loss.
 
     Raises:
-        ValueError: a prunable weight has no part in the loss.
+        ValueError: a prunable weight has no part in the loss; an operation of the model has no second
+        derivative.
     """
+    try:
+        return _hessian_times_gradient(problem, batches, temperature)
+    except RuntimeError as error:
+        if not (missing := _NO_SECOND.search(str(error))):
+            raise
+        operation = next(filter(None, missing.groups()), None)
+        layer = operation and _layer_with(operation, problem, batches[0], temperature)
+        where = f" in {layer}" if layer else ""
+        raise ValueError(
+            f"{op}: the model must have a second derivative, got {operation or 'an operation'} without one"
+            f"{where} ({error}): replace it, or take a method of first order (drive, snip)"
+        ) from error
+
+
+# what PyTorch and torchvision say of an operation that can be differentiated once only
+_NO_SECOND = re.compile(
+    r"derivative for (?:aten::|')_?(\w+)_backward'? is not implemented"
+    r"|double backwards? (?:on (\w+) not|is not) supported",
+    re.IGNORECASE,
+)
+
+
+def _layer_with(operation: str, problem: Problem, batch: Batch, temperature: float) -> str | None:
+    """The name of the innermost module that computes this, found in the graph of another forward pass."""
+    found: list[str] = []
+    seen: set[object] = set()  # nodes of modules that are done: what is new is of the one that ends
+
+    def leave(name: str, outputs: Any) -> None:
+        nodes: list[Any] = [tensor.grad_fn for tensor in tensors_in(outputs)]
+        while nodes:
+            node = nodes.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            if operation.replace("_", "").lower() in node.name().replace("_", "").lower():
+                found.append(name)
+            nodes += [before for before, _ in node.next_functions]
+
+    handles = [
+        module.register_forward_hook(lambda module, args, outputs, name=name: leave(name, outputs))
+        for name, module in problem.model.named_modules()
+        if name
+    ]
+    try:
+        with torch.enable_grad():
+            problem.loss(problem.model, batch, temperature)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else None
+
+
+def _hessian_times_gradient(
+    problem: Problem, batches: Sequence[Batch], temperature: float
+) -> dict[str, Tensor]:
     weights = list(problem.weights.values())
 
     def gradients(batch: Batch, create_graph: bool) -> tuple[Tensor, ...]:
-        inputs, targets = batch
-        loss = problem.loss_fn(_divided(problem.model(inputs), temperature), targets)
+        loss = problem.loss(problem.model, batch, temperature)
         grads = torch.autograd.grad(loss, weights, create_graph=create_graph, allow_unused=True)
         for name, grad in zip(problem.weights, grads, strict=True):
             if grad is None:
@@ -55,10 +111,3 @@ def hessian_times_gradient(
             parts = torch.autograd.grad(inner, weights, allow_unused=True, materialize_grads=True)
             product = [sum_ + part for sum_, part in zip(product, parts, strict=True)]
     return dict(zip(problem.weights, product, strict=True))
-
-
-def _divided(outputs: Any, by: float) -> Any:
-    """A tensor, or all floating-point ones of nested outputs."""
-    if by == 1:
-        return outputs
-    return tree_map(lambda x: x / by if isinstance(x, Tensor) and x.is_floating_point() else x, outputs)

@@ -5,6 +5,7 @@ import copy
 import torch
 from torch import Tensor
 
+from drive._scoring.loss import Batch, tensors_in
 from drive.targets.targets import unwrap
 
 from .base import Method, Problem, Ranking
@@ -25,10 +26,7 @@ class SynFlow(Method):
     schedule = "exponential"
 
     def rank(self, problem: Problem) -> Ranking:
-        inputs, _ = next(problem.batches)
-        if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
-            got = inputs.dtype if isinstance(inputs, Tensor) else type(inputs).__name__
-            raise ValueError(f"synflow: inputs must be one floating-point tensor, got {got}")
+        inputs = _inputs(next(problem.batches))
         linear = copy.deepcopy(unwrap(problem.model)).double().eval()
         with torch.no_grad():
             for tensor in (*linear.parameters(), *linear.buffers()):
@@ -37,7 +35,10 @@ class SynFlow(Method):
         ones = torch.ones(1, *inputs.shape[1:], dtype=torch.float64, device=inputs.device)
         weights = {name: linear.get_parameter(name) for name in problem.weights}
         with torch.enable_grad():
-            flow = linear(ones).sum()
+            outputs = tensors_in(linear(ones))
+            if not outputs:
+                raise ValueError("synflow: the model must return tensors in eval mode, got none")
+            flow = torch.stack([output.sum() for output in outputs]).sum()
             grads = torch.autograd.grad(flow, list(weights.values()), allow_unused=True)
         scores = {}
         for (name, weight), grad in zip(weights.items(), grads, strict=True):
@@ -45,3 +46,16 @@ class SynFlow(Method):
                 raise ValueError(f"{name} has no gradient: the output does not depend on it; exclude it")
             scores[name] = weight.detach() * grad
         return Ranking(scores=scores)
+
+
+def _inputs(batch: Batch) -> Tensor:
+    """The one tensor that goes into the model, of (inputs, targets)."""
+    pair = isinstance(batch, tuple | list) and len(batch) == 2
+    inputs = batch[0] if pair else batch
+    if not pair or not isinstance(inputs, Tensor) or not inputs.is_floating_point():
+        got = inputs.dtype if isinstance(inputs, Tensor) and pair else type(inputs).__name__
+        raise ValueError(
+            "synflow: batches must be (inputs, targets) with one floating-point tensor as inputs, in place "
+            f"of which it puts ones, got {got}: take another method"
+        )
+    return inputs

@@ -1,0 +1,129 @@
+"""From a batch to its loss: the three forms that batches come in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+Batch = Any
+LossFn = Callable[[Any, Any], Tensor]  # outputs, targets -> loss
+ComputeLoss = Callable[[nn.Module, Any], Tensor]  # model, batch -> loss
+
+_FORMS = (
+    "a batch must be (inputs, targets), with loss_fn: loss_fn(model(inputs), targets); a mapping, with the "
+    "model's own loss: model(**batch); or anything, with compute_loss: compute_loss(model, batch)"
+)
+
+
+class Loss:
+    """The loss of a model on a batch, by `loss_fn`, by `compute_loss`, or the model's own.
+
+    Attributes:
+        loss_fn: None where the loss is another.
+    """
+
+    def __init__(
+        self, loss_fn: LossFn | None = None, compute_loss: ComputeLoss | None = None, op: str = "prune"
+    ):
+        """
+        Args:
+            loss_fn, compute_loss: of `drive.prune`.
+            op: for the error messages.
+
+        Raises:
+            TypeError: one of them cannot be called.
+            ValueError: both are given.
+        """
+        for argument, given in (("loss_fn", loss_fn), ("compute_loss", compute_loss)):
+            if given is not None and not callable(given):
+                raise TypeError(f"{op}: {argument} must be callable, got {type(given).__name__}")
+        if loss_fn is not None and compute_loss is not None:
+            raise ValueError(f"{op}: loss_fn must be None where compute_loss is given: {_FORMS}")
+        self.loss_fn, self._compute, self._op = loss_fn, compute_loss, op
+
+    def __call__(self, model: nn.Module, batch: Batch, temperature: float = 1.0) -> Tensor:
+        """A scalar.
+
+        Args:
+            temperature: the outputs are divided by it before the loss.
+
+        Raises:
+            TypeError: a batch of another form, a loss that is not a scalar tensor.
+            ValueError: a temperature other than 1 where the outputs go nowhere but into the model's own loss;
+                a model that gives no loss.
+        """
+        if self._compute is not None:
+            self._undivided(temperature, "compute_loss")
+            loss = self._compute(model, batch)
+        elif self.loss_fn is not None:
+            if not isinstance(batch, tuple | list) or len(batch) != 2:
+                raise TypeError(f"{self._op}: {_FORMS}; got {_described(batch)}, and loss_fn")
+            inputs, targets = batch
+            loss = self.loss_fn(_divided(model(inputs), temperature), targets)
+        else:
+            if not isinstance(batch, Mapping):
+                raise TypeError(f"{self._op}: {_FORMS}; got {_described(batch)}, and neither of the two")
+            self._undivided(temperature, "the model's own loss")
+            loss = self._own(model(**batch))
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise TypeError(f"{self._op}: the loss must be a scalar tensor, got {_described(loss)}")
+        return loss
+
+    def _undivided(self, temperature: float, what: str) -> None:
+        if temperature != 1:
+            raise ValueError(
+                f"{self._op}: temperature must be 1 with {what}, which does not divide the outputs, got "
+                f"{temperature:g}: pass the method with temperature=1, or (inputs, targets) with loss_fn"
+            )
+
+    def _own(self, outputs: Any) -> Any:
+        """The loss in a model's outputs: `.loss`, ["loss"], a dict of losses, or the outputs themselves."""
+        if isinstance(outputs, Tensor):
+            return outputs
+        if isinstance(outputs, Mapping) and "loss" in outputs:
+            return outputs["loss"]
+        if (loss := getattr(outputs, "loss", None)) is not None:
+            return loss
+        if isinstance(outputs, Mapping) and outputs and all(map(_scalar, outputs.values())):
+            return sum(outputs.values())
+        raise ValueError(
+            f"{self._op}: the model must return its loss (.loss, ['loss'], or a dict of losses), got "
+            f"{_described(outputs)}: are there labels in the batch?"
+        )
+
+
+def tensors_in(outputs: Any) -> list[Tensor]:
+    """All floating-point tensors of nested outputs."""
+    found = []
+    for leaf in tree_leaves(outputs):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            found.append(leaf)
+        elif isinstance(leaf, Mapping):  # of a type that pytree does not know
+            found += tensors_in(dict(leaf))
+    return found
+
+
+def _scalar(value: object) -> bool:
+    return isinstance(value, Tensor) and value.numel() == 1 and value.is_floating_point()
+
+
+def _divided(outputs: Any, by: float) -> Any:
+    """A tensor, or all floating-point ones of nested outputs."""
+    if by == 1:
+        return outputs
+    return tree_map(lambda x: x / by if isinstance(x, Tensor) and x.is_floating_point() else x, outputs)
+
+
+def _described(value: Any) -> str:
+    """In a few words."""
+    kind = type(value).__name__
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    if isinstance(value, Mapping):
+        return f"a {kind} of {', '.join(map(str, value)) or 'nothing'}"
+    if isinstance(value, tuple | list):
+        return f"a {kind} of {len(value)} ({', '.join(type(part).__name__ for part in value)})"
+    return f"a {kind}"
