@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ._scoring.loss import tensors_in
 from .masks import Masks
-from .targets.targets import unwrap
+from .targets.wrappers import look_up, unwrap
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,12 @@ def collapse(model: nn.Module, masks: Masks, inputs: Any) -> Collapse:
         masks.apply_(positive)  # raises if they are of another model
         _make_positive(positive, masks)
         masks.apply_(positive)
-        outputs = positive(_noise(inputs))
+        # of compiled parts, the model's own code would be taken, without the hooks of the copy
+        with torch.compiler.set_stance("force_eager"):
+            outputs = positive(_noise(inputs))
         if not (found := tensors_in(outputs)):
             raise TypeError(f"collapse: the model must return tensors, got {type(outputs).__name__}")
-        weights = {name: positive.get_parameter(name) for name in masks}
+        weights = look_up("collapse", positive, masks)
         total = torch.stack([out.sum() for out in found]).sum()
         grads = torch.autograd.grad(total, list(weights.values()), allow_unused=True)
     kept = {name: int(mask.sum()) for name, mask in masks.items()}
@@ -88,9 +90,8 @@ def _make_positive(model: nn.Module, masks: Masks) -> None:
                 parameter.uniform_(0.5, 1).div_(parameter[0].numel())
             else:
                 parameter.fill_(1)
-    for name in masks:  # embeddings that are pruned, tied ones say
-        parameter = model.get_parameter(name)
-        parameter.uniform_(0.5, 1).div_(max(1, parameter[0].numel()) if parameter.dim() else 1)
+    for weight in look_up("collapse", model, masks).values():  # embeddings that are pruned, tied ones say
+        weight.uniform_(0.5, 1).div_(max(1, weight[0].numel()) if weight.dim() else 1)
 
 
 def _noise(inputs: Any) -> Any:

@@ -17,11 +17,12 @@ from torch.optim import Optimizer
 from typing_extensions import Self
 
 from .bits import FORMAT, write_packed, write_sharded
-from .distributed.placement import check_placed, distributed_like, is_dtensor, local, reshard, sharded_like
+from .distributed.placement import check_placed, distributed_like, is_dtensor, local, sharded_like
 from .holding.attachment import Attachment, innermost
 from .holding.hold import OnRevived
 from .holding.zero import zero_pruned_
-from .targets.targets import Include, Target, prunable, unwrap
+from .targets.targets import Include, Target, check_data, prunable
+from .targets.wrappers import look_up, owners, unwrap
 
 
 class Masks(Mapping[str, Tensor]):
@@ -87,8 +88,15 @@ class Masks(Mapping[str, Tensor]):
     def apply_(self, model: nn.Module | Mapping[str, Tensor]) -> Self:
         """Set every pruned weight of the model to exactly 0, in place.
 
+        Args:
+            model: whose parameters the masks name, whatever wraps it or parts of it; an average of its
+                weights, say. Or tensors by name, as in a state_dict, of whose keys what wrappers add to them
+                ("module.", "_orig_mod.") is ignored if the names are not there as they are.
+
         Raises:
-            ValueError: a name is missing in the model, or a shape differs; nothing is changed then.
+            ValueError: a name is missing or stands for several tensors, a shape differs, a weight has no
+                data; nothing is changed then.
+            TypeError: a weight is of a dtype or kind that cannot be pruned; likewise.
         """
         zero_pruned_(self._pairs(model, "Masks.apply_"))
         return self
@@ -131,9 +139,8 @@ class Masks(Mapping[str, Tensor]):
             innermost(optimizer)
         pairs = self._pairs(model, "Masks.attach")
         places: dict[int, list[tuple[nn.Module, str]]] = {}  # of a tied weight there are several
-        for module in unwrap(model).modules():
-            for key, weight in module._parameters.items():
-                places.setdefault(id(weight), []).append((module, key))
+        for module, key in dict.fromkeys(owners(model, op="Masks.attach").values()):
+            places.setdefault(id(module._parameters[key]), []).append((module, key))
         owned = [
             (module, key, name, mask)
             for name, (weight, mask) in zip(self, pairs, strict=True)
@@ -211,14 +218,11 @@ class Masks(Mapping[str, Tensor]):
 
     def _pairs(self, model: nn.Module | Mapping[str, Tensor], op: str) -> list[tuple[Tensor, Tensor]]:
         """(weight, mask) of every mask, checked."""
-        if isinstance(model, nn.Module):
-            inner = reshard(unwrap(model))
-            weights: Mapping[str, Tensor] = dict(inner.named_parameters(remove_duplicate=False))
-        else:
-            weights = model
+        weights = look_up(op, model, self)
         for name, mask in self.items():
-            if name not in weights:
-                raise ValueError(f"{op}: the model has no parameter {name}: masks of another model?")
+            check_data(op, name, weights[name], model)
+            if not weights[name].is_floating_point():
+                raise TypeError(f"{op}: {name} must be of a floating dtype, got {weights[name].dtype}")
             _check_shape(op, name, mask, weights[name])
             check_placed(op, name, mask, weights[name])
         return [(weights[name], mask) for name, mask in self.items()]

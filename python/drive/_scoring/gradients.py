@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from drive.distributed.placement import fsdp_modules, placed_as
 from drive.distributed.team import replicated
+from drive.targets.targets import check_dense
 
 from .loss import Batch, Loss
 
@@ -41,18 +42,15 @@ class LossGradients:
 
         Raises:
             ValueError: a prunable weight has no part in the loss.
+            TypeError: its gradient is sparse.
             TypeError, ValueError: a batch that gives no loss (`Loss`).
         """
         with torch.enable_grad():
             with self._autocasting():
                 loss = self.loss(self.model, batch)
             grads = self._differentiated(loss)
-        found: dict[str, Tensor] = {}
-        for (name, weight), grad in zip(self.weights.items(), grads, strict=True):
-            if grad is None:
-                raise ValueError(f"{name} has no gradient: the loss does not depend on it; exclude it")
-            found[name] = placed_as(grad, weight)
-        return found
+        found = checked(self.weights, grads)
+        return {name: placed_as(grad, self.weights[name]) for name, grad in found.items()}
 
     def _differentiated(self, loss: Tensor) -> Sequence[Tensor | None]:
         return torch.autograd.grad(loss, list(self.weights.values()), allow_unused=True)
@@ -86,6 +84,22 @@ class ReducedGradients(LossGradients):
         finally:
             for p, grad in zip(parameters, before, strict=True):
                 p.grad = grad
+
+
+def checked(names: Iterable[str], grads: Iterable[Tensor | None]) -> dict[str, Tensor]:
+    """Gradients of the loss by their weights' names.
+
+    Raises:
+        ValueError: one is None.
+        TypeError: one is sparse.
+    """
+    found: dict[str, Tensor] = {}
+    for name, grad in zip(names, grads, strict=True):
+        if grad is None:
+            raise ValueError(f"{name} has no gradient: the loss does not depend on it; exclude it")
+        check_dense("prune", name, grad)
+        found[name] = grad
+    return found
 
 
 def loss_gradients(

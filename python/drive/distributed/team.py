@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .placement import is_dtensor, reshard
+from .wrappers import chain
 
 Said = list[tuple[str, object]]  # an argument's name, and its value
 
@@ -130,12 +131,9 @@ def team_of(
 
 
 def replicated(model: object) -> DistributedDataParallel | None:
-    """The wrapper that keeps the ranks' copies of a model equal, beneath torch.compile's if there is one."""
-    while not isinstance(model, DistributedDataParallel):
-        model = getattr(model, "_orig_mod", None)
-        if model is None:
-            return None
-    return model
+    """The wrapper that keeps the ranks' copies of a model equal, beneath others if there are any."""
+    wrappers = chain(model) if isinstance(model, nn.Module) else ()
+    return next((module for module in wrappers if isinstance(module, DistributedDataParallel)), None)
 
 
 def _tensors(target: object) -> list[object]:

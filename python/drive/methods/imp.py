@@ -4,7 +4,7 @@ from math import ceil, log
 
 import torch
 
-from drive.targets.targets import unwrap
+from drive.targets.wrappers import unwrap
 
 from .base import Method, Problem, Ranking
 

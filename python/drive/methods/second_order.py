@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from drive._scoring.gradients import checked
 from drive._scoring.loss import Batch, tensors_in
+from drive.targets.wrappers import named_modules
 
 from .base import Problem
 
@@ -69,7 +71,7 @@ def _layer_with(operation: str, problem: Problem, batch: Batch, temperature: flo
 
     handles = [
         module.register_forward_hook(lambda module, args, outputs, name=name: leave(name, outputs))
-        for name, module in problem.model.named_modules()
+        for name, module in named_modules(problem.model)
         if name
     ]
     try:
@@ -86,13 +88,10 @@ def _hessian_times_gradient(
 ) -> dict[str, Tensor]:
     weights = list(problem.weights.values())
 
-    def gradients(batch: Batch, create_graph: bool) -> tuple[Tensor, ...]:
+    def gradients(batch: Batch, create_graph: bool) -> list[Tensor]:
         loss = problem.loss(problem.model, batch, temperature)
         grads = torch.autograd.grad(loss, weights, create_graph=create_graph, allow_unused=True)
-        for name, grad in zip(problem.weights, grads, strict=True):
-            if grad is None:
-                raise ValueError(f"{name} has no gradient: the loss does not depend on it; exclude it")
-        return grads
+        return list(checked(problem.weights, grads).values())
 
     def masked(grads: Sequence[Tensor]) -> list[Tensor]:
         masks: Mapping[str, Tensor] = problem.masks or {}

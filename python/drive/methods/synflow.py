@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from drive._scoring.loss import Batch, tensors_in
-from drive.targets.targets import unwrap
+from drive.targets.wrappers import look_up, unwrap
 
 from .base import Method, Problem, Ranking
 
@@ -33,9 +33,10 @@ class SynFlow(Method):
                 if tensor.is_floating_point():
                     tensor.abs_()
         ones = torch.ones(1, *inputs.shape[1:], dtype=torch.float64, device=inputs.device)
-        weights = {name: linear.get_parameter(name) for name in problem.weights}
+        weights = look_up(self.name, linear, problem.weights)
         with torch.enable_grad():
-            outputs = tensors_in(linear(ones))
+            with torch.compiler.set_stance("force_eager"):  # no compiling of parts for one pass of a copy
+                outputs = tensors_in(linear(ones))
             if not outputs:
                 raise ValueError("synflow: the model must return tensors in eval mode, got none")
             flow = torch.stack([output.sum() for output in outputs]).sum()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from drive.masks import Masks
-from drive.targets.targets import unwrap
+from drive.targets.wrappers import named_modules, unwrap
 
 from .chains import link, trace
 from .gpu import candidates, reasons_against
@@ -62,16 +62,16 @@ def convert(
     if deterministic and any(p.is_cuda for p in model.parameters()):
         raise ValueError("convert: deterministic must be False for a model on CUDA, got True")
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    Masks(masks)._pairs(model, "convert")
+    masks_of = {id(weight): mask for weight, mask in Masks(masks)._pairs(model, "convert")}
+    names = {module: name for name, module in named_modules(model)}
     seen = _inputs_of_layers(model, inputs)
     costs = Costs(deterministic, model.training)
     layers: dict[str, nn.Module] = {}
     choices = []
     for name, layer in model.named_modules():
-        mask = masks.get(f"{name}.weight" if name else "weight")
-        if mask is None or not isinstance(layer, (nn.Conv2d, nn.Linear)):
+        if not isinstance(layer, (nn.Conv2d, nn.Linear)) or (mask := masks_of.get(id(layer.weight))) is None:
             continue
-        choice, found = _choose(name, layer, mask, seen.get(name), costs)
+        choice, found = _choose(names[layer], layer, mask, seen.get(name), costs)
         choices.append(choice)
         if found is not None:
             layers[name] = found

@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from .targets import unwrap
+from .wrappers import owners
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -185,8 +185,5 @@ def structure(name: str) -> Structure | None:
 
 def input_axes(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, int]:
     """The dimension of each weight that runs over its layer's inputs."""
-    inner = unwrap(model)
-    return {
-        name: 0 if isinstance(inner.get_submodule(name.rpartition(".")[0]), _TRANSPOSED) else 1
-        for name in weights
-    }
+    found = owners(model)
+    return {name: 0 if isinstance(found[name][0], _TRANSPOSED) else 1 for name in weights}

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
-from drive.distributed.placement import check_placed, local, reshard
+from drive.distributed.placement import check_placed, local
+
+from .wrappers import owners
 
 Target = nn.Module | Mapping[str, Tensor] | Sequence[Tensor]
 Tensors = Mapping[str, Tensor] | Sequence[Tensor]
@@ -42,41 +43,32 @@ def default_include(name: str, module: nn.Module | None, tensor: Tensor) -> bool
     return isinstance(module, _LAYERS) and name.rpartition(".")[2] == "weight"
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The module that torch.compile and DistributedDataParallel wrap: names stay those of the model."""
-    while True:
-        if isinstance(model, DistributedDataParallel):
-            inner: object = model.module
-        else:
-            inner = getattr(model, "_orig_mod", None)
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
-
-
 def prunable(target: Target, include: Include | None = None, *, op: str = "prunable") -> dict[str, Tensor]:
     """Prunable tensors by name, tied ones once, each fit to be pruned (ValueError or TypeError if not).
 
     Args:
-        target: a module (all its parameters are asked for), a mapping of names to tensors, or a
-            sequence of tensors (named "0", "1", ...).
+        target: a module (all its parameters are asked for, by their names without wrappers, see
+            `drive.targets.wrappers`), a mapping of names to tensors, or a sequence of tensors (named "0",
+            "1", ...).
         include: predicate (name, module or None, tensor) -> bool. Default: for a module the weights
             of Linear, Conv and ConvTranspose, for a mapping or a sequence every tensor.
         op: whose argument this is, for the error messages.
     """
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
-    owners: dict[int, str] = {}
+    first: dict[int, str] = {}  # by address
     for name, module, tensor in _candidates(target, op):
         default = default_include if module is not None else _everything
         if not (include or default)(name, module, tensor) or id(tensor) in seen:
             continue
         seen.add(id(tensor))
-        _check_prunable(op, name, tensor)
+        check_data(op, name, tensor, target)
+        if tensor.dtype not in DTYPES:
+            raise TypeError(f"{op}: {name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
         here = local(tensor)
-        if here.numel() and (owner := owners.setdefault(here.data_ptr(), name)) != name:
+        if here.numel() and (other := first.setdefault(here.data_ptr(), name)) != name:
             raise ValueError(
-                f"{op}: {name} shares memory with {owner} but is a different tensor; "
+                f"{op}: {name} shares memory with {other} but is a different tensor; "
                 "tie weights by assigning the same Parameter"
             )
         found[name] = tensor
@@ -107,9 +99,8 @@ def _everything(name: str, module: nn.Module | None, tensor: Tensor) -> bool:
 
 def _candidates(target: Target, op: str) -> Iterator[tuple[str, nn.Module | None, Tensor]]:
     if isinstance(target, nn.Module):
-        for prefix, module in reshard(unwrap(target)).named_modules():
-            for name, parameter in module.named_parameters(recurse=False):
-                yield (f"{prefix}.{name}" if prefix else name), module, parameter
+        for name, (module, key) in owners(target, op=op).items():
+            yield name, module, module.get_parameter(key)
     elif isinstance(target, Mapping):
         for name, tensor in target.items():
             yield str(name), None, tensor
@@ -122,17 +113,24 @@ def _candidates(target: Target, op: str) -> Iterator[tuple[str, nn.Module | None
         )
 
 
-def _check_prunable(op: str, name: str, tensor: object) -> None:
+def check_data(op: str, name: str, tensor: object, target: object) -> None:
+    """Raise unless a tensor of `target` is one whose entries can be read and written."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
     if is_lazy(tensor):
         raise ValueError(f"{op}: {name} is not initialised yet: run the model once first")
+    here = local(tensor)
+    if type(here).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        raise TypeError(
+            f"{op}: {name} must be a plain tensor or a DTensor of one, got {type(here).__name__}: prune "
+            "before weights are quantised or otherwise converted"
+        )
     if tensor.layout != torch.strided:
         raise TypeError(f"{op}: {name} must be a dense tensor, got layout {tensor.layout}")
-    if tensor.dtype not in DTYPES:
-        raise TypeError(f"{op}: {name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
     if tensor.is_meta:
-        raise ValueError(f"{op}: {name} has no data: it is on the meta device")
+        hooked = isinstance(target, nn.Module) and any(hasattr(m, "_hf_hook") for m in target.modules())
+        hint = ", accelerate has offloaded it: prune the model before it is dispatched" if hooked else ""
+        raise ValueError(f"{op}: {name} has no data: it is on the meta device{hint}")
     if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
         raise ValueError(f"{op}: {name} must not overlap itself in memory (it is an expanded tensor)")
 
@@ -143,8 +141,18 @@ def _own_gradient(op: str, name: str, weight: Tensor) -> Tensor:
     if weight.grad is None:
         hint = "call loss.backward() first" if weight.requires_grad else "it does not require one"
         raise ValueError(f"{op}: {name} has no gradient: {hint}, or exclude it")
+    check_dense(op, name, weight.grad)
     _check_operand(op, f"{name}.grad", weight.grad, weight)
     return weight.grad
+
+
+def check_dense(op: str, name: str, gradient: Tensor) -> None:
+    """Raise unless a weight's gradient is dense."""
+    if gradient.layout != torch.strided:
+        raise TypeError(
+            f"{op}: gradient of {name} must be dense, got layout {gradient.layout}: "
+            "make the embedding with sparse=False, or exclude it"
+        )
 
 
 def match(
