@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from drive.distributed.placement import reshard
 from drive.distributed.wrappers import CHILDREN, chain, is_a, wrapped
 
-# What wrappers add to the keys of a state_dict: anywhere, and, as models have parts of such names, in front
-_INSIDE = CHILDREN - {"module", "base_model", "model"}
+# What wrappers add to the keys of a state_dict: anywhere, and in front
+_PRIVATE = {name for name in CHILDREN if name.startswith("_")}
 _IN_FRONT = "module.", "base_model.model."
+_PUBLIC = CHILDREN - _PRIVATE - {"module", "base_model", "model"}
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -104,14 +105,20 @@ def _of_mapping(tensors: Mapping[str, Tensor]) -> Iterator[_Naming]:
 def _peeled(keys: list[str]) -> Iterator[list[str]]:
     """Keys as they are, and with less and less of what wrappers add.
 
-    At the front one by one, for a model that has a part called `module` itself.
+    Not all at once, for a model that has a part called `module` or `base_layer` itself.
     """
     yield keys
-    keys = [".".join(part for part in key.split(".") if part not in _INSIDE) for key in keys]
+    keys = _without(_PRIVATE, keys)
     yield keys
+    yield _without(_PUBLIC, keys)
     while any(key.startswith(_IN_FRONT) for key in keys):
-        keys = [_without_front(key) for key in keys]
+        keys = [key.removeprefix(next(filter(key.startswith, _IN_FRONT), "")) for key in keys]
         yield keys
+        yield _without(_PUBLIC, keys)
+
+
+def _without(parts: Collection[str], keys: list[str]) -> list[str]:
+    return [".".join(part for part in key.split(".") if part not in parts) for key in keys]
 
 
 def _naming(named: Iterable[tuple[str, Tensor | None]]) -> _Naming:
@@ -120,11 +127,6 @@ def _naming(named: Iterable[tuple[str, Tensor | None]]) -> _Naming:
         if tensor is not None and all(tensor is not other for other in found.setdefault(name, [])):
             found[name].append(tensor)
     return found
-
-
-def _without_front(key: str) -> str:
-    front = next(filter(key.startswith, _IN_FRONT), "")
-    return key.removeprefix(front)
 
 
 def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
