@@ -100,7 +100,9 @@ def _everything(name: str, module: nn.Module | None, tensor: Tensor) -> bool:
 def _candidates(target: Target, op: str) -> Iterator[tuple[str, nn.Module | None, Tensor]]:
     if isinstance(target, nn.Module):
         for name, (module, key) in owners(target, op=op).items():
-            yield name, module, module.get_parameter(key)
+            parameter = module._parameters[key]  # get_parameter would take as long as `owners`
+            assert parameter is not None
+            yield name, module, parameter
     elif isinstance(target, Mapping):
         for name, tensor in target.items():
             yield str(name), None, tensor
