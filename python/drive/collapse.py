@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ._scoring.loss import tensors_in
 from .masks import Masks
-from .targets.wrappers import look_up, unwrap
+from .targets.wrappers import look_up, uncompiled, unwrap
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,7 @@ def collapse(model: nn.Module, masks: Masks, inputs: Any) -> Collapse:
         masks.apply_(positive)  # raises if they are of another model
         _make_positive(positive, masks)
         masks.apply_(positive)
-        # of compiled parts, the model's own code would be taken, without the hooks of the copy
-        with torch.compiler.set_stance("force_eager"):
+        with uncompiled():  # what was compiled would go without the hooks of the copy
             outputs = positive(_noise(inputs))
         if not (found := tensors_in(outputs)):
             raise TypeError(f"collapse: the model must return tensors, got {type(outputs).__name__}")

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from drive._scoring.gradients import checked
 from drive._scoring.loss import Batch, tensors_in
-from drive.targets.wrappers import named_modules
+from drive.targets.wrappers import named_modules, uncompiled
 
 from .base import Problem
 
@@ -75,7 +75,7 @@ def _layer_with(operation: str, problem: Problem, batch: Batch, temperature: flo
         if name
     ]
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), uncompiled():
             problem.loss(problem.model, batch, temperature)
     finally:
         for handle in handles:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from drive._scoring.loss import Batch, tensors_in
-from drive.targets.wrappers import look_up, unwrap
+from drive.targets.wrappers import look_up, uncompiled, unwrap
 
 from .base import Method, Problem, Ranking
 
@@ -35,7 +35,7 @@ class SynFlow(Method):
         ones = torch.ones(1, *inputs.shape[1:], dtype=torch.float64, device=inputs.device)
         weights = look_up(self.name, linear, problem.weights)
         with torch.enable_grad():
-            with torch.compiler.set_stance("force_eager"):  # no compiling of parts for one pass of a copy
+            with uncompiled():
                 outputs = tensors_in(linear(ones))
             if not outputs:
                 raise ValueError("synflow: the model must return tensors in eval mode, got none")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 
+import torch
 from torch import Tensor, nn
 
 from drive.distributed.placement import reshard
@@ -19,6 +22,14 @@ def unwrap(model: nn.Module) -> nn.Module:
     """The innermost model: what torch.compile, DistributedDataParallel and other wrappers wrap."""
     *_, inner = chain(model)
     return inner
+
+
+def uncompiled() -> AbstractContextManager[object]:
+    """Inside, compiled parts run as the code that they are of: for one pass of a copy, or one with hooks in them.
+
+    Without importing what compiles, which takes seconds, where nobody has.
+    """
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
