@@ -25,7 +25,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def uncompiled() -> AbstractContextManager[object]:
-    """Inside, compiled parts run as the code that they are of: for one pass of a copy, or one with hooks in them.
+    """Inside, compiled parts run as the code that they are of: for one pass of a copy, or with hooks in them.
 
     Without importing what compiles, which takes seconds, where nobody has.
     """
