@@ -204,8 +204,25 @@ def test_replaced_parameters():
     assert held(model, masks)
     model[1].weight = nn.Parameter(torch.randn(4, 16))
     words = r"1.weight has been replaced.* must have shape \(16, 16\), got one of shape \(4, 16\)"
-    with pytest.raises(RuntimeError, match=words):
-        train(nn.Sequential(model[0], model[1]))
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=words):
+            train(nn.Sequential(model[0], model[1]))
+
+
+def test_replaced_layers_are_dense_and_the_old_ones_go():
+    model, masks = pruned()
+    handle = masks.attach(model)
+    old = weakref.ref(model[2].weight)
+    model[2] = nn.Linear(16, 16, bias=False)
+    gc.collect()
+    twin = copy.deepcopy(model)
+    for one in (model, twin):
+        train(one)
+        assert held(nn.Sequential(one[0], one[1]), Masks({n: masks[n] for n in ("0.weight", "1.weight")}))
+        assert one[2].weight.all()
+    gc.collect()
+    assert old() is None
+    handle.remove()
 
 
 def test_parametrised_afterwards():

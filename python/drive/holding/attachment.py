@@ -30,9 +30,7 @@ from .zero import zero_pruned_
 _log = logging.getLogger(__name__)
 
 _HOLDS = "_drive_holds"  # in a module's __dict__: list of Holds, of its own and, in the model's, of all of it
-Owned = tuple[
-    nn.Module, str, str, Tensor
-]  # a module, the key of its parameter, the name in the model, the mask
+Owned = tuple[nn.Module, str, str, Tensor]  # a module, the key of its parameter, its name, its mask
 
 
 class Attachment:
@@ -139,7 +137,10 @@ def _let_go(module: nn.Module, hold: Hold) -> None:
 def _before_forward(module: nn.Module, args: object) -> None:
     if torch.compiler.is_compiling():  # steps are watched all the same
         return
-    touched = [hold for hold in module.__dict__.get(_HOLDS, ()) if hold.touched()]
+    holds: list[Hold] = module.__dict__.get(_HOLDS, [])
+    if any(hold.module() is None for hold in holds):  # parts of the model that have been replaced
+        holds[:] = [hold for hold in holds if hold.module() is not None]
+    touched = [hold for hold in holds if hold.touched()]
     if not touched:
         return
     revived = [hold for hold in touched if hold.revived()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
@@ -22,9 +23,8 @@ LIVE: weakref.WeakSet[Hold] = weakref.WeakSet()
 class Hold:
     """Keeps the pruned entries of a module's parameter, and of its gradient, at zero.
 
-    The module owns it, so that it ends with the module, and is copied and pickled with it: a
-    copy's hold is over the copy's parameter. It owns the parameter in turn, whose id is thereby nobody
-    else's.
+    The module owns it, so that it ends with the module, and is copied and pickled with it: a copy's hold is
+    over the copy's parameter. It owns the parameter in turn, whose id is thereby nobody else's.
 
     Attributes:
         name: of the parameter in its model, for messages.
@@ -33,7 +33,7 @@ class Hold:
     """
 
     def __init__(self, module: nn.Module, key: str, name: str, mask: Tensor, on_revived: OnRevived):
-        self._module = weakref.ref(module)
+        self._module: Callable[[], nn.Module | None] = weakref.ref(module)
         self._key, self.name, self.mask, self._on_revived = key, name, mask, on_revived
         param = module._parameters[key]
         assert param is not None
@@ -44,7 +44,8 @@ class Hold:
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         module, self._key, self.name, self.mask, self._on_revived, param = state
-        self._module = weakref.ref(module)  # still empty: the parameter comes from the state
+        # still empty, so the parameter comes from the state; None if it was replaced in its model
+        self._module = (lambda: None) if module is None else weakref.ref(module)
         self._take(param)
 
     def _take(self, param: nn.Parameter) -> None:
@@ -94,24 +95,20 @@ class Hold:
         now = self.param if module is None else module._parameters.get(self._key)
         if now is self.param or (is_dtensor(self.param) and not is_dtensor(now)):
             return False  # (FSDP2 puts whole copies in the place of shards for a while)
-        if now is None:
-            assert module is not None
-            if any(
-                param is self.param for param in module.parameters()
-            ):  # parametrised: below another module
-                return False
-        self._check(now)
-        assert now is not None
+        if now is None and module is not None and any(param is self.param for param in module.parameters()):
+            return False  # parametrised: below another module
+        fitting = self._fitting(now)
         self.release()
-        self._take(now)
+        self._take(fitting)
         return True
 
-    def _check(self, now: Tensor | None) -> None:
+    def _fitting(self, now: nn.Parameter | None) -> nn.Parameter:
         try:
             if now is None or now.shape != self.mask.shape:
                 got = "nothing" if now is None else f"one of shape {tuple(now.shape)}"
                 raise ValueError(f"it must have shape {tuple(self.mask.shape)}, got {got}")
             check_placed("attach", self.name, self.mask, now)
+            return now
         except ValueError as error:
             raise RuntimeError(
                 f"attach: {self.name} has been replaced, and its mask does not fit what is there now "
