@@ -277,6 +277,7 @@ def test_functional_calls_are_left_alone():
 def test_under_torch_compile_in_one_graph():
     model, masks = pruned()
     masks.attach(model)
+    torch.compiler.reset()  # other tests may have compiled a Sequential as often as is allowed
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     train(compiled)
     assert held(model, masks)
