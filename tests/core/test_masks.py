@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import drive
 from drive import Masks, fused_drive_prune
 
 LAYERS = ("0.weight", "2.weight")
@@ -124,6 +125,18 @@ def test_apply_is_exact_and_in_place():
     dead = model[0].weight[~masks["0.weight"]]
     assert torch.equal(dead, torch.zeros_like(dead)) and not dead.signbit().any()
     assert masks.apply_(dict(model.named_parameters())) is masks
+
+
+def test_apply_is_seen_by_what_keeps_copies_of_weights():
+    model, masks = pruned_model()
+    inputs = torch.randn(8, 20)
+    sparse = drive.sparse.SparseLinear.from_dense(model[0], masks["0.weight"])
+    with torch.no_grad():
+        sparse(inputs)
+        further = Masks({"weight": masks["0.weight"] & (torch.rand(30, 20) < 0.5)})
+        further.apply_(sparse)
+        expected = nn.functional.linear(inputs, model[0].weight * further["weight"], model[0].bias)
+        torch.testing.assert_close(sparse(inputs), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_apply_refuses_another_model():

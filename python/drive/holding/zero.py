@@ -27,6 +27,8 @@ def zero_pruned_(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
     with torch.no_grad():
         for tensors, masks in found.values():
             torch.ops.drive.zero_pruned_.default(tensors, masks)
+            # which the op does not: sparse layers keep what they have packed of a weight until it has changed
+            torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
 
 
 @torch.no_grad()
