@@ -118,6 +118,7 @@ def test_nested_batches_are_moved():
     )
     inputs, sequence, text = moved
     assert inputs["a"][0].is_meta and inputs["b"]["c"].is_meta and text == "text"
+    assert isinstance(inputs["b"], UserDict), "what a model takes has the type that it came with"
     assert isinstance(sequence, PackedSequence) and sequence.data.is_meta and not sequence.batch_sizes.is_meta
     assert not packed.data.is_meta
 
@@ -143,6 +144,10 @@ WRONG: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
         (X, Y), {"loss_fn": lambda y, t: y}, TypeError, r"scalar tensor, got a tensor of shape \(8, 4\)",
     ),
     "a number": ((X, Y), {"compute_loss": lambda m, b: 1.5}, TypeError, "a scalar tensor, got a float"),
+    "detached": (
+        (X, Y), {"compute_loss": lambda m, b: LOSS(m(b[0]), b[1]).detach()}, ValueError,
+        "the loss must depend on the weights, got one without a gradient: is it detached",
+    ),
     "no callable": ((X, Y), {"loss_fn": LOSS, "on_step": 3}, TypeError, "on_step must be callable, got int"),
 }  # fmt: skip
 
@@ -166,6 +171,10 @@ def test_everything_else_is_an_error_in_words(case: str, method: str):
             r"must return its loss .*, got a Output: are there labels in the batch\?",
         ),
         (lambda loss: {"logits": torch.ones(3, 4)}, "got a dict of logits: are there labels"),
+        (
+            lambda loss: {"loss": None, "logits": torch.ones(3, 4)},
+            "got a dict of loss, logits: are there labels",
+        ),
         (lambda loss: (loss, torch.ones(3)), r"got a tuple of 2 \(Tensor, Tensor\): are there labels"),
         (
             lambda loss: torch.stack([loss, loss]),
@@ -201,6 +210,25 @@ def test_temperature_is_never_ignored():
     expected = run(network(), pairs(), LOSS, method=Grasp(temperature=1))
     assert_same(run(Client(Output), batches, method=Grasp(temperature=1)), expected)
     assert_same(run(network(), pairs(), compute_loss=compute_loss, method=Grasp(temperature=1)), expected)
+
+
+@pytest.mark.parametrize("wrap", (Output, lambda y: UserDict(loss=y)))
+def test_outputs_that_no_temperature_divides(wrap):
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = network()
+
+        def forward(self, x: Tensor) -> Any:
+            return wrap(self.net(x))
+
+    def loss_fn(outputs: Any, targets: Tensor) -> Tensor:
+        return LOSS(outputs["loss"] if isinstance(outputs, UserDict) else outputs.loss, targets)
+
+    with pytest.raises(TypeError, match=r"to be divided by the temperature 200, got a .*temperature=1"):
+        run(Wrapped(), pairs(), loss_fn, method="grasp")
+    expected = run(network(), pairs(), LOSS, method=Grasp(temperature=1))
+    assert_same(run(Wrapped(), pairs(), loss_fn, method=Grasp(temperature=1)), expected)
 
 
 @pytest.mark.parametrize("method", ("drive", "crop", "rigl"))

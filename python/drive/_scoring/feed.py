@@ -7,6 +7,7 @@ ahead of the device, so when it takes a batch, the device is still at work on th
 from __future__ import annotations
 
 import copy
+from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -66,9 +67,11 @@ def mover(device: torch.device) -> Callable[[Any], Any]:
 
 
 def _map_tensors(change: Callable[[Tensor], Tensor], batch: Any, device: torch.device) -> Any:
-    """`change` on every tensor, however nested. What else can be moved (a graph of PyTorch Geometric, an
-    encoding
-    of transformers, a PackedSequence, whose lengths stay on the CPU) does it by its own `to`."""
+    """`change` on every tensor, however nested.
+
+    What else can be moved (a graph of PyTorch Geometric, an encoding of transformers, a PackedSequence, whose
+    lengths stay on the CPU) does it by its own `to`.
+    """
 
     def moved(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
@@ -76,7 +79,12 @@ def _map_tensors(change: Callable[[Tensor], Tensor], batch: Any, device: torch.d
         if callable(getattr(leaf, "to", None)):
             return copy.copy(leaf).to(device)  # a copy: many move themselves
         if isinstance(leaf, Mapping):  # of a type that pytree does not know
-            return {key: _map_tensors(change, value, device) for key, value in leaf.items()}
+            values = {key: _map_tensors(change, value, device) for key, value in leaf.items()}
+            if not isinstance(leaf, dict | UserDict):  # a copy of another one may share its entries
+                return values
+            own = copy.copy(leaf)
+            own.update(values)
+            return own
         return leaf
 
     return tree_map(moved, batch, is_leaf=lambda node: isinstance(node, PackedSequence))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 Batch = Any
 LossFn = Callable[[Any, Any], Tensor]  # outputs, targets -> loss
@@ -51,9 +51,10 @@ class Loss:
             temperature: the outputs are divided by it before the loss.
 
         Raises:
-            TypeError: a batch of another form, a loss that is not a scalar tensor.
+            TypeError: a batch of another form, outputs that no temperature divides, a loss that is not a
+                scalar tensor.
             ValueError: a temperature other than 1 where the outputs go nowhere but into the model's own loss;
-                a model that gives no loss.
+                a model that gives no loss; a loss that has no gradient.
         """
         if self._compute is not None:
             self._undivided(temperature, "compute_loss")
@@ -62,7 +63,7 @@ class Loss:
             if not isinstance(batch, tuple | list) or len(batch) != 2:
                 raise TypeError(f"{self._op}: {_FORMS}; got {_described(batch)}, and loss_fn")
             inputs, targets = batch
-            loss = self.loss_fn(_divided(model(inputs), temperature), targets)
+            loss = self.loss_fn(self._divided(model(inputs), temperature), targets)
         else:
             if not isinstance(batch, Mapping):
                 raise TypeError(f"{self._op}: {_FORMS}; got {_described(batch)}, and neither of the two")
@@ -70,6 +71,11 @@ class Loss:
             loss = self._own(model(**batch))
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise TypeError(f"{self._op}: the loss must be a scalar tensor, got {_described(loss)}")
+        if not loss.requires_grad:
+            raise ValueError(
+                f"{self._op}: the loss must depend on the weights, got one without a gradient: is it "
+                "detached, or computed under torch.no_grad?"
+            )
         return loss
 
     def _undivided(self, temperature: float, what: str) -> None:
@@ -79,13 +85,28 @@ class Loss:
                 f"{temperature:g}: pass the method with temperature=1, or (inputs, targets) with loss_fn"
             )
 
+    def _divided(self, outputs: Any, by: float) -> Any:
+        """A tensor, or all floating-point ones of nested outputs."""
+        if by == 1:
+            return outputs
+        leaves, structure = tree_flatten(outputs)
+        divided = [leaf / by if _floating(leaf) else leaf for leaf in leaves]
+        if not any(map(_floating, leaves)):
+            raise TypeError(
+                f"{self._op}: the model must return tensors, or tuples, lists and dicts of them, to be "
+                f"divided by the temperature {by:g}, got {_described(outputs)}: pass the method with "
+                "temperature=1"
+            )
+        return tree_unflatten(divided, structure)
+
     def _own(self, outputs: Any) -> Any:
         """The loss in a model's outputs: `.loss`, ["loss"], a dict of losses, or the outputs themselves."""
         if isinstance(outputs, Tensor):
             return outputs
-        if isinstance(outputs, Mapping) and "loss" in outputs:
-            return outputs["loss"]
-        if (loss := getattr(outputs, "loss", None)) is not None:
+        loss = getattr(outputs, "loss", None)
+        if loss is None and isinstance(outputs, Mapping):
+            loss = outputs.get("loss")
+        if loss is not None:
             return loss
         if isinstance(outputs, Mapping) and outputs and all(map(_scalar, outputs.values())):
             return sum(outputs.values())
@@ -99,22 +120,19 @@ def tensors_in(outputs: Any) -> list[Tensor]:
     """All floating-point tensors of nested outputs."""
     found = []
     for leaf in tree_leaves(outputs):
-        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+        if _floating(leaf):
             found.append(leaf)
         elif isinstance(leaf, Mapping):  # of a type that pytree does not know
             found += tensors_in(dict(leaf))
     return found
 
 
-def _scalar(value: object) -> bool:
-    return isinstance(value, Tensor) and value.numel() == 1 and value.is_floating_point()
+def _floating(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
-def _divided(outputs: Any, by: float) -> Any:
-    """A tensor, or all floating-point ones of nested outputs."""
-    if by == 1:
-        return outputs
-    return tree_map(lambda x: x / by if isinstance(x, Tensor) and x.is_floating_point() else x, outputs)
+def _scalar(value: Any) -> bool:
+    return _floating(value) and value.numel() == 1
 
 
 def _described(value: Any) -> str:

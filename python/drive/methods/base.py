@@ -34,8 +34,7 @@ class Problem:
         iteration, iterations: this one, from 1, and how many there are.
         masks: those of the iterations before; None at the first one, if the caller gave none.
         notes: empty at first: what a method wants to remember from one iteration to the next goes here, and
-        not
-            on its instance, of which several runs may make use.
+            not on its instance, of which several runs may make use.
     """
 
     model: nn.Module
