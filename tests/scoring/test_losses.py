@@ -271,6 +271,40 @@ def test_layers_without_a_second_derivative(layer: nn.Module, method: Any):
     assert not any(module._forward_hooks for module in model.modules())
 
 
+class Square(torch.autograd.Function):
+    """PyTorch raises where a whole backward pass runs through it twice, not on the way to some tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * 2 * ctx.saved_tensors[0]
+
+
+@pytest.mark.parametrize("method", ("grasp", "crop"))
+def test_functions_that_differentiate_once(method: str):
+    class Squared(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return Square.apply(x)
+
+    model = nn.Sequential(nn.Linear(12, 16), nn.Sequential(nn.Tanh(), Squared()), nn.Linear(16, 4))
+    words = f"{method}: .* got an operation without one in 1.1 .*once_differentiable.*: replace it"
+    with pytest.raises(ValueError, match=words):
+        run(model, pairs(), LOSS, method=method, iterations=1)
+    run(model, pairs(), LOSS, method="drive")
+
+
+@pytest.mark.parametrize("method", ("grasp", "crop"))
+def test_second_derivatives_of_compiled_models(method: str):
+    expected = run(network(), pairs(), LOSS, method=method)
+    found = run(torch.compile(network(), backend="aot_eager"), pairs(), LOSS, method=method)
+    assert_same(found, expected)
+
+
 def test_operations_of_torchvision():
     ops = pytest.importorskip("torchvision.ops", reason="torchvision is not installed")
 

@@ -1,7 +1,7 @@
 """Hessian times gradient, by differentiating twice: nothing larger than the graph of one batch."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ def hessian_times_gradient(
         if not (missing := _NO_SECOND.search(str(error))):
             raise
         operation = next(filter(None, missing.groups()), None)
-        layer = operation and _layer_with(operation, problem, batches[0], temperature)
+        layer = _layer_with(operation, problem, batches[0], temperature)
         where = f" in {layer}" if layer else ""
         raise ValueError(
             f"{op}: the model must have a second derivative, got {operation or 'an operation'} without one"
@@ -48,26 +48,30 @@ def hessian_times_gradient(
 # what PyTorch and torchvision say of an operation that can be differentiated once only
 _NO_SECOND = re.compile(
     r"derivative for (?:aten::|')_?(\w+)_backward'? is not implemented"
-    r"|double backwards? (?:on (\w+) not|is not) supported",
+    r"|double backwards? (?:on (\w+) not|is not) supported"
+    r"|marked with @once_differentiable",
     re.IGNORECASE,
 )
 
 
-def _layer_with(operation: str, problem: Problem, batch: Batch, temperature: float) -> str | None:
-    """The name of the innermost module that computes this, found in the graph of another forward pass."""
+def _layer_with(operation: str | None, problem: Problem, batch: Batch, temperature: float) -> str | None:
+    """The name of the innermost module that computes this, found in the graph of another forward pass.
+
+    Args:
+        operation: None: a function of Python's that is marked with @once_differentiable.
+    """
     found: list[str] = []
     seen: set[object] = set()  # nodes of modules that are done: what is new is of the one that ends
 
+    def computes(node: Any) -> bool:
+        if operation is None:  # the mark is a wrapper around `backward`
+            function = getattr(node, "_forward_cls", None)
+            return hasattr(getattr(function, "backward", None), "__wrapped__")
+        return operation.replace("_", "").lower() in node.name().replace("_", "").lower()
+
     def leave(name: str, outputs: Any) -> None:
-        nodes: list[Any] = [tensor.grad_fn for tensor in tensors_in(outputs)]
-        while nodes:
-            node = nodes.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            if operation.replace("_", "").lower() in node.name().replace("_", "").lower():
-                found.append(name)
-            nodes += [before for before, _ in node.next_functions]
+        if any(map(computes, _graph(tensors_in(outputs), seen))):
+            found.append(name)
 
     handles = [
         module.register_forward_hook(lambda module, args, outputs, name=name: leave(name, outputs))
@@ -81,6 +85,17 @@ def _layer_with(operation: str, problem: Problem, batch: Batch, temperature: flo
         for handle in handles:
             handle.remove()
     return found[0] if found else None
+
+
+def _graph(tensors: Sequence[Tensor], seen: set[object]) -> Iterator[Any]:
+    """The nodes that autograd has for these, without those seen before, to which they are added."""
+    nodes: list[Any] = [tensor.grad_fn for tensor in tensors]
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes += [before for before, _ in node.next_functions]
+            yield node
 
 
 def _hessian_times_gradient(
@@ -98,14 +113,18 @@ def _hessian_times_gradient(
         named = zip(problem.weights, grads, strict=True)
         return [grad * masks[name] if name in masks else grad for name, grad in named]
 
-    # fused attention has no second derivative
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+    # neither fused attention nor what was compiled has a second derivative
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), uncompiled():
         total: list[Tensor] = [torch.zeros_like(w) for w in weights]
         for batch in batches:
             total = [sum_ + grad for sum_, grad in zip(total, gradients(batch, False), strict=True)]
         fixed, product = masked(total), [torch.zeros_like(w) for w in weights]
         for batch in batches:
-            grads = masked(gradients(batch, True))
+            grads = gradients(batch, True)
+            # off all paths to the weights, where it would raise: without this its part would be left out
+            if any(node.name().endswith("autograd::Error") for node in _graph(grads, set())):
+                raise RuntimeError("a function is marked with @once_differentiable")
+            grads = masked(grads)
             inner = torch.stack([(g * f).sum() for g, f in zip(grads, fixed, strict=True)]).sum()
             parts = torch.autograd.grad(inner, weights, allow_unused=True, materialize_grads=True)
             product = [sum_ + part for sum_, part in zip(product, parts, strict=True)]
