@@ -112,7 +112,7 @@ def prune(
             iterations; otherwise they stay eager, and the logger `drive.capture` says why. True: it
             must be possible. What the model decides in Python, once captured, is decided for good.
         on_step: called with each iteration's `PruneResult` once its masks are applied: for curves and logs.
-            If it raises, all is undone.
+            If it raises, all is undone, on all ranks. On several ranks either all have one, or none.
         progress: tell how far it is, on stderr if that is a terminal: by a bar if rich is installed, else by
             a line every few seconds.
 
@@ -139,7 +139,7 @@ def prune(
         loss = Loss(loss_fn, compute_loss)
         if on_step is not None and not callable(on_step):
             raise TypeError(f"prune: on_step must be callable, got {type(on_step).__name__}")
-        said += [*plan.said, *selection.said]
+        said += [*plan.said, *selection.said, ("on_step", None if on_step is None else "a function")]
     selection.meet()
     _log.info("%s", plan)
 
@@ -169,7 +169,8 @@ def prune(
             checks.add(result.check_finite(f"prune: iteration {number}"))
             chosen.after(problem)
             if on_step is not None:
-                on_step(result)
+                with together(team, "call on_step"):
+                    on_step(result)
         checks.finish()
     if device.type == "cuda":
         for mask in result.masks.values():  # they may be of the graph's stream

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from worlds import Traffic, returned, run
 
 import drive
-from drive import Masks, fused_drive_prune
+from drive import Masks, PruneResult, fused_drive_prune
 from drive.reference import drive_prune
 
 
@@ -117,6 +117,55 @@ def loops(method: str) -> None:
 @pytest.mark.parametrize("method", ("drive", "magnitude", "gradual", "imp", "synflow", "random", "rigl"))
 def test_loops(method: str):
     returned(run(2, loops, method))
+
+
+class Client(nn.Module):
+    """Computes its own loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = network()
+
+    def forward(self, pixels: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        return {"loss": loss_fn(self.net(pixels), labels)}
+
+
+def own_losses(method: str) -> None:
+    """The forms of batches that are no pairs, and what is called at each iteration."""
+    options: dict[str, Any] = {"sparsity": 0.9, "iterations": 3, "progress": False, "method": method}
+    expected = drive.prune(network(), batches(), loss_fn, **options)
+    mappings = [{"pixels": x, "labels": y} for x, y in batches()]
+    forms: list[dict[str, Any]] = [
+        {"batches": mappings},
+        {"batches": batches(), "compute_loss": lambda model, batch: model(*batch)["loss"]},
+    ]
+    for form in forms:
+        seen: list[PruneResult] = []
+        model = DistributedDataParallel(Client())
+        found = drive.prune(model, **form, on_step=seen.append, **options)
+        assert all(torch.equal(mask, expected[name.removeprefix("net.")]) for name, mask in found.items())
+        assert len(found) == len(expected) and len(seen) == 3
+    rank, last = dist.get_rank(), sum(int(mask.sum()) for mask in expected.values())
+
+    def on_step(result: PruneResult) -> None:
+        if rank == 1 and result.kept == last:
+            raise ArithmeticError("enough")
+
+    error, words = (ArithmeticError, "enough") if rank else (RuntimeError, "rank 1 raised ArithmeticError")
+    model = DistributedDataParallel(Client())
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    with pytest.raises(error, match=words):
+        drive.prune(model, mappings, on_step=on_step, **options)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters()), "undone on all ranks"
+    with pytest.raises(
+        ValueError, match="on_step must be the same on all ranks, got None on rank 0 and a fun"
+    ):
+        drive.prune(model, mappings, on_step=print if rank else None, **options)
+
+
+@pytest.mark.parametrize("method", ("drive", "gradual"))
+def test_batches_of_other_forms(method: str):
+    returned(run(2, own_losses, method))
 
 
 def rows_of_a_model(scope: str) -> None:
