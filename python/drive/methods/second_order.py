@@ -29,7 +29,7 @@ def hessian_times_gradient(
 
     Raises:
         ValueError: a prunable weight has no part in the loss; an operation of the model has no second
-        derivative.
+            derivative.
     """
     try:
         return _hessian_times_gradient(problem, batches, temperature)
