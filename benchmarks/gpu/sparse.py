@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from benchmarks import pages
 from benchmarks.gpu.step.measure import CpuMeter, CudaMeter, Meter
 from drive.files import write_atomic
+from drive.layers import Weight
 from drive.sparse import gpu
 from drive.targets.structures import structure
 
@@ -85,7 +86,7 @@ def unstructured(size: int, sparsity: float, device: str) -> Tensor:
 def blocks(size: int, sparsity: float, device: str) -> Tensor:
     found = structure(BLOCK)
     assert found is not None
-    return found.expand(unstructured(size // 32, sparsity, device), 1)
+    return found.expand(unstructured(size // 32, sparsity, device), Weight())
 
 
 def two_of_four(size: int, sparsity: float, device: str) -> Tensor:

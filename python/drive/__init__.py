@@ -4,12 +4,15 @@ from . import methods, reference, schedules, sparse
 from .collapse import Collapse, collapse
 from .fused import fused_drive_prune
 from .holding import register_optimizer
+from .layers import register_layer
 from .masks import Masks
 from .prune import prune
 from .result import PruneResult
+from .targets.choice import default_include
+from .targets.coverage import coverage
 
 __version__ = "0.1.0"
 __all__ = [
-    "Collapse", "Masks", "PruneResult", "collapse", "fused_drive_prune", "methods", "prune", "reference",
-    "register_optimizer", "schedules", "sparse",
+    "Collapse", "Masks", "PruneResult", "collapse", "coverage", "default_include", "fused_drive_prune",
+    "methods", "prune", "reference", "register_layer", "register_optimizer", "schedules", "sparse",
 ]  # fmt: skip

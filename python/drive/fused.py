@@ -16,9 +16,11 @@ from .distributed.shards import Shards
 from .distributed.step import sharded_step
 from .distributed.team import Said, Team, team_of, together
 from .holding.zero import zero_pruned_
+from .layers import Layers
 from .masks import Masks
 from .result import PruneResult
-from .targets.targets import Include, Operands, Target, Tensors, operands
+from .targets.choice import Include, Target
+from .targets.targets import Operands, Tensors, operands
 
 PruneOp = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
@@ -32,6 +34,8 @@ def fused_drive_prune(
     masks: Masks | None = None,
     min_keep: int = 0,
     include: Include | None = None,
+    exclude: Include | None = None,
+    layers: Layers | None = None,
     process_group: dist.ProcessGroup | None = None,
     check_finite: bool = True,
 ) -> PruneResult:
@@ -63,8 +67,12 @@ def fused_drive_prune(
         sparsity: final fraction of zeros over all prunable entries, 0 <= sparsity < 1.
         masks: masks to update in place, of the same names and shapes; False entries stay pruned.
         min_keep: survivors that every tensor keeps at least (all it has, if those are fewer).
-        include: predicate (name, module, tensor) -> bool choosing the tensors; default: weights of
-            Linear, Conv and ConvTranspose layers of a module, everything of a mapping or sequence.
+        include: which tensors: a predicate (name, module, tensor) -> bool, or names, of which those with
+            wildcards ("encoder.*") choose among weights. Default: of a mapping or sequence everything; of a
+            module the weights of all layer types that are known (docs/layers.md), but for frozen ones,
+            embeddings and heads tied to them, and the factors of adapters.
+        exclude: what not, of these: likewise a predicate or names.
+        layers: layer types of one's own for this call, as `drive.register_layer` takes them for all.
         process_group: the ranks that hold the other shards; DTensors on all ranks need none.
         check_finite: raise if a score is not finite. False: no host synchronisation (but for tensors that
             are spread over ranks); a non-finite score then makes the step a no-op and `result.ok` False.
@@ -82,7 +90,8 @@ def fused_drive_prune(
     team = team_of(op, target, process_group)
     return prune_step(
         torch.ops.drive.prune_, op, target, grads, mask_grads, sparsity=sparsity, masks=masks,
-        min_keep=min_keep, include=include, check_finite=check_finite, team=team,
+        min_keep=min_keep, include=include, exclude=exclude, layers=layers, check_finite=check_finite,
+        team=team,
     )  # fmt: skip
 
 
@@ -97,6 +106,8 @@ def prune_step(
     masks: Masks | None,
     min_keep: int,
     include: Include | None,
+    exclude: Include | None,
+    layers: Layers | None,
     check_finite: bool,
     team: Team | None = None,
 ) -> PruneResult:
@@ -106,7 +117,9 @@ def prune_step(
     """
     with together(team, "check their arguments") as said:
         check_sparsity(op, sparsity)
-        step = Step(op, operands(target, grads, mask_grads, include, op), masks, min_keep, team)
+        step = Step(
+            op, operands(target, grads, mask_grads, include, exclude, layers, op), masks, min_keep, team
+        )
         said += [("sparsity", float(sparsity)), *step.said]
     sizes = step.meet()
     return step.take(prune_op, sizes, round(sparsity * sum(sizes.values())), check_finite)

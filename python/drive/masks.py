@@ -21,7 +21,9 @@ from .distributed.placement import check_placed, distributed_like, is_dtensor, l
 from .holding.attachment import Attachment, innermost
 from .holding.hold import OnRevived
 from .holding.zero import zero_pruned_
-from .targets.targets import Include, Target, check_data, prunable
+from .layers import Layers
+from .targets.choice import Include, Target
+from .targets.targets import check_data, prunable
 from .targets.wrappers import look_up, owners, unwrap
 
 
@@ -43,13 +45,19 @@ class Masks(Mapping[str, Tensor]):
         self._masks = dict(masks)
 
     @classmethod
-    def dense(cls, target: Target, include: Include | None = None) -> Self:
+    def dense(
+        cls,
+        target: Target,
+        include: Include | None = None,
+        exclude: Include | None = None,
+        layers: Layers | None = None,
+    ) -> Self:
         """Masks of the prunable tensors in which nothing is pruned: to load a checkpoint into, say.
 
         Args:
-            target, include: as in `fused_drive_prune`.
+            target, include, exclude, layers: as in `fused_drive_prune`.
         """
-        weights = prunable(target, include, op="Masks.dense")
+        weights = prunable(target, include, exclude, layers, op="Masks.dense")
         ones = {name: torch.ones_like(local(w), dtype=torch.bool) for name, w in weights.items()}
         return cls({name: distributed_like(ones[name], w) for name, w in weights.items()})
 

@@ -21,13 +21,15 @@ from ._scoring.restore import scoring, seeded, undone_on_error
 from ._scoring.sgd import Train, sgd_epoch
 from .distributed.placement import is_dtensor
 from .distributed.team import team_of, together, together_from
+from .layers import Layers
 from .masks import Masks
 from .methods.base import Method, Problem
 from .plan import Plan
 from .progress import tracked
 from .result import PruneResult
 from .rounds import Selection
-from .targets.targets import Include, prunable
+from .targets.choice import Include
+from .targets.targets import prunable
 
 _log = logging.getLogger(__name__)
 
@@ -47,6 +49,8 @@ def prune(
     min_keep: int = 0,
     masks: Masks | None = None,
     include: Include | None = None,
+    exclude: Include | None = None,
+    layers: Layers | None = None,
     process_group: dist.ProcessGroup | None = None,
     train: Train | None = None,
     accumulate: int | None = None,
@@ -94,7 +98,7 @@ def prune(
             by the sum of their scores, `round(sparsity * blocks)` of them (`drive.targets.structures`).
         min_keep: survivors that every tensor keeps at least.
         masks: masks to start from, of a model pruned before; they are not changed.
-        include: which parameters to prune, as in `fused_drive_prune`.
+        include, exclude, layers: which parameters to prune, as in `fused_drive_prune`.
         process_group: as in `fused_drive_prune`: of a model whose weights are plain tensors, each this rank's
             rows of a larger one; the gradients that `loss_fn` gives are then those of the whole model.
         train: (model, masks or None, number) -> anything: a round of training with these masks held
@@ -125,7 +129,7 @@ def prune(
     """
     team = team_of("prune", model, process_group)
     with together(team, "check their arguments") as said:
-        weights = prunable(model, include, op="prune")
+        weights = prunable(model, include, exclude, layers, op="prune")
         shards = team is not None and (team.rows or any(map(is_dtensor, weights.values())))
         plan = Plan.of(
             weights, "one" if team is None else "shards" if shards else "copies",
@@ -133,7 +137,9 @@ def prune(
             structure=structure, min_keep=min_keep, accumulate=accumulate, seed=seed, autocast=autocast,
             capture=capture,
         )  # fmt: skip
-        selection = Selection(model, weights, plan.structure, plan.scope, plan.sparsity, plan.min_keep, team)
+        selection = Selection(
+            model, weights, plan.structure, plan.scope, plan.sparsity, plan.min_keep, team, layers
+        )
         if masks is not None:
             masks = selection.begun(masks)
         loss = Loss(loss_fn, compute_loss)

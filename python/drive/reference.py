@@ -17,9 +17,11 @@ from drive_kernels.prune.op import KthLargest, kth_by_topk, reference
 
 from ._scoring.loss import LossFn
 from .fused import check_sparsity, prune_step
+from .layers import Layers
 from .masks import Masks
 from .result import PruneResult
-from .targets.targets import Include, Target, Tensors, prunable
+from .targets.choice import Include, Target
+from .targets.targets import Tensors, prunable
 
 
 def drive_prune(
@@ -31,6 +33,8 @@ def drive_prune(
     masks: Masks | None = None,
     min_keep: int = 0,
     include: Include | None = None,
+    exclude: Include | None = None,
+    layers: Layers | None = None,
     check_finite: bool = True,
     kth_largest: KthLargest = kth_by_topk,
 ) -> PruneResult:
@@ -41,7 +45,8 @@ def drive_prune(
     """
     return prune_step(
         partial(reference, kth_largest=kth_largest), "drive_prune", target, grads, mask_grads,
-        sparsity=sparsity, masks=masks, min_keep=min_keep, include=include, check_finite=check_finite,
+        sparsity=sparsity, masks=masks, min_keep=min_keep, include=include, exclude=exclude, layers=layers,
+        check_finite=check_finite,
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from .distributed.shards import Shards
 from .distributed.team import Said, Team, together
 from .fused import Step
 from .holding.zero import zero_pruned_
+from .layers import Layers, Weight
 from .masks import Masks
 from .methods.base import Ranking
 from .result import PruneResult
@@ -33,6 +34,7 @@ class Selection:
         sparsity: float,
         min_keep: int,
         team: Team | None = None,
+        layers: Layers | None = None,
         op: str = "prune",
     ):
         """
@@ -41,6 +43,7 @@ class Selection:
             weights: the prunable ones by name.
             structure, scope, sparsity, min_keep: of `drive.prune`.
             team: the ranks that hold the model; None: this process alone.
+            layers: of `drive.prune`.
             op: for the error messages.
 
         Raises:
@@ -48,14 +51,14 @@ class Selection:
         """
         self.op, self.weights, self.scope, self.min_keep = op, dict(weights), scope, min_keep
         self.structure = structures.structure(structure)
-        self.axes: Mapping[str, int] = {}
+        self.axes: Mapping[str, Weight] = {}
         self.team = team
         self._shards = None if team is None else Shards(team, weights)
         self._shapes = {name: weight.shape for name, weight in weights.items()}
         if self.structure is not None:
             if (team is not None and team.rows) or any(map(is_dtensor, weights.values())):
                 raise ValueError(f"{op}: structure must be 'unstructured' for shards, got {structure!r}")
-            self.axes = structures.input_axes(model, weights)
+            self.axes = structures.axes_of(model, weights, layers)
             for name, weight in weights.items():
                 self.structure.check(op, name, weight, self.axes[name])
             self.structure.check_plan(op, weights, scope, sparsity, min_keep)
@@ -128,10 +131,10 @@ class Selection:
         bad = torch.stack([(~score.isfinite() & alive[name]).sum() for name, score in scores.items()])
         units, safe, open_ = {}, {}, {}
         for name, score in scores.items():
-            axis = self.axes[name]
-            units[name] = structure.pooled(torch.where(alive[name], score, 0.0), axis)
-            safe[name] = structure.safe(score, alive[name], axis)
-            open_[name] = (structure.pooled(alive[name].double(), axis) > 0) & ~safe[name]
+            axes = self.axes[name]
+            units[name] = structure.pooled(torch.where(alive[name], score, 0.0), axes)
+            safe[name] = structure.safe(score, alive[name], axes)
+            open_[name] = (structure.pooled(alive[name].double(), axes) > 0) & ~safe[name]
         guarded = [structure.safe_units(weight.numel()) for weight in weights.values()]
         ranked = [ordered(unit) if ranking.signed else unit for unit in units.values()]
         min_keep = structure.units_to_keep(self.min_keep)

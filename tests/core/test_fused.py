@@ -247,8 +247,9 @@ def test_no_gradient():
     with pytest.raises(ValueError, match="4.weight has no gradient: call loss.backward"):
         fused_drive_prune(model, sparsity=0.5)
     model[4].weight.requires_grad_(False)
+    assert "4.weight" not in fused_drive_prune(model, sparsity=0.5).masks, "frozen"
     with pytest.raises(ValueError, match="4.weight has no gradient: it does not require one, or exclude it"):
-        fused_drive_prune(model, sparsity=0.5)
+        fused_drive_prune(model, sparsity=0.5, include="*.weight")
 
 
 @pytest.mark.parametrize("bad", (torch.nan, torch.inf))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from drive.layers import Weight
 from drive.sparse import BlockLinear, SemiStructuredLinear, gpu
 from drive.targets.structures import structure
 
@@ -15,7 +16,7 @@ KINDS = tuple(gpu.KINDS.values())
 def mask_for(kind: type[nn.Module], rows: int = 64, columns: int = 128) -> Tensor:
     torch.manual_seed(0)
     if kind is BlockLinear:
-        return structure("32x32").expand(torch.rand(rows // 32, columns // 32) < 0.5, 1)
+        return structure("32x32").expand(torch.rand(rows // 32, columns // 32) < 0.5, Weight())
     if kind is SemiStructuredLinear:
         return torch.tensor([True, False, False, True]).repeat(rows, columns // 4)
     return torch.rand(rows, columns) < 0.5

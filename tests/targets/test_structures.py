@@ -139,7 +139,9 @@ def test_whole_blocks_and_their_exact_count(model, method, scope, size, sparsity
     )  # fmt: skip
     assert sum(int((~mask).sum()) for mask in masks.values()) == entries * round(sparsity * units)
     for name, mask in masks.items():
-        assert all(int(block.sum()) in (0, entries) for block in blocks(mask, *size))
+        transposed = isinstance(model.get_submodule(name.rpartition(".")[0]), nn.ConvTranspose2d)
+        matrix = mask.transpose(0, 1) if transposed else mask  # [outputs, inputs, ...]
+        assert all(int(block.sum()) in (0, entries) for block in blocks(matrix, *size))
         assert torch.equal(model.get_parameter(name), before[name] * mask), name
         assert int(mask.sum()) >= min(min_keep, mask.numel())
 

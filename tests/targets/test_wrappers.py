@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 import drive
 from drive import Masks, fused_drive_prune
 from drive.distributed.team import replicated
-from drive.targets.structures import input_axes
+from drive.targets.structures import axes_of
 from drive.targets.wrappers import named_modules, owners, unwrap
 
 NAMES = ["0.0.weight", "1.0.weight", "2.weight"]
@@ -282,7 +282,8 @@ def test_saved_modules_of_peft_are_beside_the_original():
 def test_transposed_convolutions_are_found_in_wrappers():
     model = nn.Sequential(nn.ConvTranspose1d(4, 2, 1), nn.Conv1d(2, 4, 1))
     model[0] = compiled(model[0])
-    assert input_axes(DataParallel(model), Masks.dense(model)) == {"0.weight": 0, "1.weight": 1}
+    axes = axes_of(DataParallel(model), Masks.dense(model))
+    assert {name: weight.inputs for name, weight in axes.items()} == {"0.weight": 0, "1.weight": 1}
 
 
 def test_replicas_are_found_beneath_other_wrappers():

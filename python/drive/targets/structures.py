@@ -11,9 +11,10 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from .wrappers import owners
+from drive.layers import Layers, Weight
 
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+from .candidates import candidates
+from .wrappers import owners
 
 
 class Structure(ABC):
@@ -26,11 +27,11 @@ class Structure(ABC):
     size: int = 1
 
     @abstractmethod
-    def check(self, op: str, name: str, weight: Tensor, axis: int) -> None:
+    def check(self, op: str, name: str, weight: Tensor, axes: Weight) -> None:
         """Raise ValueError unless the weight can have this pattern.
 
         Args:
-            axis: the dimension of the weight that runs over the layer's inputs.
+            axes: how the layer multiplies by it.
         """
 
     def check_plan(  # noqa: B027 (blocks go with everything)
@@ -39,15 +40,15 @@ class Structure(ABC):
         """Raise ValueError unless these go together with the pattern."""
 
     @abstractmethod
-    def check_mask(self, op: str, name: str, mask: Tensor, axis: int) -> None:
+    def check_mask(self, op: str, name: str, mask: Tensor, axes: Weight) -> None:
         """Raise ValueError unless pruning can go on from this mask to the pattern."""
 
     @abstractmethod
-    def pooled(self, score: Tensor, axis: int) -> Tensor:
+    def pooled(self, score: Tensor, axes: Weight) -> Tensor:
         """Scores of the units, [units of the weight], from those of the entries, float64."""
 
     @abstractmethod
-    def safe(self, score: Tensor, alive: Tensor, axis: int) -> Tensor:
+    def safe(self, score: Tensor, alive: Tensor, axes: Weight) -> Tensor:
         """Units that must not be pruned, bool, [units]."""
 
     def safe_units(self, entries: int) -> int:
@@ -59,7 +60,7 @@ class Structure(ABC):
         return -(-min_keep // self.size)
 
     @abstractmethod
-    def expand(self, units: Tensor, axis: int) -> Tensor:
+    def expand(self, units: Tensor, axes: Weight) -> Tensor:
         """Mask of the entries, [the weight's shape], from that of the units."""
 
 
@@ -79,8 +80,8 @@ class NofM(Structure):
         """The one that it ends at."""
         return 1 - self.n / self.m
 
-    def check(self, op: str, name: str, weight: Tensor, axis: int) -> None:
-        if weight.dim() < 2 or weight.shape[axis] % self.m:
+    def check(self, op: str, name: str, weight: Tensor, axes: Weight) -> None:
+        if weight.dim() < 2 or _size(weight, axes, axes.inputs) % self.m:
             raise ValueError(
                 f"{op}: {name} must have inputs in groups of {self.m} for structure {self.n}:{self.m}, "
                 f"got shape {tuple(weight.shape)}: exclude it"
@@ -102,21 +103,21 @@ class NofM(Structure):
                 kept = self.safe_units(weight.numel())
                 raise ValueError(f"{op}: min_keep must be at most {kept}, what {name} keeps, got {min_keep}")
 
-    def check_mask(self, op: str, name: str, mask: Tensor, axis: int) -> None:
-        if bool((mask.movedim(axis, -1).unflatten(-1, (-1, self.m)).sum(-1) < self.n).any()):
+    def check_mask(self, op: str, name: str, mask: Tensor, axes: Weight) -> None:
+        if bool((mask.movedim(axes.inputs, -1).unflatten(-1, (-1, self.m)).sum(-1) < self.n).any()):
             raise ValueError(
                 f"{op}: masks[{name}] must leave {self.n} of every {self.m} inputs for structure "
                 f"{self.n}:{self.m}, got fewer"
             )
 
-    def pooled(self, score: Tensor, axis: int) -> Tensor:
+    def pooled(self, score: Tensor, axes: Weight) -> Tensor:
         return score
 
-    def safe(self, score: Tensor, alive: Tensor, axis: int) -> Tensor:
-        groups = torch.where(alive, score, -torch.inf).movedim(axis, -1).unflatten(-1, (-1, self.m))
+    def safe(self, score: Tensor, alive: Tensor, axes: Weight) -> Tensor:
+        groups = torch.where(alive, score, -torch.inf).movedim(axes.inputs, -1).unflatten(-1, (-1, self.m))
         best = groups.argsort(dim=-1, descending=True, stable=True)[..., : self.n]
         safe = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, best, True)
-        return safe.flatten(-2).movedim(-1, axis)
+        return safe.flatten(-2).movedim(-1, axes.inputs)
 
     def safe_units(self, entries: int) -> int:
         return entries // self.m * self.n
@@ -124,13 +125,13 @@ class NofM(Structure):
     def units_to_keep(self, min_keep: int) -> int:
         return 0  # the safe ones are enough
 
-    def expand(self, units: Tensor, axis: int) -> Tensor:
+    def expand(self, units: Tensor, axes: Weight) -> Tensor:
         return units
 
 
 @dataclass(frozen=True)
 class Blocks(Structure):
-    """Blocks of `rows` x `columns` in the first two dimensions, at every position of a kernel its own.
+    """Blocks of `rows` outputs x `columns` inputs of one matrix, at every position of a kernel its own.
 
     The score of a block is the sum of its entries' scores.
     """
@@ -142,29 +143,31 @@ class Blocks(Structure):
     def size(self) -> int:  # type: ignore[override]
         return self.rows * self.columns
 
-    def check(self, op: str, name: str, weight: Tensor, axis: int) -> None:
-        if weight.dim() < 2 or weight.shape[0] % self.rows or weight.shape[1] % self.columns:
+    def check(self, op: str, name: str, weight: Tensor, axes: Weight) -> None:
+        sizes = ((axes.outputs, self.rows), (axes.inputs, self.columns))
+        if weight.dim() < 2 or any(_size(weight, axes, axis) % size for axis, size in sizes):
             raise ValueError(
                 f"{op}: {name} must have a shape of whole blocks for structure {self.rows}x{self.columns}, "
                 f"got {tuple(weight.shape)}: exclude it"
             )
 
-    def pooled(self, score: Tensor, axis: int) -> Tensor:
-        blocks: Tensor = score.unflatten(1, (-1, self.columns)).unflatten(0, (-1, self.rows))
-        return blocks.sum((1, 3))
+    def pooled(self, score: Tensor, axes: Weight) -> Tensor:
+        (low, first), (high, second) = sorted(((axes.outputs, self.rows), (axes.inputs, self.columns)))
+        blocks: Tensor = score.unflatten(high, (-1, second)).unflatten(low, (-1, first))
+        return blocks.sum((low + 1, high + 2))
 
-    def check_mask(self, op: str, name: str, mask: Tensor, axis: int) -> None:
-        kept = self.pooled(mask.double(), axis)
+    def check_mask(self, op: str, name: str, mask: Tensor, axes: Weight) -> None:
+        kept = self.pooled(mask.double(), axes)
         if bool(((kept > 0) & (kept < self.size)).any()):
             raise ValueError(
                 f"{op}: masks[{name}] must be of whole blocks for structure {self.rows}x{self.columns}"
             )
 
-    def safe(self, score: Tensor, alive: Tensor, axis: int) -> Tensor:
-        return torch.zeros_like(self.pooled(score, axis), dtype=torch.bool)
+    def safe(self, score: Tensor, alive: Tensor, axes: Weight) -> Tensor:
+        return torch.zeros_like(self.pooled(score, axes), dtype=torch.bool)
 
-    def expand(self, units: Tensor, axis: int) -> Tensor:
-        return units.repeat_interleave(self.rows, 0).repeat_interleave(self.columns, 1)
+    def expand(self, units: Tensor, axes: Weight) -> Tensor:
+        return units.repeat_interleave(self.rows, axes.outputs).repeat_interleave(self.columns, axes.inputs)
 
 
 @cache
@@ -183,7 +186,15 @@ def structure(name: str) -> Structure | None:
     raise ValueError(f"structure must be 'unstructured', 'N:M' (0 < N < M) or 'ROWSxCOLUMNS', got {name!r}")
 
 
-def input_axes(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, int]:
-    """The dimension of each weight that runs over its layer's inputs."""
-    found = owners(model)
-    return {name: 0 if isinstance(found[name][0], _TRANSPOSED) else 1 for name in weights}
+def axes_of(
+    model: nn.Module, weights: Mapping[str, Tensor], layers: Layers | None = None
+) -> dict[str, Weight]:
+    """How the layers multiply by these weights: as [outputs, inputs, ...] where nobody knows."""
+    known = {id(candidate.tensor): candidate.weight for candidate in candidates(model, layers)}
+    tensors = {name: module._parameters[key] for name, (module, key) in owners(model).items()}
+    return {name: known.get(id(tensors[name])) or Weight() for name in weights}
+
+
+def _size(weight: Tensor, axes: Weight, axis: int) -> int:
+    """Of one of the matrices, along an axis: a unit does not go over its end."""
+    return weight.shape[axis] // (axes.parts if axis == axes.stacked else 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,18 +10,13 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from drive.distributed.placement import check_placed, local
+from drive.layers import Layers
 
-from .wrappers import owners
+from .choice import Include, Target, chosen
 
-Target = nn.Module | Mapping[str, Tensor] | Sequence[Tensor]
 Tensors = Mapping[str, Tensor] | Sequence[Tensor]
-Include = Callable[[str, nn.Module | None, Tensor], bool]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_LAYERS = (
-    nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d,
-    nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -38,30 +33,26 @@ class Operands:
     scores: list[Tensor] | None = None
 
 
-def default_include(name: str, module: nn.Module | None, tensor: Tensor) -> bool:
-    """The weights of Linear, Conv and ConvTranspose layers: not biases, norms or embeddings."""
-    return isinstance(module, _LAYERS) and name.rpartition(".")[2] == "weight"
-
-
-def prunable(target: Target, include: Include | None = None, *, op: str = "prunable") -> dict[str, Tensor]:
+def prunable(
+    target: Target,
+    include: Include | None = None,
+    exclude: Include | None = None,
+    layers: Layers | None = None,
+    *,
+    op: str = "prunable",
+) -> dict[str, Tensor]:
     """Prunable tensors by name, tied ones once, each fit to be pruned (ValueError or TypeError if not).
 
     Args:
         target: a module (all its parameters are asked for, by their names without wrappers, see
             `drive.targets.wrappers`), a mapping of names to tensors, or a sequence of tensors (named "0",
             "1", ...).
-        include: predicate (name, module or None, tensor) -> bool. Default: for a module the weights
-            of Linear, Conv and ConvTranspose, for a mapping or a sequence every tensor.
+        include, exclude, layers: as in `fused_drive_prune`.
         op: whose argument this is, for the error messages.
     """
     found: dict[str, Tensor] = {}
-    seen: set[int] = set()
     first: dict[int, str] = {}  # by address
-    for name, module, tensor in _candidates(target, op):
-        default = default_include if module is not None else _everything
-        if not (include or default)(name, module, tensor) or id(tensor) in seen:
-            continue
-        seen.add(id(tensor))
+    for name, tensor in chosen(target, include, exclude, layers, op).items():
         check_data(op, name, tensor, target)
         if tensor.dtype not in DTYPES:
             raise TypeError(f"{op}: {name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
@@ -81,38 +72,22 @@ def prunable(target: Target, include: Include | None = None, *, op: str = "pruna
 
 
 def operands(
-    target: Target, grads: Tensors | None, mask_grads: Tensors | None, include: Include | None, op: str
+    target: Target,
+    grads: Tensors | None,
+    mask_grads: Tensors | None,
+    include: Include | None,
+    exclude: Include | None,
+    layers: Layers | None,
+    op: str,
 ) -> Operands:
     """Prunable tensors with their gradients (`.grad` where `grads` is None), checked."""
-    weights = prunable(target, include, op=op)
+    weights = prunable(target, include, exclude, layers, op=op)
     if grads is None:
         found = [_own_gradient(op, name, w) for name, w in weights.items()]
     else:
         found = match(op, "grads", grads, target, weights)
     extra = [] if mask_grads is None else match(op, "mask_grads", mask_grads, target, weights)
     return Operands(weights, found, extra)
-
-
-def _everything(name: str, module: nn.Module | None, tensor: Tensor) -> bool:
-    return True
-
-
-def _candidates(target: Target, op: str) -> Iterator[tuple[str, nn.Module | None, Tensor]]:
-    if isinstance(target, nn.Module):
-        for name, (module, key) in owners(target, op=op).items():
-            parameter = module._parameters[key]  # get_parameter would take as long as `owners`
-            assert parameter is not None
-            yield name, module, parameter
-    elif isinstance(target, Mapping):
-        for name, tensor in target.items():
-            yield str(name), None, tensor
-    elif isinstance(target, Sequence) and not isinstance(target, str):
-        for index, tensor in enumerate(target):
-            yield str(index), None, tensor
-    else:
-        raise TypeError(
-            f"{op}: target must be a module, a mapping or a sequence of tensors, got {type(target).__name__}"
-        )
 
 
 def check_data(op: str, name: str, tensor: object, target: object) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from linear_cases import BLOCKS, PACKED, BlockCase, PackedCase, assert_close
 
+from drive.layers import Weight
 from drive.targets.structures import structure
 from drive_kernels.linear import block, packed
 
@@ -54,7 +55,7 @@ def test_pattern_of_blocks(size: int):
 def test_block_of():
     units = torch.tensor([[True, False], [False, True]])
     for size in block.BLOCKS:
-        mask = structure(f"{size}x{size}").expand(units, 1)
+        mask = structure(f"{size}x{size}").expand(units, Weight())
         assert block.block_of(mask) == size
     mask[0, 0] = False
     assert block.block_of(mask) is None
