@@ -23,16 +23,25 @@ FORMAT = "drive.masks.v1"
 _PIECE = 1 << 21  # entries that travel together: 256 KiB of bits, made of 16 MiB of indices
 
 
-def write_packed(path: Path, masks: Mapping[str, Tensor]) -> None:
-    """Write masks; a crash leaves the old file or the new one."""
+def write_packed(path: Path, masks: Mapping[str, Tensor], parameters: int | None) -> None:
+    """Write masks; a crash leaves the old file or the new one.
+
+    Args:
+        parameters: of `Masks`.
+    """
     packed = {
         name: torch.from_numpy(np.packbits(mask.cpu().contiguous().numpy(), axis=None))
         for name, mask in masks.items()
     }
-    write_atomic(path, safetensors.torch.save(packed, _metadata(masks)))
+    write_atomic(path, safetensors.torch.save(packed, _metadata(masks, parameters)))
 
 
-def write_sharded(path: Path, masks: Mapping[str, Tensor], process_group: dist.ProcessGroup | None) -> None:
+def write_sharded(
+    path: Path,
+    masks: Mapping[str, Tensor],
+    parameters: int | None,
+    process_group: dist.ProcessGroup | None,
+) -> None:
     """Write masks of which some are DTensors, by rank 0; all ranks must call it.
 
     No rank ever holds more than its own shards and a piece of a tensor.
@@ -47,20 +56,21 @@ def write_sharded(path: Path, masks: Mapping[str, Tensor], process_group: dist.P
         pieces = _pieces(shards, masks)
         try:
             if team.rank == 0:
-                write_atomic(path, chain([_header(masks)], pieces))
+                write_atomic(path, chain([_header(masks, parameters)], pieces))
         finally:  # whatever happened on rank 0, the others wait for its part in each piece
             for _ in pieces:
                 pass
 
 
-def _metadata(masks: Mapping[str, Tensor]) -> dict[str, str]:
+def _metadata(masks: Mapping[str, Tensor], parameters: int | None) -> dict[str, str]:
     shapes = json.dumps({name: list(mask.shape) for name, mask in masks.items()})
-    return {"format": FORMAT, "shapes": shapes}
+    known = {} if parameters is None else {"parameters": str(parameters)}
+    return {"format": FORMAT, "shapes": shapes, **known}
 
 
-def _header(masks: Mapping[str, Tensor]) -> bytes:
+def _header(masks: Mapping[str, Tensor], parameters: int | None) -> bytes:
     """The beginning of a safetensors file: the header's length, and the header."""
-    entries: dict[str, object] = {"__metadata__": _metadata(masks)}
+    entries: dict[str, object] = {"__metadata__": _metadata(masks, parameters)}
     end = 0
     for name, mask in masks.items():
         size = (mask.numel() + 7) // 8

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import groupby
 from numbers import Real
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 import drive_kernels  # noqa: F401  (defines torch.ops.drive)
 
+from ._scoring.ties import warn_of_ties
 from .distributed.placement import distributed_like, is_dtensor, local
 from .distributed.shards import Shards
 from .distributed.step import sharded_step
-from .distributed.team import Said, Team, team_of, together
+from .distributed.team import Said, Team, sent, team_of, together
 from .holding.zero import zero_pruned_
-from .layers import Layers
+from .layers import Layers, Weight
 from .masks import Masks
 from .result import PruneResult
 from .targets.choice import Include, Target
+from .targets.matrices import cut, entries
+from .targets.structures import axes_of
 from .targets.targets import Operands, Tensors, operands
 
 PruneOp = Callable[..., tuple[Tensor, Tensor, Tensor]]
@@ -46,7 +51,8 @@ def fused_drive_prune(
     as `masks` had pruned before, if those were more). Among equal scores the lower global index
     (order of the tensors, then row-major index) survives; pruned entries never come back. The masks
     are the same bit for bit on every backend and with any number of threads. If anything raises,
-    weights, masks and gradients are as they were.
+    weights, masks and gradients are as they were. Where entries of score 0 survive and others do not, the
+    logger `drive._scoring.ties` says so once a model (with `check_finite`).
 
     Tensors that are spread over ranks are pruned as one tensor each, to the same masks as in one process,
     while some kilobytes travel (docs/scaling.md). All ranks must call this together, for
@@ -66,14 +72,17 @@ def fused_drive_prune(
             If given, scores are ranked by the product of the three in float64.
         sparsity: final fraction of zeros over all prunable entries, 0 <= sparsity < 1.
         masks: masks to update in place, of the same names and shapes; False entries stay pruned.
-        min_keep: survivors that every tensor keeps at least (all it has, if those are fewer).
+        min_keep: survivors that every tensor keeps at least (all it has, if those are fewer); in a module
+            every matrix of it: every expert, group of a convolution, gate, and q, k and v (docs/layers.md).
+            Equal scores are then ordered matrix by matrix.
         include: which tensors: a predicate (name, module, tensor) -> bool, or names, of which those with
             wildcards ("encoder.*") choose among weights. Default: of a mapping or sequence everything; of a
             module the weights of all layer types that are known (docs/layers.md), but for frozen ones,
             embeddings and heads tied to them, and the factors of adapters.
         exclude: what not, of these: likewise a predicate or names.
         layers: layer types of one's own for this call, as `drive.register_layer` takes them for all.
-        process_group: the ranks that hold the other shards; DTensors on all ranks need none.
+        process_group: the ranks that hold the other shards; DTensors on all ranks need none. Of plain tensors
+            `min_keep` counts per tensor.
         check_finite: raise if a score is not finite. False: no host synchronisation (but for tensors that
             are spread over ranks); a non-finite score then makes the step a no-op and `result.ok` False.
 
@@ -117,9 +126,9 @@ def prune_step(
     """
     with together(team, "check their arguments") as said:
         check_sparsity(op, sparsity)
-        step = Step(
-            op, operands(target, grads, mask_grads, include, exclude, layers, op), masks, min_keep, team
-        )
+        found = operands(target, grads, mask_grads, include, exclude, layers, op)
+        axes = axes_of(target, found.weights, layers) if min_keep and isinstance(target, nn.Module) else {}
+        step = Step(op, found, masks, min_keep, team, axes)
         said += [("sparsity", float(sparsity)), *step.said]
     sizes = step.meet()
     return step.take(prune_op, sizes, round(sparsity * sum(sizes.values())), check_finite)
@@ -129,7 +138,13 @@ class Step:
     """A step whose tensors and masks fit together on this rank."""
 
     def __init__(
-        self, op: str, found: Operands, masks: Masks | None, min_keep: int, team: Team | None
+        self,
+        op: str,
+        found: Operands,
+        masks: Masks | None,
+        min_keep: int,
+        team: Team | None,
+        axes: Mapping[str, Weight],
     ) -> None:
         """
         Args:
@@ -137,6 +152,7 @@ class Step:
             found: what to prune, by what.
             masks, min_keep: of `fused_drive_prune`.
             team: the ranks that take it together; None: this process alone.
+            axes: how layers multiply by the weights: those that are several matrices keep `min_keep` of each.
 
         Raises:
             ValueError, TypeError: a mask that does not fit, a bad `min_keep`, DTensors without a team.
@@ -146,6 +162,7 @@ class Step:
         if team is None and any(map(is_dtensor, found.weights.values())):
             raise TypeError(f"{op}: tensors must be plain ones, got a DTensor")
         self._op, self._found, self._min_keep, self._fresh = op, found, min_keep, masks is None
+        self._axes = {name: axes.get(name, Weight()) for name in found.weights}
         masks = new_masks(found.weights) if masks is None else masks
         masks.check_match(op, found.weights)
         self._masks = [masks[name] for name in found.weights]
@@ -170,6 +187,8 @@ class Step:
         """Entries of each tensor, on all ranks, which must all ask."""
         weights, shards = self._found.weights, self._shards
         shapes = {name: weight.shape for name, weight in weights.items()} if shards is None else shards.meet()
+        whole = not self._min_keep or (shards is not None and shards.team.rows)
+        self._matrices = cut(shapes, {name: Weight() for name in shapes} if whole else self._axes)
         return {name: shape.numel() for name, shape in shapes.items()}
 
     @torch.no_grad()
@@ -182,23 +201,42 @@ class Step:
             ValueError: `min_keep` asks for more survivors than there are; a non-finite score.
         """
         op, found, shards = self._op, self._found, self._shards
-        _check_counts(op, self._min_keep, prune, list(sizes.values()))
+        _check_counts(op, self._min_keep, prune, [entries(box) for _, box in self._matrices])
         weights = list(found.weights.values())
         lists = found.scores or weights, found.grads, found.mask_grads, self._masks
-        values, grads, mask_grads, ordered = ([local(tensor) for tensor in some] for some in lists)
-        arguments = (values, grads, mask_grads, ordered, self._fresh, prune, self._min_keep)
+        tensors = [[local(tensor) for tensor in some] for some in lists]
+        places = self._matrices
+        apart = len(places) > len(weights)
+        if apart:
+            if shards is not None:
+                shards, places = shards.cut(places)
+            tensors = [[some[t][place] for t, place in places] if some else [] for some in tensors]
+        arguments: Any = (*tensors, self._fresh, prune, self._min_keep)
         bad_ranks: list[int] | None = None
         if shards is None:
             kept, nonfinite, scores = prune_op(*arguments)
         else:
             kept, nonfinite, scores, bad_ranks = sharded_step(shards, *arguments)
+        if apart:
+            of = sent(torch.tensor([t for t, _ in places]), kept.device)
+            kept, nonfinite = (kept.new_zeros(len(weights)).index_add_(0, of, n) for n in (kept, nonfinite))
+            if bad_ranks is not None:
+                firsts = zip(places, bad_ranks, strict=True)
+                bad_ranks = [
+                    min(rank for _, rank in some) for _, some in groupby(firsts, lambda one: one[0][0])
+                ]
         if found.scores is not None:  # the op has zeroed these
             zero_pruned_(zip(weights, self._masks, strict=True))
         torch.autograd.graph.increment_version(self._masks)  # which the op does not: copies are kept of them
-        masks = Masks(dict(zip(found.weights, self._masks, strict=True)))
+        rows = shards is not None and shards.team.rows  # of models of which this rank sees its own part
+        parameters = None if rows else found.parameters
+        masks = Masks(dict(zip(found.weights, self._masks, strict=True)), parameters)
         result = PruneResult(masks, kept, nonfinite, scores, sizes, bad_ranks)
         if check_finite:
+            weakest = scores.to("cpu", non_blocking=scores.is_cuda)  # travels with what is waited for anyway
             result.check_finite(op).answer()
+            if weakest[0] == 0 and result.ended_by_count(prune):
+                warn_of_ties(op, weights)
         return result
 
 

@@ -35,14 +35,18 @@ class Masks(Mapping[str, Tensor]):
 
     The tensors are shared, not copied: a further pruning step updates them in place, and whatever
     holds these masks (see `attach`) follows.
+
+    Attributes:
+        parameters: entries of all parameters of the model that they are of, those without a mask included;
+            None: not known.
     """
 
-    def __init__(self, masks: Mapping[str, Tensor]):
+    def __init__(self, masks: Mapping[str, Tensor], parameters: int | None = None):
         for name, mask in masks.items():
             if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
                 got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
                 raise TypeError(f"Masks: {name} must be a bool tensor, got {got}")
-        self._masks = dict(masks)
+        self._masks, self.parameters = dict(masks), parameters
 
     @classmethod
     def dense(
@@ -59,7 +63,7 @@ class Masks(Mapping[str, Tensor]):
         """
         weights = prunable(target, include, exclude, layers, op="Masks.dense")
         ones = {name: torch.ones_like(local(w), dtype=torch.bool) for name, w in weights.items()}
-        return cls({name: distributed_like(ones[name], w) for name, w in weights.items()})
+        return cls({n: distributed_like(ones[n], w) for n, w in weights.items()}, weights.parameters)
 
     def __getitem__(self, name: str) -> Tensor:
         return self._masks[name]
@@ -81,7 +85,7 @@ class Masks(Mapping[str, Tensor]):
         return 1 - sum(self._kept().values()) / total if total else 0.0
 
     def summary(self) -> str:
-        """A table as text: tensor, shape, entries kept, density."""
+        """A table as text: tensor, shape, entries kept, density; sparsity of these, and of all parameters."""
         kept = self._kept()
         width = max((len(name) for name in self), default=0)
         lines = [
@@ -90,7 +94,15 @@ class Masks(Mapping[str, Tensor]):
             for name, mask in self.items()
         ]
         header = f"{'tensor':<{width}}  {'shape':>16}  {'kept':>12}  {'density':>8}"
-        return "\n".join([header, *lines, f"sparsity {self.sparsity():.6f}"])
+        total = sum(mask.numel() for mask in self.values())
+        pruned = total - sum(kept.values())
+        last = f"sparsity {pruned / max(total, 1):.6f} of {total:,} entries"
+        if self.parameters:
+            last += (
+                f", {total / self.parameters:.2%} of all {self.parameters:,} parameters: "
+                f"{pruned / self.parameters:.2%} of these are pruned"
+            )
+        return "\n".join([header, *lines, last])
 
     @torch.no_grad()
     def apply_(self, model: nn.Module | Mapping[str, Tensor]) -> Self:
@@ -191,9 +203,9 @@ class Masks(Mapping[str, Tensor]):
         in `fused_drive_prune`.
         """
         if any(map(is_dtensor, self.values())):
-            write_sharded(Path(path), self._masks, process_group)
+            write_sharded(Path(path), self._masks, self.parameters, process_group)
         else:
-            write_packed(Path(path), self._masks)
+            write_packed(Path(path), self._masks, self.parameters)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Self:
@@ -209,16 +221,17 @@ class Masks(Mapping[str, Tensor]):
                 if metadata.get("format") != FORMAT:
                     raise ValueError(f"its format is {metadata.get('format')!r}, not {FORMAT!r}")
                 shapes = json.loads(metadata["shapes"])
-                return cls({
+                masks = {
                     name: _unpack(name, file.get_tensor(name), shape).to(device)
                     for name, shape in shapes.items()
-                })  # fmt: skip
+                }
+                return cls(masks, json.loads(metadata.get("parameters", "null")))
         except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"Masks.load: {path} is not a readable masks file: {error}") from error
 
     def to(self, device: torch.device | str) -> Masks:
         """The same masks on another device (tensors already there are shared)."""
-        return Masks({name: mask.to(device) for name, mask in self.items()})
+        return Masks({name: mask.to(device) for name, mask in self.items()}, self.parameters)
 
     def _kept(self) -> dict[str, int]:
         kept = {name: mask.sum() for name, mask in self.items()}

@@ -15,6 +15,7 @@ from .distributed.team import Said
 from .fused import check_sparsity
 from .methods.base import Method
 
+OnTies = Literal["error", "index"]
 Ranks = Literal[
     "one", "copies", "shards"
 ]  # does this process have the model alone, or a copy or shards of it?
@@ -46,6 +47,7 @@ class Plan:
     seed: int
     autocast: torch.dtype | None
     capture: Capture
+    on_ties: OnTies
 
     @classmethod
     def of(
@@ -64,6 +66,7 @@ class Plan:
         seed: int = 0,
         autocast: torch.dtype | None = None,
         capture: Capture = "auto",
+        on_ties: OnTies = "error",
     ) -> Plan:
         """The plan for these weights, one or more, all on one device.
 
@@ -91,6 +94,8 @@ class Plan:
         if autocast not in (None, torch.bfloat16):
             # float16 would need its loss scaled
             raise ValueError(f"prune: autocast must be None or torch.bfloat16, got {autocast!r}")
+        if on_ties not in ("error", "index"):
+            raise ValueError(f"prune: on_ties must be 'error' or 'index', got {on_ties!r}")
         return cls(
             method=chosen,
             sizes={name: weight.numel() for name, weight in weights.items()},
@@ -105,6 +110,7 @@ class Plan:
             seed=seed,
             autocast=autocast,
             capture=False if any(against.values()) else capture,
+            on_ties=on_ties,
         )
 
     @property
@@ -121,7 +127,7 @@ class Plan:
         """What must be the same on all ranks, beside what a selection says."""
         return [
             *(("method", self.method.name), ("sparsity", self.sparsity), ("iterations", self.iterations)),
-            *(("accumulate", self.accumulate), ("steps", list(self.steps))),
+            *(("accumulate", self.accumulate), ("steps", list(self.steps)), ("on_ties", self.on_ties)),
         ]
 
     def __str__(self) -> str:

@@ -19,12 +19,13 @@ from ._scoring.gradients import loss_gradients
 from ._scoring.loss import Batch, ComputeLoss, Loss, LossFn
 from ._scoring.restore import scoring, seeded, undone_on_error
 from ._scoring.sgd import Train, sgd_epoch
+from ._scoring.ties import TieCheck
 from .distributed.placement import is_dtensor
 from .distributed.team import team_of, together, together_from
 from .layers import Layers
 from .masks import Masks
 from .methods.base import Method, Problem
-from .plan import Plan
+from .plan import OnTies, Plan
 from .progress import tracked
 from .result import PruneResult
 from .rounds import Selection
@@ -57,6 +58,7 @@ def prune(
     seed: int = 0,
     autocast: torch.dtype | None = None,
     capture: Capture = "auto",
+    on_ties: OnTies = "error",
     on_step: Callable[[PruneResult], object] | None = None,
     progress: bool = True,
 ) -> Masks:
@@ -96,7 +98,7 @@ def prune(
         structure: "unstructured"; "N:M" ("2:4", say): N survivors in every M neighbours along the
             inputs, whose sparsity is 1 - N / M; "RxC" ("4x4"): blocks of so many outputs and inputs,
             by the sum of their scores, `round(sparsity * blocks)` of them (`drive.targets.structures`).
-        min_keep: survivors that every tensor keeps at least.
+        min_keep: survivors that every matrix of every tensor keeps at least, as in `fused_drive_prune`.
         masks: masks to start from, of a model pruned before; they are not changed.
         include, exclude, layers: which parameters to prune, as in `fused_drive_prune`.
         process_group: as in `fused_drive_prune`: of a model whose weights are plain tensors, each this rank's
@@ -115,6 +117,11 @@ def prune(
             same results in less time. "auto": where the model allows it and there are enough
             iterations; otherwise they stay eager, and the logger `drive.capture` says why. True: it
             must be possible. What the model decides in Python, once captured, is decided for good.
+        on_ties: what to do where scores of 0 decide: where the weakest survivors score 0 and so do all
+            entries of a tensor (zero-initialised heads, what is scored through them) or, in the first
+            iteration, more entries than all iterations prune. "error", or "index": of equal entries those of
+            lower index survive, and the logger `drive._scoring.ties` says so. Looked for in the first
+            iteration and in the last one that prunes further.
         on_step: called with each iteration's `PruneResult` once its masks are applied: for curves and logs.
             If it raises, all is undone, on all ranks. On several ranks either all have one, or none.
         progress: tell how far it is, on stderr if that is a terminal: by a bar if rich is installed, else by
@@ -124,7 +131,8 @@ def prune(
         The masks, on the weights' device.
 
     Raises:
-        ValueError, TypeError: bad arguments, batches that run out or give no loss, a non-finite score.
+        ValueError, TypeError: bad arguments, batches that run out or give no loss, a non-finite score, scores
+            of 0 that decide.
         RuntimeError: capture is True and it is not possible, with the reason.
     """
     team = team_of("prune", model, process_group)
@@ -135,7 +143,7 @@ def prune(
             weights, "one" if team is None else "shards" if shards else "copies",
             sparsity=sparsity, method=method, iterations=iterations, schedule=schedule, scope=scope,
             structure=structure, min_keep=min_keep, accumulate=accumulate, seed=seed, autocast=autocast,
-            capture=capture,
+            capture=capture, on_ties=on_ties,
         )  # fmt: skip
         selection = Selection(
             model, weights, plan.structure, plan.scope, plan.sparsity, plan.min_keep, team, layers
@@ -153,6 +161,9 @@ def prune(
     eager = loss_gradients(model, weights, loss, plan.autocast)
     checks = LateChecks(steps_late=1 if device.type == "cuda" else 0)
     groups = [selection.groups(step) for step in plan.steps]
+    counts = [sum(count for _, count in some) for some in groups]
+    deciding = 1, 1 + counts.index(counts[-1])  # the first iteration, and the last that prunes further
+    meaning, raises = chosen.zero_means, plan.on_ties == "error"
     with (
         undone_on_error(model, None if plan.trains else weights),
         seeded(plan.seed, device),
@@ -170,7 +181,8 @@ def prune(
             chosen.before(problem)
             with scoring(model, weights) if plan.trains else nullcontext():
                 ranking = chosen.rank(problem)
-            result = selection.step(ranking, some, problem.masks)
+            ties = TieCheck(f"prune: iteration {number}", groups[-1], meaning, number == 1, raises)
+            result = selection.step(ranking, some, problem.masks, ties if number in deciding else None)
             problem = replace(problem, masks=result.masks)
             checks.add(result.check_finite(f"prune: iteration {number}"))
             chosen.after(problem)

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from ._scoring.ties import Competition, TieCheck, Zeros, check_ties
 from .distributed.placement import check_placed, is_dtensor, local
 from .distributed.shards import Shards
 from .distributed.team import Said, Team, together
@@ -18,8 +19,9 @@ from .masks import Masks
 from .methods.base import Ranking
 from .result import PruneResult
 from .targets import scopes, structures
+from .targets.matrices import boxes
 from .targets.scopes import Groups
-from .targets.targets import Operands, match
+from .targets.targets import Operands, Prunable, match
 
 
 class Selection:
@@ -28,7 +30,7 @@ class Selection:
     def __init__(
         self,
         model: nn.Module,
-        weights: Mapping[str, Tensor],
+        weights: Prunable,
         structure: str,
         scope: str,
         sparsity: float,
@@ -53,15 +55,17 @@ class Selection:
         self.structure = structures.structure(structure)
         self.axes: Mapping[str, Weight] = {}
         self.team = team
+        self._parameters = None if team is not None and team.rows else weights.parameters
         self._shards = None if team is None else Shards(team, weights)
         self._shapes = {name: weight.shape for name, weight in weights.items()}
+        if self.structure is not None or min_keep:
+            self.axes = structures.axes_of(model, weights, layers)
         if self.structure is not None:
             if (team is not None and team.rows) or any(map(is_dtensor, weights.values())):
                 raise ValueError(f"{op}: structure must be 'unstructured' for shards, got {structure!r}")
-            self.axes = structures.axes_of(model, weights, layers)
             for name, weight in weights.items():
                 self.structure.check(op, name, weight, self.axes[name])
-            self.structure.check_plan(op, weights, scope, sparsity, min_keep)
+            self.structure.check_plan(op, weights, self.axes, scope, sparsity, min_keep)
 
     @property
     def said(self) -> Said:
@@ -89,33 +93,91 @@ class Selection:
             ValueError: they do not fit the weights or the structure.
         """
         masks.check_match(self.op, self.weights)
-        copies = Masks({name: masks[name].clone() for name in self.weights})
+        copies = Masks({name: masks[name].clone() for name in self.weights}, self._parameters)
         if self.structure is not None:
             for name, mask in copies.items():
                 self.structure.check_mask(self.op, name, mask, self.axes[name])
         return copies
 
-    def step(self, ranking: Ranking, groups: Groups, masks: Masks | None) -> PruneResult:
+    def step(
+        self, ranking: Ranking, groups: Groups, masks: Masks | None, ties: TieCheck | None = None
+    ) -> PruneResult:
         """Prune every group by the ranking: weights and masks in place. The result is not checked yet.
 
+        Args:
+            ties: check for scores of 0 that decide; waits for the device.
+
         Raises:
-            ValueError, TypeError: the ranking's tensors do not fit the weights.
+            ValueError, TypeError: the ranking's tensors do not fit the weights; scores of 0 decide.
         """
-        results = []
-        for names, prune in groups:
+        results: list[PruneResult] = []
+        tied: list[Competition] = []
+        for (names, prune), (_, last) in zip(groups, groups if ties is None else ties.last, strict=True):
             some = {name: self.weights[name] for name in names}
             old = None if masks is None or ranking.revive else Masks({name: masks[name] for name in names})
+            before = None if ties is None else self._count_zeros(some, ranking, old)
             if self.structure is None:
                 find = partial(_operands, self.op, some, ranking)
                 results.append(self._take(find, prune, old, self.min_keep))
             else:
                 results.append(self._structured(self.structure, some, ranking, prune, old))
+            if before is not None and self._tied(ranking.signed, before, results[-1]):
+                tied.append(self._competition(before, last, results[-1]))
+        if ties is not None:
+            check_ties(ties, tied)
         result = PruneResult.merged(results)
+        result.masks.parameters = self._parameters
         if masks is not None and result.masks is not masks:  # in place: whatever holds the masks follows
             for name, mask in masks.items():
                 mask.copy_(result.masks[name])
             result.masks = masks
         return result
+
+    @torch.no_grad()
+    def _count_zeros(self, weights: Mapping[str, Tensor], ranking: Ranking, masks: Masks | None) -> Tensor:
+        """[T, 3] entries, on all ranks, that are alive, that score 0, and that score 0 or less if signed."""
+        wide = any(weight.dtype == torch.float64 for weight in weights.values())
+        counts = torch.zeros(len(weights), 3, dtype=torch.int64, device=next(iter(weights.values())).device)
+        for row, (name, weight) in zip(counts, weights.items(), strict=True):
+            if self._shards is not None and not self._shards.parts[name].owner:
+                continue
+            here = local(weight)
+            alive = torch.ones_like(here, dtype=torch.bool) if masks is None else local(masks[name])
+            if self.structure is None:
+                keys, unit = _keys(self.op, name, weight, ranking, wide), 1
+            else:
+                score = torch.where(alive, _entry_scores(self.op, name, weight, ranking), 0.0)
+                keys, unit = self.structure.pooled(score, self.axes[name]), self.structure.size
+                alive = self.structure.pooled(alive.double(), self.axes[name]) > 0
+            zeros = alive & (keys == 0)
+            lowest = alive & (keys <= 0) if ranking.signed else zeros
+            row.copy_(torch.stack([alive.sum(), zeros.sum(), lowest.sum()]) * unit)
+        return counts if self.team is None else self.team.sum(counts, "count scores of 0")
+
+    def _tied(self, signed: bool, before: Tensor, result: PruneResult) -> bool:
+        """Did entries of score 0 lose and others survive? In N:M perhaps, where all of a tensor do."""
+        alive, zeros, _ = before.unbind(1)
+        if not result.ok or result.kept == int(alive.sum()):
+            return False
+        if isinstance(self.structure, structures.NofM):
+            return bool(((zeros == alive) & (alive > 0)).any())
+        return result.weakest_is(NEUTRAL if signed else 0.0)
+
+    def _competition(self, before: Tensor, last: int, result: PruneResult) -> Competition:
+        """
+        Args:
+            before: of `_count_zeros`.
+            last: units that the last step prunes among the same tensors.
+        """
+        unit = 1 if self.structure is None else self.structure.size
+        guard = -(-self.min_keep // unit) * unit
+        found = []
+        for (name, _, kept), (alive, zeros, lowest) in zip(result.per_tensor, before.tolist(), strict=True):
+            matrices = len(boxes(self._shapes[name], self.axes[name])) if guard else 0
+            found.append(Zeros(name, alive, zeros, lowest, kept, guard * matrices))
+        pruned_before = result.total - int(before[:, 0].sum())
+        pattern = isinstance(self.structure, structures.NofM)
+        return Competition(found, result.total if pattern else last * unit - pruned_before)
 
     def _structured(
         self,
@@ -150,7 +212,7 @@ class Selection:
         self, find: Callable[[], Operands], prune: int, masks: Masks | None, min_keep: int
     ) -> PruneResult:
         with together(self.team, "check their scores") as said:
-            step = Step(self.op, find(), masks, min_keep, self.team)
+            step = Step(self.op, find(), masks, min_keep, self.team, self.axes)
             said += [("entries to prune", prune), *step.said]
         return step.take(torch.ops.drive.prune_, step.meet(), prune, check_finite=False)
 
@@ -180,6 +242,19 @@ def _score(op: str, name: str, weight: Tensor, ranking: Ranking) -> Tensor:
     return local(score)
 
 
+def _keys(op: str, name: str, weight: Tensor, ranking: Ranking, wide: bool) -> Tensor:
+    """What drive::prune_ ranks by, but for its sign, on this rank: a key is 0 where the op's is."""
+    if ranking.scores is not None:
+        score = _score(op, name, weight, ranking)
+        return score.float() if ranking.signed else score
+    dtype = torch.float64 if wide or ranking.mask_gradients is not None else torch.float32
+    key = local(weight).detach().to(dtype)
+    for given in (ranking.mask_gradients, ranking.gradients):
+        if given is not None:
+            key = key * local(given[name]).to(dtype)
+    return key
+
+
 @torch.no_grad()
 def _entry_scores(op: str, name: str, weight: Tensor, ranking: Ranking) -> Tensor:
     """The scores themselves, float64, of the weight's shape."""
@@ -192,6 +267,9 @@ def _entry_scores(op: str, name: str, weight: Tensor, ranking: Ranking) -> Tenso
         if given is not None:
             score = score * match(op, argument, given, {name: weight}, {name: weight})[0].double()
     return score.abs() ** ranking.power
+
+
+NEUTRAL = 2.0**31  # what `ordered` makes of 0
 
 
 def ordered(score: Tensor) -> Tensor:

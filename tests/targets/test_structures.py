@@ -65,7 +65,7 @@ def noise(model: nn.Module, seed: int = 0) -> dict[str, Tensor]:
 
 
 def prune(model: nn.Module, method, **options) -> Masks:
-    return drive.prune(model, [], LOSS, method=method, **{"progress": False, **options})
+    return drive.prune(model, [], LOSS, method=method, **{"progress": False, "on_ties": "index", **options})
 
 
 def axis(model: nn.Module, name: str) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -161,6 +161,24 @@ class Part:
             at = torch.searchsorted(before, here, right=True) - 1
             found += (starts[at] + here - before[at]) * math.prod(self.shape[d + 1 :])
         return found
+
+    def within(self, box: Sequence[slice]) -> tuple[Part, tuple[slice, ...]]:
+        """What this rank holds of a box of the whole tensor, and where in its part that lies.
+
+        Args:
+            box: in every dimension a slice from start to stop; none of a tensor of no dimension.
+        """
+        if not box:
+            return self, ()
+        runs, place = [], []
+        for own, span in zip(self.runs, box, strict=True):
+            inside = [run for run in own if run.start < span.stop and run.stop > span.start]
+            ends = [(max(run.start, span.start), min(run.stop, span.stop)) for run in inside]
+            first = inside[0].before + ends[0][0] - inside[0].start if inside else 0
+            runs.append(_runs([(start - span.start, stop - span.start) for start, stop in ends]))
+            place.append(slice(first, first + sum(stop - start for start, stop in ends)))
+        shape = tuple(span.stop - span.start for span in box)
+        return replace(self, numel=math.prod(shape), shape=shape, runs=tuple(runs)), tuple(place)
 
 
 def whole(tensor: Tensor, copies: int = 1, owner: bool = True) -> Part:

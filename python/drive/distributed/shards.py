@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -60,6 +61,21 @@ class Shards:
                 shapes[name] = torch.Size([total, *weight.shape[1:]])
         self._count_copies_on_other_meshes()
         return shapes
+
+    def cut(
+        self, boxes: Sequence[tuple[int, tuple[slice, ...]]]
+    ) -> tuple[Shards, list[tuple[int, tuple[slice, ...]]]]:
+        """The same for parts of the tensors: for boxes of some, by position, and where they lie on this rank.
+
+        After the ranks have met.
+        """
+        pieces, places, parts = copy.copy(self), [], list(self.parts.items())
+        pieces.parts = {}
+        for number, (t, box) in enumerate(boxes):
+            name, part = parts[t]
+            pieces.parts[f"{name} ({number})"], place = part.within(box)
+            places.append((t, place))
+        return pieces, places
 
     def _count_copies_on_other_meshes(self) -> None:
         """With FSDP2 beside tensor parallelism, each rank of the latter has a copy of what only FSDP2 shards.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 from .record import Layer, Weight, Weights, input_positions, output_positions, steps
@@ -12,14 +13,16 @@ _LINEAR: Weights = {"weight": Weight()}
 _TRANSPOSED_LINEAR: Weights = {"weight": Weight(outputs=1, inputs=0)}
 
 
+@cache
+def _in_groups(transposed: bool, groups: int) -> Weights:
+    """[outputs, inputs of a group, ...], or [inputs, outputs of a group, ...]: groups one after the other."""
+    if transposed:
+        return {"weight": Weight(outputs=1, inputs=0, parts=groups, uses=input_positions)}
+    return {"weight": Weight(parts=groups, uses=output_positions)}
+
+
 def _conv(module: Any) -> Weights:
-    """[outputs, inputs of a group, ...]: groups lie one after the other along the outputs."""
-    return {"weight": Weight(parts=module.groups, uses=output_positions)}
-
-
-def _conv_transposed(module: Any) -> Weights:
-    """[inputs, outputs of a group, ...]: along the inputs."""
-    return {"weight": Weight(outputs=1, inputs=0, parts=module.groups, uses=input_positions)}
+    return _in_groups(module.transposed, module.groups)
 
 
 def _attention(module: Any) -> Weights:
@@ -48,7 +51,7 @@ _CELLS = {"RNN": 1, "LSTM": 4, "GRU": 3}
 KNOWN: Mapping[tuple[str, str], Layer] = {
     ("torch", "Linear"): _LINEAR,
     **{("torch", f"Conv{d}d"): _conv for d in (1, 2, 3)},
-    **{("torch", f"ConvTranspose{d}d"): _conv_transposed for d in (1, 2, 3)},
+    **{("torch", f"ConvTranspose{d}d"): _conv for d in (1, 2, 3)},
     ("torch", "MultiheadAttention"): _attention,
     **{("torch", name + end): _recurrent(gates) for name, gates in _CELLS.items() for end in ("", "Cell")},
     ("transformers", "Conv1D"): _TRANSPOSED_LINEAR,

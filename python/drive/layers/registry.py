@@ -76,7 +76,7 @@ def fitting(
         _check_weights(op, kind, layer)
     found: dict[str, Weight] = {}
     for key, tensor in tensors.items():
-        weight = next((weight for like, weight in layer.items() if fnmatchcase(key, like)), None)
+        weight = layer.get(key) or next((layer[like] for like in layer if fnmatchcase(key, like)), None)
         if weight is None:
             continue
         found[key] = weight

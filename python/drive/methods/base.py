@@ -113,12 +113,14 @@ class Method(ABC):
             course of a training of its own, by `Problem.train`, in `before`.
         scope: `drive.prune`'s, unless the caller says otherwise.
         accumulate: batches that one score takes, likewise.
+        zero_means: what a score of 0 says, for the error where such scores decide.
         spread: whether the model may be spread over ranks: not at all, as copies (DDP), or also as shards.
     """
 
     name: ClassVar[str]
     stage: ClassVar[Stage] = "warm-up"
     spread: ClassVar[Spread] = "shards"
+    zero_means: ClassVar[str] = "the weight, or the gradient by it, is 0 (pruned before? masks= says where)"
     iterations: int = 1
     schedule: str | Schedule = "one_shot"
     scope: str = "global"

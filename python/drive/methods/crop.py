@@ -13,6 +13,7 @@ class Crop(Method):
     """
 
     name = "crop"
+    zero_means = "the gradient flow does not change without the weight"
     spread = "no"  # autograd.grad goes round the averaging of gradients
     iterations = 102
     schedule = "halving"

@@ -12,6 +12,7 @@ class GradualMagnitude(Method):
     """
 
     name = "gradual"
+    zero_means = "the weight is 0 (pruned before? masks= says where)"
     stage = "training"
     iterations = 20
     schedule = "cubic"

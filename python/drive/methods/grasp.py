@@ -18,6 +18,10 @@ class Grasp(Method):
     """
 
     name = "grasp"
+    zero_means = (
+        "the gradient flow does not change without the weight (it needs one above 0, and is better without "
+        "one below 0)"
+    )
     stage = "initialisation"
     spread = "no"  # autograd.grad goes round the averaging of gradients
 

@@ -25,6 +25,7 @@ class Imp(Method):
     """
 
     name = "imp"
+    zero_means = "the weight is 0 (pruned before? masks= says where)"
     stage = "training"
     schedule = "exponential"
 

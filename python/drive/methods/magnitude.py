@@ -7,6 +7,7 @@ class Magnitude(Method):
     """Score |theta|, once, without data. Meant for a trained network."""
 
     name = "magnitude"
+    zero_means = "the weight is 0 (pruned before? masks= says where)"
 
     def rank(self, problem: Problem) -> Ranking:
         return Ranking()

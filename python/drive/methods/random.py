@@ -9,6 +9,7 @@ class Random(Method):
     """Uniform noise as score, once; of drive.prune's seed."""
 
     name = "random"
+    zero_means = "chance had it so"
     stage = "initialisation"
     spread = "copies"
 

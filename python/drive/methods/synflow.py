@@ -20,6 +20,7 @@ class SynFlow(Method):
     """
 
     name = "synflow"
+    zero_means = "the weight is 0, or no path through it has weights that are not"
     stage = "initialisation"
     spread = "copies"
     iterations = 100

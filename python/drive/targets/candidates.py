@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 from drive.distributed.wrappers import is_a, wrapped
-from drive.layers import Layers, Weight, Weights, check_layers, fitting, weights_of
+from drive.layers import Layers, Weight, check_layers, fitting, weights_of
 
 from .wrappers import owners
 
@@ -23,8 +23,13 @@ _SCALED = {
     "WeightNorm": "_v",
     "SpectralNorm": "_orig",
 }
+_EMBEDDINGS = nn.Embedding, nn.EmbeddingBag
+EMBEDDING, TIED = "an embedding", "tied to the embedding"
+VECTOR = "a bias, a norm or another vector"
 ADAPTED = "a factor of an adapter"
-_STANDARDISED = ("StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame")
+STANDARDISED = "standardised before it is used"
+PART = "one part of a weight parametrised by"
+_STANDARDISING = ("StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame")
 
 
 class Candidate(NamedTuple):
@@ -57,32 +62,27 @@ def candidates(model: nn.Module, layers: Layers | None = None, *, op: str = "can
     if layers is not None:
         check_layers(op, layers)
     named = owners(model, op=op)
-    tensors = {name: cast(Tensor, module._parameters[key]) for name, (module, key) in named.items()}
-    embedded = {
-        id(tensors[name]): name
-        for name, (module, _) in reversed(named.items())
-        if isinstance(module, nn.Embedding)
-    }
-    factors, raw, weights = _factors(model), _raw(model, layers, op), dict[nn.Module, Weights]()
-    found: dict[int, Candidate] = {}
+    embedded: dict[int, str] = {}
     for name, (module, key) in named.items():
-        tensor = tensors[name]
-        if module not in weights:
-            weights[module] = weights_of(module, layers, op=op)
-        weight, reason = raw.get((module, key)) or (weights[module].get(key), "")
-        if type(module).__name__ in _STANDARDISED and is_a(module, "timm", type(module).__name__):
-            weight, reason = None, "standardised before it is used, so that its zeros are none"
+        if isinstance(module, _EMBEDDINGS):
+            embedded.setdefault(id(module._parameters[key]), name)
+    factors, raw = _factors(model), _raw(model, layers, op)
+    found: dict[int, Candidate] = {}
+    last: nn.Module | None = None
+    for name, (module, key) in named.items():
+        tensor = cast(Tensor, module._parameters[key])
+        if module is not last:  # parameters of one come one after the other
+            last, kind = module, type(module).__name__
+            weights = weights_of(module, layers, op=op)
+            standardised = kind in _STANDARDISING and is_a(module, "timm", kind)
+        weight, reason = raw.get((module, key)) or (weights.get(key), "")
+        if standardised:
+            weight, reason = None, STANDARDISED
         if id(tensor) in embedded:
-            embedding = embedded[id(tensor)]
-            reason = (
-                "an embedding" if isinstance(module, nn.Embedding) else f"tied to the embedding {embedding}"
-            )
+            reason = EMBEDDING if isinstance(module, _EMBEDDINGS) else f"{TIED} {embedded[id(tensor)]}"
         elif not reason and weight is None:
-            small = (
-                is_lazy(tensor) or tensor.dim() < 2 or "Norm" in type(module).__name__ or key.endswith("bias")
-            )
-            unknown = f"layer type {type(module).__name__} is not known"
-            reason = "a bias, a norm or another vector" if small else unknown
+            small = is_lazy(tensor) or tensor.dim() < 2 or "Norm" in kind or key.endswith("bias")
+            reason = VECTOR if small else f"layer type {kind} is not known"
         elif module in factors:
             reason = ADAPTED
         if not reason and not tensor.requires_grad:
@@ -96,8 +96,13 @@ def candidates(model: nn.Module, layers: Layers | None = None, *, op: str = "can
 
 def matrices(found: list[Candidate]) -> int:
     """Entries of the trainable parameters of two dimensions and more, embeddings and biases aside."""
-    trainable = (c for c in found if c.tensor.requires_grad and c.tensor.dim() > 1)
-    return sum(c.tensor.numel() for c in trainable if "embedding" not in c.reason and "bias" not in c.reason)
+    return sum(
+        c.tensor.numel()
+        for c in found
+        if c.tensor.dim() > 1
+        and c.tensor.requires_grad
+        and not c.reason.startswith((EMBEDDING, TIED, VECTOR))
+    )
 
 
 def _factors(model: nn.Module) -> set[nn.Module]:
@@ -121,6 +126,8 @@ def _raw(model: nn.Module, layers: Layers | None, op: str) -> _Raw:
     """Parameters from which a layer's weight is computed: the weight they stand for, or why they do not."""
     found: _Raw = {}
     for layer in _flat(model):
+        if not layer._forward_pre_hooks and "parametrizations" not in layer._modules:
+            continue
         for name, kind, place, keys in _computed(layer):
             raw = {key: tensor for key in keys if (tensor := place._parameters[key]) is not None}
             widest = max(raw.values(), key=Tensor.dim)  # the raw weight has the shape of what is used
@@ -130,18 +137,18 @@ def _raw(model: nn.Module, layers: Layers | None, op: str) -> _Raw:
                 if ending is not None and key.endswith(ending):
                     found[place, key] = weight, ""
                 else:
-                    what = "the scale" if ending is not None else "one part"
-                    found[place, key] = None, f"{what} of a weight parametrised by {kind}"
+                    what = PART if ending is None else "the scale of a weight parametrised by"
+                    found[place, key] = None, f"{what} {kind}"
     return found
 
 
-def _flat(model: nn.Module) -> Iterator[nn.Module]:
-    """All modules, shared ones more than once, in a quarter of the time of `modules()`."""
-    stack = [model]
-    while stack:
-        module = stack.pop()
-        yield module
-        stack.extend(child for child in module._modules.values() if child is not None)
+def _flat(model: nn.Module) -> list[nn.Module]:
+    """All modules, shared ones more than once, in a tenth of the time of `modules()`."""
+    found = [model]
+    for module in found:  # grows
+        if module._modules:
+            found += [child for child in module._modules.values() if child is not None]
+    return found
 
 
 def _computed(layer: nn.Module) -> Iterator[tuple[str, str, nn.Module, list[str]]]:

@@ -7,13 +7,14 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from drive.layers import Layers, weights_of
 
-from .candidates import ADAPTED, Candidate, candidates, matrices
+from .candidates import ADAPTED, PART, STANDARDISED, Candidate, candidates, matrices
 from .wrappers import owners
 
 _log = logging.getLogger(__name__)
@@ -35,32 +36,58 @@ def default_include(name: str, module: nn.Module | None, tensor: Tensor) -> bool
     return module is not None and tensor.requires_grad and key in weights_of(module)
 
 
+class Choice(NamedTuple):
+    """What is pruned of a target.
+
+    Attributes:
+        tensors: by their first names.
+        parameters: entries of all parameters of the model; None: it is none, or some have no size yet.
+    """
+
+    tensors: dict[str, Tensor]
+    parameters: int | None
+
+
 def chosen(
     target: Target, include: Include | None, exclude: Include | None, layers: Layers | None, op: str
-) -> dict[str, Tensor]:
-    """The tensors by their first names; of tied ones, any name will do to choose or to exclude them.
+) -> Choice:
+    """The tensors that are pruned; of tied ones, any name will do to choose or to exclude them.
 
     Raises:
         TypeError: a target, a predicate or names that are none.
         ValueError: a name that fits nothing.
     """
-    model = target if isinstance(target, nn.Module) else None
-    named = [] if model is not None and include is None and exclude is None else list(_named(target, op))
-    if model is not None and include is None:
-        found = _default(model, candidates(model, layers, op=op), op)
-    elif include is None:
-        found = _once(named)
-    elif callable(include):
-        found = _once([one for one in named if include(*one)])
-    else:
-        found = _once(_by_names(include, named, model, layers, op))
-    if exclude is None:
-        return found
-    without = _excluded(exclude, named, op)
-    return {name: tensor for name, tensor in found.items() if id(tensor) not in without}
+    if not isinstance(target, nn.Module):
+        named = list(_named(target, op))
+        found = _once(named if include is None else _included(include, named, op))
+        return Choice(_without(found, exclude, named, op), None)
+    all_ = candidates(target, layers, op=op)
+    lazy = any(is_lazy(c.tensor) for c in all_)  # have no size yet
+    parameters = None if lazy else sum(c.tensor.numel() for c in all_)
+    if include is None:
+        found = _default(all_, op)
+        if not lazy:
+            _warn_of_little(target, found, all_, op)
+        named = [] if exclude is None else list(_named(target, op))
+        return Choice(_without(found, exclude, named, op), parameters)
+    named = list(_named(target, op))
+    some = _included(include, named, op) if callable(include) else _by_names(include, named, all_, op)
+    found = _without(_once(some), exclude, named, op)
+    _check_used(op, found, all_)
+    return Choice(found, parameters)
 
 
-def _default(model: nn.Module, all_: list[Candidate], op: str) -> dict[str, Tensor]:
+def _check_used(op: str, found: dict[str, Tensor], all_: list[Candidate]) -> None:
+    """Raise for what has been asked for in words, but leaves no zeros in the weight that a layer uses."""
+    chosen_ids = {id(tensor) for tensor in found.values()}
+    for c in all_:
+        if id(c.tensor) in chosen_ids and c.reason.startswith((STANDARDISED, PART)):
+            raise ValueError(
+                f"{op}: {c.name} is {c.reason}: pruning it leaves no zeros in what is used, exclude it"
+            )
+
+
+def _default(all_: list[Candidate], op: str) -> dict[str, Tensor]:
     found = {c.name: c.tensor for c in all_ if not c.reason}
     if not found:
         reasons = Counter(c.reason for c in all_ if c.tensor.dim() > 1)
@@ -68,8 +95,10 @@ def _default(model: nn.Module, all_: list[Candidate], op: str) -> dict[str, Tens
         raise ValueError(
             f"{op}: nothing to prune by default, include says what to: {why or 'there are no matrices'}"
         )
-    if any(map(is_lazy, found.values())):  # have no size yet
-        return found
+    return found
+
+
+def _warn_of_little(model: nn.Module, found: dict[str, Tensor], all_: list[Candidate], op: str) -> None:
     share = sum(tensor.numel() for tensor in found.values()) / max(matrices(all_), 1)
     if share < 0.5 and model not in _warned:
         _warned.add(model)
@@ -77,26 +106,32 @@ def _default(model: nn.Module, all_: list[Candidate], op: str) -> dict[str, Tens
             "%s: by default only %.1f %% of the entries of trainable matrices are pruned; drive.coverage "
             "says why, include= and drive.register_layer change it", op, 100 * share,
         )  # fmt: skip
-    return found
 
 
-def _excluded(exclude: Include, named: list[Named], op: str) -> set[int]:
+def _included(include: Include, named: list[Named], op: str) -> list[Named]:
+    if callable(include):
+        return [one for one in named if include(*one)]
+    return _fitting("include", include, named, op)
+
+
+def _without(
+    found: dict[str, Tensor], exclude: Include | None, named: list[Named], op: str
+) -> dict[str, Tensor]:
+    if exclude is None:
+        return found
     if callable(exclude):
-        return {id(tensor) for name, module, tensor in named if exclude(name, module, tensor)}
-    return {id(tensor) for _, _, tensor in _fitting("exclude", exclude, named, op)}
+        excluded = {id(tensor) for name, module, tensor in named if exclude(name, module, tensor)}
+    else:
+        excluded = {id(tensor) for _, _, tensor in _fitting("exclude", exclude, named, op)}
+    return {name: tensor for name, tensor in found.items() if id(tensor) not in excluded}
 
 
-def _by_names(
-    names: str | Sequence[str], named: list[Named], model: nn.Module | None, layers: Layers | None, op: str
-) -> list[Named]:
+def _by_names(names: str | Sequence[str], named: list[Named], all_: list[Candidate], op: str) -> list[Named]:
     """What has one of these names; by wildcards only weights, which are not factors of an adapter."""
-    fitting = _fitting("include", names, named, op)
-    if model is None:
-        return fitting
     exact = {names} if isinstance(names, str) else set(names)
-    found = candidates(model, layers, op=op)
-    weights = {id(c.tensor) for c in found if c.weight is not None and c.reason != ADAPTED}
-    few = [one for one in fitting if one[0] in exact or id(one[2]) in weights]
+    weights = {id(c.tensor) for c in all_ if c.weight is not None and c.reason != ADAPTED}
+    some = _fitting("include", names, named, op)
+    few = [one for one in some if one[0] in exact or id(one[2]) in weights]
     if not few:
         raise ValueError(f"{op}: include must name weights, got {names!r}: others are named in full")
     return few

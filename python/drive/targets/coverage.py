@@ -81,7 +81,7 @@ def coverage(
         model, include, exclude, layers: as in `fused_drive_prune`.
     """
     found = candidates(model, layers, op="coverage")
-    ids = {id(tensor) for tensor in chosen(model, include, exclude, layers, "coverage").values()}
+    ids = {id(tensor) for tensor in chosen(model, include, exclude, layers, "coverage").tensors.values()}
     rows = [Row(c.name, 1, c.tensor.numel(), "") for c in found if id(c.tensor) in ids]
     others: dict[str, list[Candidate]] = {}
     for c in found:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from drive.layers import Layers, Weight
 
 from .candidates import candidates
+from .matrices import boxes
 from .wrappers import owners
 
 
@@ -35,7 +36,13 @@ class Structure(ABC):
         """
 
     def check_plan(  # noqa: B027 (blocks go with everything)
-        self, op: str, weights: Mapping[str, Tensor], scope: str, sparsity: float, min_keep: int
+        self,
+        op: str,
+        weights: Mapping[str, Tensor],
+        axes: Mapping[str, Weight],
+        scope: str,
+        sparsity: float,
+        min_keep: int,
     ) -> None:
         """Raise ValueError unless these go together with the pattern."""
 
@@ -56,7 +63,7 @@ class Structure(ABC):
         return 0
 
     def units_to_keep(self, min_keep: int) -> int:
-        """Units beside the safe ones that hold the survivors which every tensor keeps at least."""
+        """Units beside the safe ones that hold the survivors which every matrix keeps at least."""
         return -(-min_keep // self.size)
 
     @abstractmethod
@@ -88,7 +95,13 @@ class NofM(Structure):
             )
 
     def check_plan(
-        self, op: str, weights: Mapping[str, Tensor], scope: str, sparsity: float, min_keep: int
+        self,
+        op: str,
+        weights: Mapping[str, Tensor],
+        axes: Mapping[str, Weight],
+        scope: str,
+        sparsity: float,
+        min_keep: int,
     ) -> None:
         if abs(sparsity - self.sparsity) > 1e-9:
             raise ValueError(
@@ -99,9 +112,11 @@ class NofM(Structure):
                 f"{op}: scope must be global or uniform for structure {self.n}:{self.m}, got 'erk'"
             )
         for name, weight in weights.items():
-            if min_keep > self.safe_units(weight.numel()) > 0:
-                kept = self.safe_units(weight.numel())
-                raise ValueError(f"{op}: min_keep must be at most {kept}, what {name} keeps, got {min_keep}")
+            kept = self.safe_units(weight.numel()) // len(boxes(weight.shape, axes[name]))
+            if min_keep > kept > 0:
+                raise ValueError(
+                    f"{op}: min_keep must be at most {kept}, what a matrix of {name} keeps, got {min_keep}"
+                )
 
     def check_mask(self, op: str, name: str, mask: Tensor, axes: Weight) -> None:
         if bool((mask.movedim(axes.inputs, -1).unflatten(-1, (-1, self.m)).sum(-1) < self.n).any()):

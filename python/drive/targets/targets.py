@@ -19,18 +19,30 @@ Tensors = Mapping[str, Tensor] | Sequence[Tensor]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+class Prunable(dict[str, Tensor]):
+    """Prunable tensors by name.
+
+    Attributes:
+        parameters: entries of all parameters of the model that they are of; None: they are of none, or not
+            everything has a size yet.
+    """
+
+    parameters: int | None = None
+
+
 @dataclass(frozen=True)
 class Operands:
     """Prunable tensors by name, and in the same order what they are ranked by.
 
     |theta * grad|, with mask_grads |theta * mask_grad * grad|, without gradients |theta|, or |score|: the
-    scores are overwritten.
+    scores are overwritten. `parameters` as of `Prunable`.
     """
 
     weights: dict[str, Tensor]
     grads: list[Tensor]
     mask_grads: list[Tensor]
     scores: list[Tensor] | None = None
+    parameters: int | None = None
 
 
 def prunable(
@@ -40,7 +52,7 @@ def prunable(
     layers: Layers | None = None,
     *,
     op: str = "prunable",
-) -> dict[str, Tensor]:
+) -> Prunable:
     """Prunable tensors by name, tied ones once, each fit to be pruned (ValueError or TypeError if not).
 
     Args:
@@ -50,9 +62,11 @@ def prunable(
         include, exclude, layers: as in `fused_drive_prune`.
         op: whose argument this is, for the error messages.
     """
-    found: dict[str, Tensor] = {}
+    choice = chosen(target, include, exclude, layers, op)
+    found = Prunable()
+    found.parameters = choice.parameters
     first: dict[int, str] = {}  # by address
-    for name, tensor in chosen(target, include, exclude, layers, op).items():
+    for name, tensor in choice.tensors.items():
         check_data(op, name, tensor, target)
         if tensor.dtype not in DTYPES:
             raise TypeError(f"{op}: {name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
@@ -87,7 +101,7 @@ def operands(
     else:
         found = match(op, "grads", grads, target, weights)
     extra = [] if mask_grads is None else match(op, "mask_grads", mask_grads, target, weights)
-    return Operands(weights, found, extra)
+    return Operands(weights, found, extra, parameters=weights.parameters)
 
 
 def check_data(op: str, name: str, tensor: object, target: object) -> None:

@@ -212,6 +212,7 @@ class CellRun:
                     model, self.batches.endless("prune", on_batch=advance), F.cross_entropy, method=method,
                     sparsity=target, iterations=iterations, masks=found.masks, train=train_round,
                     seed=seed_of(cell.seed, "prune"), autocast=cell.compute.autocast_dtype, progress=False,
+                    on_ties="index",  # that a network has collapsed is a result, too
                 )  # fmt: skip
                 if torch.device(cell.compute.device).type == "cuda":
                     torch.cuda.synchronize(cell.compute.device)
