@@ -92,6 +92,22 @@ def test_steps_on_models(size: int):
     returned(run(size, steps))
 
 
+def root_of_its_own() -> None:
+    """The outermost group has weights, too: each iteration has the gradients of its batch, `.grad` stays."""
+    alone = network()
+    options: dict[str, Any] = {"sparsity": 0.9, "iterations": 4, "progress": False}
+    expected = drive.prune(alone, batches(), loss_fn, **options)
+    for model in (fully_shard(network()), sharded(network())):
+        masks = drive.prune(model, batches(), loss_fn, **options)
+        for name, mask in masks.items():
+            assert torch.equal(full(mask), expected[name]), name
+        assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_gradients_of_the_outermost_group():
+    returned(run(2, root_of_its_own))
+
+
 def loops(method: str) -> None:
     """All ranks have the same batches: averages over two of them are exact."""
     alone = network()

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from drive.distributed.placement import fsdp_modules, placed_as
+from drive.distributed.placement import fsdp_modules, placed_as, reshard
 from drive.distributed.team import replicated
 from drive.targets.targets import check_dense
 
@@ -69,8 +69,13 @@ class LossGradients:
 class ReducedGradients(LossGradients):
     """The same of a model whose ranks average their gradients: in backward passes only, and into `.grad`."""
 
+    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+        # now: after the forward pass FSDP2's outermost module has whole copies in their places
+        self._parameters = list(reshard(self.model).parameters())
+        return super().__call__(batch)
+
     def _differentiated(self, loss: Tensor) -> Sequence[Tensor | None]:
-        parameters = list(self.model.parameters())
+        parameters = self._parameters
         # gradients may be views into buckets, which the next backward pass overwrites
         wrapper = replicated(self.model)
         views = wrapper is not None and wrapper.gradient_as_bucket_view
