@@ -8,6 +8,7 @@ from contextlib import nullcontext
 import torch
 from torch import nn
 
+from drive.distributed.wrappers import inner
 from drive.masks import Masks
 
 from .feed import mover
@@ -24,10 +25,14 @@ def sgd_epoch(batches: Iterable[Batch], loss: Loss, lr: float = 0.01, momentum: 
         optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
         move = mover(next(model.parameters()).device)
         model.train()
+        learned = inner(model, "drive", "LearnedMask")  # adds a term to the loss
         with torch.enable_grad(), masks.attach(model, optimizer) if masks else nullcontext():
             for batch in batches:
                 optimizer.zero_grad()
-                loss(model, move(batch)).backward()  # type: ignore[no-untyped-call, unused-ignore]
+                total = loss(model, move(batch))
+                if learned is not None:
+                    total = total + learned.penalty()  # type: ignore[operator]
+                total.backward()  # type: ignore[no-untyped-call, unused-ignore]
                 optimizer.step()
         optimizer.zero_grad()
 

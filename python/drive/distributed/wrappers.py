@@ -15,6 +15,7 @@ _WRAPPED = {
     ("torch", "DistributedDataParallel"): ("module",),
     ("torch", "AveragedModel"): ("module",),
     ("torch", "ActivationWrapper"): ("_checkpoint_wrapped_module",),
+    ("drive", "LearnedMask"): ("module",),
     ("timm", "ModelEmaV2"): ("module",),
     ("timm", "ModelEmaV3"): ("module",),
     ("lightning", "_FabricModule"): ("_forward_module", "_original_module"),
@@ -25,6 +26,7 @@ _WRAPPED = {
     ("peft", "BaseTunerLayer"): ("base_layer",),
     ("peft", "ModulesToSaveWrapper"): ("original_module",),
     ("peft", "TrainableTokensWrapper"): ("token_adapter",),
+    ("drive", "Softened"): ("module",),
 }
 
 CHILDREN = frozenset(name for names in _WRAPPED.values() for name in names)
@@ -52,6 +54,11 @@ def chain(model: nn.Module) -> Iterator[nn.Module]:
     while (inner := wrapped(model)) and len(inner) == len(model._modules):
         model = model.get_submodule(inner[0])
         yield model
+
+
+def inner(model: nn.Module, package: str, name: str) -> nn.Module | None:
+    """The outermost of a model's wrappers, itself included, that is of this class."""
+    return next((module for module in chain(model) if is_a(module, package, name)), None)
 
 
 @lru_cache  # of a step on a ResNet-50, asking all of its modules anew took 0.5 ms

@@ -7,6 +7,7 @@ from .early_crop import EarlyCrop
 from .gradual import GradualMagnitude
 from .grasp import Grasp
 from .imp import Imp
+from .learned_mask import LearnedMaskMagnitude
 from .magnitude import Magnitude
 from .random import Random
 from .rigl import RigL
@@ -31,8 +32,11 @@ _METHODS: dict[str, type[Method]] = {
 }
 
 
+_OF_WRAPPERS = {LearnedMaskMagnitude.name: LearnedMaskMagnitude}
+
+
 def names() -> list[str]:
-    """Names that `drive.prune(method=...)` accepts."""
+    """Names that `drive.prune(method=...)` accepts for any model ("learned-mask" is for a LearnedMask)."""
     return list(_METHODS)
 
 
@@ -40,12 +44,14 @@ def get(method: "str | Method") -> Method:
     """The method of that name, or the instance itself."""
     if isinstance(method, Method):
         return method
+    if method in _OF_WRAPPERS:
+        return _OF_WRAPPERS[method]()
     if method not in _METHODS:
         raise ValueError(f"method must be one of {', '.join(_METHODS)} or a Method, got {method!r}")
     return _METHODS[method]()
 
 
 __all__ = [
-    "Crop", "Drive", "EarlyCrop", "GradualMagnitude", "Grasp", "Imp", "Magnitude", "Method", "Problem",
-    "Random", "Ranking", "RigL", "Snip", "SynFlow", "get", "names",
+    "Crop", "Drive", "EarlyCrop", "GradualMagnitude", "Grasp", "Imp", "LearnedMaskMagnitude", "Magnitude",
+    "Method", "Problem", "Random", "Ranking", "RigL", "Snip", "SynFlow", "get", "names",
 ]  # fmt: skip

@@ -57,7 +57,10 @@ def owners(model: nn.Module, *, op: str = "owners") -> dict[str, tuple[nn.Module
         ValueError: two parameters would have one name.
     """
     found: dict[str, tuple[nn.Module, str]] = {}
+    logits = [module for module in chain(model) if is_a(module, "drive", "LearnedMask")]  # not of the model
     for prefix, module in _walk(reshard(model), ""):
+        if logits and module in logits:
+            continue
         if is_a(module, "torch", "FullyShardedDataParallel"):
             raise TypeError(
                 f"{op}: model must be sharded by torch.distributed.fsdp.fully_shard (FSDP2), got "
