@@ -7,7 +7,7 @@ BUILT := $(VENV)/.built$(DRIVE_CUDA)
 BUILD_TOOLS := setuptools ninja wheel
 EVERYTHING := ".[vision,experiments,dev]"
 
-.PHONY: demo test test-slow test-all bench results paper gpu-smoke gpu gpu-table1 spills lint sanitize wheel clean
+.PHONY: demo test test-slow test-all bench results paper pipeline gpu-smoke gpu gpu-table1 spills lint sanitize wheel clean
 
 demo: $(BUILT)
 	$(BIN)/drive prune
@@ -44,6 +44,12 @@ paper: $(BUILT)
 	$(BIN)/drive table1 --rows cifar10-resnet8 --seeds 1 $(SMALL) --out runs/resnet8
 	for row in cnn4 resnet8; do mkdir -p docs/results/$$row && \
 	    cp runs/$$row/*.* docs/results/$$row; done
+
+# docs/results/pipeline.md: under two hours on two cores. make pipeline DATA=cifar10.tar.gz
+pipeline: $(BUILT)
+	$(BIN)/drive pipeline --rows digits-mlp,cifar10-vgg16-narrow --forwards \
+	    --data-dir $(or $(DATA),cifar10.tar.gz) --out runs/pipeline
+	cp runs/pipeline/*.* docs/results
 
 # Builds, checks and measures on a GPU (docs/gpu.md) with the torch that is there: $(PYTHON)'s, else the
 # environment's. make gpu OUT_DIR=folder MINUTES=9

@@ -79,9 +79,9 @@ def python(*arguments: str) -> "subprocess.CompletedProcess[str]":
         ("--device gpu", "--device must be cpu, cuda or cuda:N, got 'gpu'"),
         ("--device cuda:99", "--device must be a device of this machine, got 'cuda:99'"),
         (
-            "--data mnist",
-            "--data must be one of digits, cifar10, cifar100, tinyimagenet, imagenet32, imagefolder, "
-            "got 'mnist'",
+            "--data svhn",
+            "--data must be one of digits, mnist, cifar10, cifar100, tinyimagenet, imagenet32, imagefolder, "
+            "got 'svhn'",
         ),
         ("--model vgg", "--model must be one of small_cnn, mlp, cnn4, resnet8, resnet18, vgg16, vgg16_bn, "),
         (

@@ -149,7 +149,7 @@ def test_a_cell_resumes_inside_its_training(
         path.mkdir()
     expected = numbers(run(Comparison(config(), digits, expected_folder)))
 
-    monkeypatch.setattr(cell_run, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr("drive.experiments.paper.work.SAVE_EVERY", 0.0)
     real_save = torch.save
     saves = iter(range(5))  # warm-up 1, dense 2, drive: as it is pruned, its first epoch
 

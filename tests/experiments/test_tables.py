@@ -99,7 +99,7 @@ def test_killed_in_the_middle_of_a_write(
 ) -> None:
     """Everything is saved at every opportunity, and the process dies at random ones."""
     planned, expected, _ = whole
-    monkeypatch.setattr(cell_run, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr("drive.experiments.paper.work.SAVE_EVERY", 0.0)
     moments, real = random.Random(seed), os.replace
 
     def replace_or_die(source: object, target: object) -> None:

@@ -51,6 +51,7 @@ from .options import (
     train_defaults,
 )
 from .paper import reproduce
+from .pipeline import pipeline
 
 # the root of typer's usage errors, whichever click it stands on
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -177,6 +178,9 @@ app.command(
         drive compare --resume
     """,
 )(_comparison)
+
+
+app.command("pipeline")(pipeline)
 
 
 @app.command()

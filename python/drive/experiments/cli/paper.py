@@ -117,7 +117,7 @@ def reproduce(
     make_folder(out)
     deterministic(torch.get_num_threads())
     console = Console()
-    experiment = Experiment(out, grid.cells, _loader(data_dir, console), tensorboard=tensorboard)
+    experiment = Experiment(out, grid.cells, loader(data_dir, console), tensorboard=tensorboard)
     with bars(console) as progress:
         outcome = experiment.run(progress, deadline=deadline, pause=pause)
     if not outcome.results and len(reasons := set(outcome.failures.values())) == 1:
@@ -138,7 +138,9 @@ def _changed(row: Row, changes: Mapping[str, object]) -> Row:
     return replace(row, recipe=replace(row.recipe, **given))  # type: ignore[arg-type]
 
 
-def _loader(data_dir: Path | None, console: Console) -> Callable[[str], Dataset]:
+def loader(data_dir: Path | None, console: Console) -> Callable[[str], Dataset]:
+    """What loads a data set by its name, from that folder."""
+
     def load(name: str) -> Dataset:
         with console.status(f"loading {name}"):
             found = sources.load(name, sources.locate(name, str(data_dir) if data_dir else None))

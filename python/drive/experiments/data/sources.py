@@ -10,6 +10,7 @@ from drive.experiments.runs.inputs import InputError, require
 
 from .cache import cache_folder, cached
 from .dataset import Dataset, seed_of
+from .idx import idx_folder, load_idx
 from .imagefolder import load_folder
 
 
@@ -21,7 +22,8 @@ def load(name: str, folder: str | None = None) -> Dataset:
     Args:
         name: one of NAMES: "digits" are scikit-learn's, 8x8; CIFAR is downloaded if absent.
         folder: of the images: train/CLASS/* and test/CLASS/* (or val), also as a .tar.gz; for CIFAR that,
-            or where torchvision's files lie or go (default: the cache folder).
+            or where torchvision's files lie or go (default: the cache folder); for MNIST that, or where its
+            IDX files lie.
 
     Raises:
         InputError: a missing package or folder, no network, a folder of another layout.
@@ -38,12 +40,14 @@ def load(name: str, folder: str | None = None) -> Dataset:
         raise InputError(f"--data-dir must be given with --data {name}, got nothing")
     else:
         place = Path(folder)
+        if name == "mnist" and (raw := idx_folder(place)):
+            return load_idx(raw)
     return cached(place, _SIDES.get(name), load_folder)
 
 
 # in pixels, of images that come in folders; ImageNet's come in all sizes
-_SIDES = {"cifar10": 32, "cifar100": 32, "tinyimagenet": 64, "imagenet32": 32}
-NAMES = ("digits", "cifar10", "cifar100", "tinyimagenet", "imagenet32", "imagefolder")
+_SIDES = {"mnist": 28, "cifar10": 32, "cifar100": 32, "tinyimagenet": 64, "imagenet32": 32}
+NAMES = ("digits", "mnist", "cifar10", "cifar100", "tinyimagenet", "imagenet32", "imagefolder")
 
 
 def locate(name: str, folder: str | None) -> str | None:

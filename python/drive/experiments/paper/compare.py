@@ -18,8 +18,8 @@ from drive.files import write_atomic
 
 from .cell import Cell
 from .queue import Experiment
-from .trainer import Result
 from .variants import Variant, dense
+from .work import Result
 
 
 @dataclass(frozen=True)

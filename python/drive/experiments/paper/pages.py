@@ -9,6 +9,7 @@ from drive.experiments.runs.folder import write_json
 from drive.files import write_atomic
 
 from . import plots, tables
+from .cell import Cell
 from .grids import FIGURE5, Grid, ablated, compared
 from .published import TABLE1, TABLE2
 from .queue import Outcome
@@ -44,7 +45,7 @@ class Page:
     def grid(self, grid: Grid, names: list[str]) -> Grid:
         return ablated(grid) if self.ablation else compared(grid, names)
 
-    def write(self, folder: Path, grid: Grid, names: list[str], outcome: Outcome) -> str:
+    def write(self, folder: Path, grid: Grid, names: list[str], outcome: Outcome[Cell]) -> str:
         """The page as Markdown, all results as JSON, the figure; gives back the Markdown."""
         if self.ablation:
             text = tables.ablation_page(grid, outcome)

@@ -9,6 +9,7 @@ from statistics import mean, stdev
 
 from drive.figures import figure_of, save_figure
 
+from .cell import Cell
 from .grids import Grid, Key
 from .queue import Outcome
 from .tables import Numbers
@@ -22,7 +23,7 @@ PARTS = {
 }
 
 
-def draw_accuracy(grid: Grid, methods: Sequence[str], outcome: Outcome, path: Path) -> None:
+def draw_accuracy(grid: Grid, methods: Sequence[str], outcome: Outcome[Cell], path: Path) -> None:
     """PNG: accuracy against sparsity, a panel per row, a line per method with a band of one deviation."""
     numbers = Numbers(grid, outcome)
     figure = figure_of(6.4 * len(grid.rows), 4.4)
@@ -55,7 +56,7 @@ def draw_accuracy(grid: Grid, methods: Sequence[str], outcome: Outcome, path: Pa
     save_figure(figure, path)
 
 
-def draw_time(grid: Grid, methods: Sequence[str], outcome: Outcome, path: Path) -> None:
+def draw_time(grid: Grid, methods: Sequence[str], outcome: Outcome[Cell], path: Path) -> None:
     """PNG: seconds of pruning and training, a panel per row, a bar per method (mean over sparsities)."""
     numbers = Numbers(grid, outcome)
     figure = figure_of(5.6 * len(grid.rows), 4.2)

@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Generic, cast
 
 from rich.progress import Progress
 
@@ -21,42 +22,44 @@ from drive.experiments.runs.locks import locked
 from drive.experiments.training.loop import Paused
 from drive.files import write_atomic
 
-from .cell import Cell
-from .trainer import CellRun, Result
+from .trainer import CellRun
+from .work import C, Result
 
 
 @dataclass
-class Outcome:
+class Outcome(Generic[C]):
     """What is known of an experiment's cells."""
 
-    results: dict[Cell, Result] = field(default_factory=dict)
-    failures: dict[Cell, str] = field(default_factory=dict)  # the first line of what was raised
-    open: list[Cell] = field(default_factory=list)  # not begun, paused, or in the hands of another process
+    results: dict[C, Result] = field(default_factory=dict)
+    failures: dict[C, str] = field(default_factory=dict)  # the first line of what was raised
+    open: list[C] = field(default_factory=list)  # not begun, paused, or in the hands of another process
 
 
-class Experiment:
+class Experiment(Generic[C]):
     """Cells in `folder/cells`, a folder each.
 
     Args:
         folder: of the run.
         cells: all of them, in the order in which they are to be trained; those of one data set together.
         load: a data set by its name.
+        work: what trains a cell.
         tensorboard: write TensorBoard's files beside each cell's `log.csv`.
     """
 
     def __init__(
-        self, folder: Path, cells: Sequence[Cell], load: Callable[[str], Dataset], *,
-        tensorboard: bool = False,
+        self, folder: Path, cells: Sequence[C], load: Callable[[str], Dataset], *,
+        tensorboard: bool = False, work: Callable[..., Any] = CellRun,
     ):  # fmt: skip
         self.cells_folder, self._tensorboard = folder / "cells", tensorboard
         self.cells, self._load = list(dict.fromkeys(cells)), load
+        self._work = work
         self._loaded: tuple[str, Dataset | Exception] | None = None  # the last one: they may be large
 
     def run(
         self, progress: Progress, *,
         deadline: float = math.inf, pause: bool = False, keep_going: bool = True,
-        keep_networks: Collection[Cell] = (),
-    ) -> Outcome:  # fmt: skip
+        keep_networks: Collection[C] = (),
+    ) -> Outcome[C]:  # fmt: skip
         """Train what is not finished yet.
 
         Args:
@@ -66,7 +69,7 @@ class Experiment:
             keep_networks: cells whose trained networks and masks are kept.
         """
         overall = progress.add_task("all networks", total=len(self.cells))
-        found = Outcome()
+        found: Outcome[C] = Outcome()
         for cell in self.cells:
             try:
                 result = self.result(cell)
@@ -86,12 +89,12 @@ class Experiment:
             progress.advance(overall)
         return found
 
-    def result(self, cell: Cell) -> Result | None:
+    def result(self, cell: C) -> Result | None:
         """Of a finished cell."""
         path = self.cells_folder / cell.name / "result.json"
         return read_json(path) if path.exists() else None
 
-    def data(self, cell: Cell) -> Dataset:
+    def data(self, cell: C) -> Dataset:
         """The data set of a cell, on its device.
 
         Raises:
@@ -109,7 +112,7 @@ class Experiment:
             raise self._loaded[1]
         return self._loaded[1]
 
-    def _train(self, cell: Cell, progress: Progress, deadline: float, keep_network: bool) -> Result | None:
+    def _train(self, cell: C, progress: Progress, deadline: float, keep_network: bool) -> Result | None:
         """None: it was paused, or another process is at work on it."""
         data = self.data(cell)
         folder = self.cells_folder / cell.name
@@ -120,10 +123,11 @@ class Experiment:
             if (result := self.result(cell)) is not None:  # by another process, a moment ago
                 return result
             try:
-                return CellRun(
+                result = self._work(
                     cell, self.cells_folder, data, progress, deadline=deadline, keep_network=keep_network,
                     tensorboard=self._tensorboard,
                 ).run()  # fmt: skip
+                return cast(Result, result)
             except Paused:
                 return None
             except Exception:

@@ -8,10 +8,11 @@ from statistics import mean, stdev
 
 from drive.experiments.training.recipe import Recipe, Steps
 
+from .cell import Cell
 from .grids import ITERATIONS, POWERS, WARMUPS, Grid, Key, grid_name
 from .published import Row
 from .queue import Outcome
-from .trainer import Result
+from .work import Result
 
 # pruning as the paper counts its seconds: all that comes before the sparse network is trained
 BEFORE_TRAINING = ("warmup_seconds", "round_seconds", "prune_seconds")
@@ -20,7 +21,7 @@ BEFORE_TRAINING = ("warmup_seconds", "round_seconds", "prune_seconds")
 class Numbers:
     """The results of a grid's cells, by what several seeds have in common."""
 
-    def __init__(self, grid: Grid, outcome: Outcome):
+    def __init__(self, grid: Grid, outcome: Outcome[Cell]):
         self.grid, self._outcome = grid, outcome
 
     def results(self, key: Key) -> list[Result]:
@@ -55,7 +56,7 @@ class Numbers:
         return text
 
 
-def against_paper(title: str, grid: Grid, methods: Sequence[str], outcome: Outcome) -> str:
+def against_paper(title: str, grid: Grid, methods: Sequence[str], outcome: Outcome[Cell]) -> str:
     """Methods against each other and against what is published, row by row of the paper."""
     numbers, lines = Numbers(grid, outcome), [f"# {title}", "", *_warning(grid)]
     lines += [
@@ -81,7 +82,7 @@ def against_paper(title: str, grid: Grid, methods: Sequence[str], outcome: Outco
     return "\n".join([*lines, *_failures(outcome)])
 
 
-def ablation_page(grid: Grid, outcome: Outcome) -> str:
+def ablation_page(grid: Grid, outcome: Outcome[Cell]) -> str:
     """DRIVE taken apart: its steps, warm-up and iterations, terms of the score."""
     numbers, lines = Numbers(grid, outcome), ["# Ablation", "", *_warning(grid)]
     lines += [f"Top-1 test accuracy in %, {_over(grid)}.", "", *_made_with(grid, outcome)]
@@ -117,7 +118,7 @@ def _over(grid: Grid) -> str:
     return "one seed" if grid.seeds == 1 else f"mean ± standard deviation of {grid.seeds} seeds"
 
 
-def _made_with(grid: Grid, outcome: Outcome) -> list[str]:
+def _made_with(grid: Grid, outcome: Outcome[Cell]) -> list[str]:
     """What the numbers, and the seconds more so, depend on beside the rows' recipes."""
     found = {
         ", ".join(f"{what} {value}" for what, value in result["made_with"].items())
@@ -180,7 +181,7 @@ def _ratio(row: Row, seconds: dict[str, float | None]) -> list[str]:
     return [f"{text}.", ""]
 
 
-def _failures(outcome: Outcome) -> list[str]:
+def _failures(outcome: Outcome[Cell]) -> list[str]:
     if not outcome.failures:
         return []
     lines = [f"- {cell.title}: {why}" for cell, why in outcome.failures.items()]

@@ -12,7 +12,6 @@ Per seed, one initialisation and one order of batches serve all. When a method p
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -28,20 +27,17 @@ from drive import methods, schedules
 from drive.collapse import collapse
 from drive.experiments.data.batches import Batches
 from drive.experiments.data.dataset import Dataset, seed_of
-from drive.experiments.runs.folder import load_tensors, made_with, save_tensors, write_json
-from drive.experiments.runs.locks import locked
+from drive.experiments.runs.folder import load_tensors, save_tensors
 from drive.experiments.runs.progress import task
 from drive.experiments.training.history import Epoch, Log
-from drive.experiments.training.loop import Checkpoint, Paused, evaluate, train
+from drive.experiments.training.loop import Paused, evaluate, train
 from drive.masks import Masks
 from drive.prune import prune
 
+from . import work
 from .cell import Cell
 from .variants import dense
-
-SAVE_EVERY = 60.0  # seconds between two savings of a training, or of the levels of IMP, in progress
-
-Result = dict[str, Any]
+from .work import CellWork, Result
 
 
 @dataclass
@@ -54,114 +50,61 @@ class Pruned:
     round_seconds: float = 0.0  # of training in the course of it
 
 
-class CellRun:
-    """The work on one cell.
+class CellRun(CellWork[Cell]):
+    """The work on one cell of the paper's experiments."""
 
-    Args:
-        root: of all cells; this one's folder is in there.
-        data: on the cell's device, all of them.
-        deadline: of time.monotonic(); after it the work pauses as soon as it can be gone on with.
-        keep_network: leave it in `checkpoint.pt`, and its masks in `masks.safetensors`.
-        tensorboard: write TensorBoard's files beside `log.csv`.
-    """
-
-    def __init__(
-        self, cell: Cell, root: Path, data: Dataset, progress: Progress, *,
-        deadline: float = math.inf, keep_network: bool = False, tensorboard: bool = False,
-    ):  # fmt: skip
-        self.cell, self.root, self.progress = cell, root, progress
-        self.deadline, self.keep_network, self.tensorboard = deadline, keep_network, tensorboard
-        self.folder = root / cell.name
-        self.images = cell.images(data)
+    def __init__(self, cell: Cell, root: Path, data: Dataset, progress: Progress, **options: Any):
+        super().__init__(cell, root, data, progress, **options)
         self.batches: Batches = cell.batches(self.images)
-        self.network = cell.network(self.images)
 
-    def run(self) -> Result:
-        """Train, or go on from where it was left.
-
-        Returns:
-            The result, which `result.json` holds then.
-
-        Raises:
-            InputError: training diverges.
-            Paused: the deadline is over.
-        """
+    def train(self, model: nn.Module) -> tuple[Result, Masks | None]:
         cell, folder = self.cell, self.folder
-        folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob(".*.partial"):  # of a killed process
-            left.unlink()
-        write_json(folder / "config.json", cell.as_dict())
-        torch.manual_seed(seed_of(cell.seed, "initialisation"))
-        model = cell.compute.place(self.network.build())
         warmup = self._warm_up(model)
         pruned = self._pruned(model)
         masks = pruned.masks
         # how many of the layers lead nowhere is a matter of the masks alone
         cut_off = collapse(model, masks, self.images.train_x[:1].float()) if masks else None
-
-        partial = self._checkpoint(folder / "training.pt")
         epochs = range(cell.variant.first_epoch, cell.recipe.epochs)
         with task(self.progress, f"{cell.title}: training", len(epochs) * len(self.batches)) as advance:
             history = train(
                 model, self.batches, cell.recipe, epochs=epochs, compute=cell.compute, masks=masks,
-                checkpoint=partial, on_step=advance,
+                checkpoint=self.checkpoint(folder), on_step=advance,
                 log=Log(folder, tuple(warmup), tensorboard=self.tensorboard),
             )  # fmt: skip
-        if self.keep_network:
-            if masks is not None:
-                masks.save(folder / "masks.safetensors")
-            state = {"network": self.network.as_dict(), "model": model.state_dict()}
-            save_tensors(folder / "checkpoint.pt", state)
         tested = len(self.images.test_y)
         # a training tests its last epoch
         accuracy = history[-1].accuracy if history else evaluate(model, self.batches, cell.compute) / tested
         assert accuracy is not None
-        result = {
-            "data": cell.data,
-            "model": cell.model,
+        return {
             "method": cell.variant.name,
             "sparsity": cell.sparsity,
-            "seed": cell.seed,
             "scale": cell.scale,
             "epochs": cell.recipe.epochs,
-            "train_images": len(self.images.train_y),
             "correct": round(accuracy * tested),
-            "tested": tested,
             "final_loss": history[-1].loss if history else None,
-            "kept": {name: int(mask.sum()) for name, mask in (masks or {}).items()},
             "empty": cut_off.empty if cut_off else [],
             "disconnected": cut_off.disconnected if cut_off else [],
             "warmup_seconds": _seconds(warmup),
             "prune_seconds": pruned.prune_seconds,
             "round_seconds": pruned.round_seconds,
             "train_seconds": _seconds(history),
-            "made_with": {**made_with(cell.compute.device), "threads": torch.get_num_threads()},
-        }
-        write_json(folder / "result.json", result)
-        for name in ("training.pt", "pruned.pt", "failure.txt"):
-            (folder / name).unlink(missing_ok=True)
-        return result
-
-    def _checkpoint(self, path: Path) -> Checkpoint:
-        return Checkpoint(path, self.network.as_dict(), SAVE_EVERY, self.deadline)
+        }, masks
 
     def _warm_up(self, model: nn.Module) -> list[Epoch]:
-        """The first dense epochs, in a folder of their own; a process that comes second waits for them."""
+        """The first dense epochs, in a folder of their own."""
         cell, epochs = self.cell, self.cell.variant.warmup
         if not epochs:
             return []
-        shared = replace(cell, variant=dense(epochs, "warmup"), sparsity=0.0)
-        folder = self.root / shared.name
-        folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder, wait=True):
-            write_json(folder / "config.json", shared.as_dict())
-            title = f"{cell.model} on {cell.data}, seed {cell.seed}: dense warm-up"
-            with task(self.progress, title, epochs * len(self.batches)) as advance:
-                return train(
-                    model, self.batches, cell.recipe, epochs=range(epochs), compute=cell.compute,
-                    checkpoint=self._checkpoint(folder / "training.pt"), on_step=advance,
-                    log=Log(folder, tensorboard=self.tensorboard),
-                )  # fmt: skip
+        title = f"{cell.model} on {cell.data}, seed {cell.seed}: dense warm-up"
+        with (
+            self.shared(replace(cell, variant=dense(epochs, "warmup"), sparsity=0.0)) as folder,
+            task(self.progress, title, epochs * len(self.batches)) as advance,
+        ):
+            return train(
+                model, self.batches, cell.recipe, epochs=range(epochs), compute=cell.compute,
+                checkpoint=self.checkpoint(folder), on_step=advance,
+                log=Log(folder, tensorboard=self.tensorboard),
+            )  # fmt: skip
 
     def _pruned(self, model: nn.Module) -> Pruned:
         """Prune in place, or take over what was pruned before."""
@@ -177,7 +120,7 @@ class CellRun:
         for pruned in self._levels(model, found):
             found = pruned
             # what takes no time is done again rather than kept
-            if time.monotonic() - began >= SAVE_EVERY or time.monotonic() >= self.deadline:
+            if time.monotonic() - began >= work.SAVE_EVERY or time.monotonic() >= self.deadline:
                 assert found.masks is not None
                 state = {**vars(found), "model": model.state_dict(), "masks": found.masks.state_dict()}
                 save_tensors(path, state)
@@ -201,6 +144,7 @@ class CellRun:
             span = range(number * length, (number + 1) * length)
             trained.extend(train(model, self.batches, recipe, epochs=span, compute=cell.compute, masks=masks))
 
+        model.train(not variant.eval_mode)
         bars = len(targets) * iterations * method.accumulate
         with task(self.progress, f"{cell.title}: pruning", bars) as advance:
             for _ in range(found.levels):

@@ -21,6 +21,7 @@ class Variant:
         rounds: epochs of training in the course of pruning: of each level of IMP, which goes through the
             whole schedule of the learning rate in them; at most, of EarlyCroP; 0 for the others.
         powers: of |theta| and |G| in DRIVE's score. None: DRIVE's own.
+        eval_mode: the network is scored in eval mode, not in the mode that it is trained in.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Variant:
     iterations: int | None = None
     rounds: int = 0
     powers: tuple[int, int] | None = None
+    eval_mode: bool = False
 
     def make(self) -> Method:
         """The method, set up."""
@@ -61,8 +63,8 @@ class Variant:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """As plain values."""
-        return dict(vars(self))
+        """As plain values; without what most have not, so that their cells keep their names."""
+        return {name: value for name, value in vars(self).items() if name != "eval_mode" or value}
 
 
 def dense(warmup: int = 0, name: str = "dense") -> Variant:

@@ -1,4 +1,4 @@
-"""What a training did, epoch by epoch, and the files that say so: log.csv, and TensorBoard's."""
+"""What a training did, epoch by epoch, and the files that say so: log.csv, layers.csv, TensorBoard's."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ class Epoch(NamedTuple):
     lr: float  # in its last step
     accuracy: float | None  # on the test images afterwards; None: not tested
     seconds: float  # without the test
+    layers: dict[str, dict[str, float]] = {}  # noqa: RUF012 (nobody writes to it) numbers of each layer
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ class LogFiles:
     def write(self, history: Sequence[Epoch]) -> None:
         """Of a training whose last epoch has just ended."""
         write_log(self._path, [*self._before, *history])
+        if history[-1].layers:
+            write_layers(self._path.with_name("layers.csv"), [*self._before, *history])
         self._draw(history[-1])
 
     def close(self) -> None:
@@ -70,6 +73,8 @@ class LogFiles:
     def _draw(self, epoch: Epoch) -> None:
         if self._board:
             values = {"loss": epoch.loss, "lr": epoch.lr, "accuracy": epoch.accuracy}
+            for layer, numbers in epoch.layers.items():
+                values |= {f"{what}/{layer}": number for what, number in numbers.items()}
             self._board.log_metrics({k: v for k, v in values.items() if v is not None}, epoch.epoch)
             self._board.save()
 
@@ -78,6 +83,17 @@ def write_log(path: Path, epochs: Sequence[Epoch]) -> None:
     """All epochs as CSV, whole or not at all: what a resumed training repeats is never there twice."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(Epoch._fields)
-    writer.writerows(epochs)
+    writer.writerow(Epoch._fields[:-1])
+    writer.writerows(epoch[:-1] for epoch in epochs)
+    write_atomic(path, text.getvalue().encode())
+
+
+def write_layers(path: Path, epochs: Sequence[Epoch]) -> None:
+    """The numbers of each layer as CSV, a row for a layer in an epoch, likewise."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    rows = [(epoch.epoch, name, numbers) for epoch in epochs for name, numbers in epoch.layers.items()]
+    what = list(dict.fromkeys(key for _, _, numbers in rows for key in numbers))
+    writer.writerow(["epoch", "layer", *what])
+    writer.writerows([epoch, name, *(numbers.get(key, "") for key in what)] for epoch, name, numbers in rows)
     write_atomic(path, text.getvalue().encode())

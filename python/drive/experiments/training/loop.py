@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from drive.experiments.data.batches import Batches
@@ -25,6 +24,7 @@ from drive.masks import Masks
 from .compute import Compute
 from .history import Epoch, Log, LogFiles
 from .recipe import Recipe
+from .stage import Stage
 
 
 class Paused(Exception):
@@ -52,6 +52,7 @@ class _Work:
     masks: Masks | None
     checkpoint: Checkpoint | None
     log: Log | None
+    stage: Stage
 
 
 def train(
@@ -64,6 +65,7 @@ def train(
     masks: Masks | None = None,
     checkpoint: Checkpoint | None = None,
     log: Log | None = None,
+    stage: Stage | None = None,
     on_step: Callable[[], None] = lambda: None,
 ) -> list[Epoch]:
     """Train in place on the batches of `epochs`, and return what each of them did.
@@ -82,6 +84,7 @@ def train(
         checkpoint: if its file exists, go on from there (to the bit, on the same machine); keep it
             up to date, whole at any moment.
         log: where to write the epochs down; without one the network is not tested.
+        stage: what is minimised, and how. Default: the cross-entropy. Others run in one process.
         on_step: called after every batch, also once for each that the checkpoint saves; with several devices
             for all of them at the end.
 
@@ -91,10 +94,12 @@ def train(
         Paused: the checkpoint's deadline is over before the last epoch.
     """
     compute = compute or Compute()
-    work = _Work(batches, recipe, epochs, compute, masks, checkpoint, log)
+    work = _Work(batches, recipe, epochs, compute, masks, checkpoint, log, stage or Stage())
     fabric = compute.fabric()
     if compute.devices == 1:
         return _train(fabric, model, work, on_step)
+    if stage is not None:
+        raise InputError(f"--devices must be 1 for this training, got {compute.devices}")
     if batches.size % compute.devices or len(batches.data.train_y) < batches.size:
         raise InputError(
             f"--devices must share batches of {batches.size} out of {len(batches.data.train_y)} images "
@@ -142,11 +147,11 @@ def _train_a_part(
 def _train(
     fabric: Any, model: nn.Module, work: _Work, on_step: Callable[[], None] = lambda: None
 ) -> list[Epoch]:
-    batches, checkpoint, log = work.batches, work.checkpoint, work.log
-    optimizer = work.recipe.make_optimizer(model.parameters())
+    batches, checkpoint, log, stage = work.batches, work.checkpoint, work.log, work.stage
+    optimizers = stage.optimizers(model, work.recipe)
     history: list[Epoch] = []
     if checkpoint and checkpoint.path.exists():
-        history = _restore(checkpoint.path, model, optimizer)
+        history = _restore(checkpoint.path, model, optimizers)
         for _ in range(len(history) * len(batches)):
             on_step()
     left = work.epochs[len(history) :]
@@ -154,29 +159,31 @@ def _train(
         return history
     images = batches.data.train_x
     example = torch.zeros(batches.size, *images.shape[1:], device=images.device)
-    running, stepping = fabric.setup(work.compute.for_training(model, work.masks, example), optimizer)
+    running, *stepping = fabric.setup(work.compute.for_training(model, work.masks, example), *optimizers)
     saved = time.monotonic()
     with ExitStack() as stack:
         if work.masks:
-            stack.enter_context(work.masks.attach(model, optimizer))
+            stack.enter_context(work.masks.attach(model, optimizers[0]))
         files = None
         if log and fabric.is_global_zero:
             files = stack.enter_context(closing(LogFiles(log, history)))
         for epoch in left:
             torch.manual_seed(seed_of(batches.seed, "train", epoch, fabric.global_rank))
             began = time.monotonic()
-            loss = _one_epoch(fabric, running, stepping, batches, work.recipe, epoch, on_step)
+            stage.at((epoch - work.epochs.start) / len(work.epochs))
+            loss = _one_epoch(fabric, running, stepping, batches, work.recipe, epoch, stage, on_step)
             seconds, accuracy, last = time.monotonic() - began, None, epoch == left[-1]
             if log and files and (last or (epoch + 1) % log.test_every == 0):
                 accuracy = evaluate(model, batches, work.compute) / len(batches.data.test_y)
-            history.append(Epoch(epoch + 1, loss, float(optimizer.param_groups[0]["lr"]), accuracy, seconds))
+            rate = float(optimizers[0].param_groups[0]["lr"])
+            history.append(Epoch(epoch + 1, loss, rate, accuracy, seconds, stage.layers() if log else {}))
             if files:
                 files.write(history)
             if checkpoint:
                 now = time.monotonic()
                 over = fabric.broadcast(now >= checkpoint.deadline)  # all processes stop, or none
                 if fabric.is_global_zero and (last or over or now - saved >= checkpoint.every):
-                    _save(checkpoint, model, optimizer, history)
+                    _save(checkpoint, model, optimizers, history)
                     saved = now
                 if over and not last:
                     raise Paused
@@ -186,22 +193,25 @@ def _train(
 def _one_epoch(
     fabric: Any,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizers: list[torch.optim.Optimizer],
     batches: Batches,
     recipe: Recipe,
     epoch: int,
+    stage: Stage,
     on_step: Callable[[], None],
 ) -> float:
     """Mean loss of the epoch."""
     model.train()
     total = torch.zeros((), device=batches.data.train_x.device)
     for step, (images, labels) in enumerate(batches.epoch(epoch)):
-        for group in optimizer.param_groups:
+        for group in optimizers[0].param_groups:
             group["lr"] = recipe.lr_at(epoch + step / len(batches))
-        loss = F.cross_entropy(model(images), labels)
-        optimizer.zero_grad()
+        loss = stage.loss(model(images), labels)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
         fabric.backward(loss)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         total += loss.detach()
         on_step()
     mean = float(fabric.all_reduce(total, reduce_op="mean")) / len(batches)
@@ -226,23 +236,27 @@ def evaluate(model: nn.Module, batches: Batches, compute: Compute | None = None)
 
 
 def _save(
-    checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, history: list[Epoch]
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    history: list[Epoch],
 ) -> None:
     state = {
         "network": checkpoint.network,
         "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
         "history": [tuple(epoch) for epoch in history],
     }
     save_tensors(checkpoint.path, state)
 
 
-def _restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Epoch]:
+def _restore(path: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> list[Epoch]:
     """Load a training in progress; its epochs."""
     state = load_tensors(path)
     try:
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         return [Epoch(*epoch) for epoch in state["history"]]
     except (KeyError, RuntimeError, ValueError, TypeError) as error:
         raise InputError(f"checkpoint must be one of this training, got {path}") from error

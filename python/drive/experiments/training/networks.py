@@ -144,6 +144,21 @@ def _vgg(name: str) -> Callable[[Network], nn.Module]:
     return make
 
 
+def _vgg16_narrow(network: Network) -> nn.Module:
+    """VGG-16 with BatchNorm in an eighth of its width: 231,000 parameters, 4.9 M multiply-adds at 3x32x32."""
+    widths = [8, 8, "M", 16, 16, "M", *([32] * 3), "M", *([64] * 3), "M", *([64] * 3), "M"]
+    layers = require("torchvision.models.vgg").make_layers(widths, batch_norm=True)
+    if network.channels != 3:
+        layers[0] = nn.Conv2d(network.channels, 8, 3, padding=1)
+    for layer in layers:
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+    return nn.Sequential(
+        layers, nn.AvgPool2d(network.side // 32), nn.Flatten(), nn.Linear(64, network.classes)
+    )
+
+
 def _alexnet(network: Network) -> nn.Module:
     """AlexNet's five convolutions and three linear layers, kernels shrunk to 3x3 for small images."""
     widths = [network.channels, 64, 192, 384, 256, 256]
@@ -166,5 +181,6 @@ _NETWORKS = {
     "resnet18": _Entry(_resnet18, multiple=8, lr=0.1),
     "vgg16": _Entry(_vgg("vgg16"), multiple=32, lr=0.01),
     "vgg16_bn": _Entry(_vgg("vgg16_bn"), multiple=32, lr=0.05),
+    "vgg16_narrow": _Entry(_vgg16_narrow, multiple=32, lr=0.05),
     "alexnet": _Entry(_alexnet, multiple=32, lr=0.01),
 }
