@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 import drive
 from drive import Masks, methods
-from drive.targets import scopes
+from drive.targets import scopes, structures
+from drive.targets.matrices import boxes
+from drive.targets.matrices import entries as entries_of
 
 LOSS = nn.functional.cross_entropy
 KINDS = ("linear", "conv", "grouped", "transposed", "grouped transposed")
@@ -93,6 +95,13 @@ def blocks(tensor: Tensor, rows: int, columns: int) -> list[Tensor]:
 # Counts
 
 
+def guards(model, name: str, weight, min_keep: int, unit: int = 1) -> int:
+    """Units of so many entries that min_keep makes survive, in all matrices of a weight."""
+    axes = structures.axes_of(model, {name: weight})[name]
+    sizes = [entries_of(box) // unit for box in boxes(weight.shape, axes)]
+    return sum(min(-(-min_keep // unit), size) for size in sizes)
+
+
 @given(
     model=models(), method=st.sampled_from(("random", "magnitude")), scope=st.sampled_from(scopes.names()),
     sparsity=st.one_of(st.sampled_from((0.0, 0.5, 0.9)), st.floats(0, 0.999)),
@@ -108,7 +117,7 @@ def test_unstructured_counts_are_exact(model, method, scope, sparsity, iteration
     except ValueError as error:  # more survivors asked for than there are, in all or in a layer
         assert min_keep and "min_keep" in str(error)
         groups = scopes.groups(scope, {n: w.shape for n, w in before.items()}, round(sparsity * total))
-        guarded = [sum(min(min_keep, before[n].numel()) for n in names) for names, _ in groups]
+        guarded = [sum(guards(model, n, before[n], min_keep) for n in names) for names, _ in groups]
         sizes = [sum(before[n].numel() for n in names) for names, _ in groups]
         assert any(guard > size - lost for guard, size, (_, lost) in zip(guarded, sizes, groups, strict=True))
         return
@@ -132,7 +141,8 @@ def test_whole_blocks_and_their_exact_count(model, method, scope, size, sparsity
     before = {name: w.detach().clone() for name, w in drive.targets.prunable(model).items()}
     units = sum(w.numel() for w in before.values()) // entries
     assume(scope == "global" or not min_keep)
-    assume(units - round(sparsity * units) >= len(before) * -(-min_keep // entries))
+    asked = sum(guards(model, name, w, min_keep, entries) for name, w in before.items())
+    assume(units - round(sparsity * units) >= asked)
     masks = prune(
         model, method, sparsity=sparsity, structure=f"{size[0]}x{size[1]}", scope=scope,
         iterations=iterations, min_keep=min_keep,
