@@ -162,6 +162,12 @@ def test_findings(accuracies: dict[str, float], words: str) -> None:
     assert words in "\n".join(page.findings(numbers(accuracies)))
 
 
+def test_which_wins() -> None:
+    found = page.findings(numbers({"none": 50, "mask": 80, "drive": 90, "rigl": 60}))
+    words = "*Which wins*, mlp on digits at 1 % kept: drive 90.0, the pipeline (mask) 80.0, rigl 60.0."
+    assert any(words in line for line in found)
+
+
 def test_findings_by_ways_to_learn_the_mask() -> None:
     way = "sample, through theta m"
     found = page.findings(numbers({"none": 50, "init": 60, way: 80, f"ZerO, {way}": 20}))

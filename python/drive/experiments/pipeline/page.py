@@ -45,6 +45,7 @@ def findings(numbers: Numbers) -> list[str]:
     rows = numbers.grid.rows
     said = [line for row in rows for keep in row.keep for line in _most(row, keep, numbers)]
     said += [line for row in rows for keep in row.keep for line in _together(row, keep, numbers)]
+    said += [line for row in rows for keep in row.keep for line in _winner(row, keep, numbers)]
     easy, hard = ([row for row in rows if (row.data == "cifar10") is it] for it in (False, True))
     said += [line for one in easy for other in hard for line in _easier(one, other, numbers)]
     return said or ["Not enough cells are finished."]
@@ -76,6 +77,24 @@ def _together(row: Row, keep: float, numbers: Numbers) -> Iterator[str]:
         yield (
             f"- *ZerO and the learned mask together collapse*, for {_at(row, keep)}, ZerO alone "
             f"{mean(init):.1f} %: {texts}."
+        )
+
+
+def _winner(row: Row, keep: float, numbers: Numbers) -> Iterator[str]:
+    """The best of the pipeline beside the other methods, the best first."""
+    means: dict[str, float] = {}
+    for label in row.baselines:
+        if values := numbers.accuracies(Key(row.name, label, keep)):
+            means[label] = mean(values)
+    stages = {s.name: numbers.accuracies(Key(row.name, s.name, keep)) for s in row.stages}
+    known = {f"the pipeline ({name})": mean(values) for name, values in stages.items() if values}
+    if means and known:
+        best = max(known, key=lambda name: known[name])
+        ranked = sorted({**means, best: known[best]}.items(), key=lambda item: -item[1])
+        yield (
+            f"- *Which wins*, {_at(row, keep)}: "
+            + ", ".join(f"{name} {value:.1f}" for name, value in ranked)
+            + "."
         )
 
 
