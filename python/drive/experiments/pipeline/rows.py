@@ -115,7 +115,7 @@ class Row:
 
 
 METHODS = ("snip", "grasp", "synflow", "drive", "rigl")
-_PART = tuple(map(Stages.named, ("none", "mask", "init+mask", "all")))
+_PART = tuple(map(Stages.named, ("none", "mask", "init", "init+mask", "all")))
 _MLP = Recipe(20, lr=0.05, batch_size=64)
 _VGG = Recipe(80, lr=0.05)
 
