@@ -78,7 +78,7 @@ def pipeline(
         float, option("--mask-lr", "learning rate of the logits", inputs.positive, "X")
     ] = 0.1,
     forwards: Annotated[
-        bool, typer.Option("--forwards", help="compare the six ways to learn a mask, too")
+        bool, typer.Option("--forwards", help="compare the six ways to learn a mask, too (MLPs)")
     ] = False,
     budget: Annotated[
         float | None,

@@ -65,7 +65,7 @@ class PipelineGrid:
                     self.compute, limit=row.limit,
                 )  # fmt: skip
                 self._add(Key(row.name, method, keep), cell)
-        if self.forwards:
+        if self.forwards and row.small:
             for options in FORWARDS:
                 for init in (False, True):
                     label = f"{'ZerO, ' if init else ''}{options.name}"

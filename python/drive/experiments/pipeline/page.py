@@ -13,7 +13,8 @@ from .rows import FORWARDS, Row
 
 STAGES = {"init": "ZerO initialisation", "mask": "learned mask", "smooth": "soft labels and activations",
           "skips": "soft skips"}  # fmt: skip
-COLLAPSE = 5.0  # points below the better one of two: more than seeds differ
+COLLAPSE = 5.0  # points below the worse one of two: more than seeds differ
+CHANCE = 15.0  # of ten classes, and a little
 SAME = 0.5  # points
 
 
@@ -33,7 +34,7 @@ def markdown(numbers: Numbers, figures: dict[str, list[str]]) -> str:
             modes = "SNIP, GraSP and SynFlow score in eval mode, DRIVE and RigL in train mode."
             lines += [f"Methods beside it, with the same epochs in all. {modes}", ""]
             lines += _table("method", row.baselines, row, numbers)
-        if grid.forwards:
+        if grid.forwards and row.small:
             lines += _forwards(row, numbers)
         for figure in figures.get(row.name, []):
             lines += [f"![{figure.removesuffix('.png')}]({figure})", ""]
@@ -70,7 +71,9 @@ def _together(row: Row, keep: float, numbers: Numbers) -> Iterator[str]:
     for name, *labels in ways:
         alone, together = (numbers.accuracies(Key(row.name, label, keep)) for label in labels)
         if init and alone and together:
-            verdict = _verdict(max(mean(init), mean(alone)) - mean(together) - COLLAPSE)
+            verdict = _verdict(min(mean(init), mean(alone)) - mean(together) - COLLAPSE)
+            if mean(init) < CHANCE:
+                verdict = "cannot be told, for ZerO alone does not train"
             said.setdefault(verdict, []).append(f"{name} {mean(alone):.1f}, with ZerO {mean(together):.1f}")
     if said:
         texts = "; ".join(f"{verdict} ({'; '.join(some)})" for verdict, some in said.items())

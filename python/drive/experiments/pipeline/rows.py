@@ -79,6 +79,7 @@ class Row:
         baselines: names of methods, or "dense".
         warmup: of DRIVE, in epochs.
         limit: training images. None: all.
+        small: so that all ways to learn a mask can be compared, too (`--forwards`).
     """
 
     name: str
@@ -90,6 +91,7 @@ class Row:
     baselines: tuple[str, ...]
     warmup: int
     limit: int | None = None
+    small: bool = False
 
     @property
     def whole(self) -> Recipe:
@@ -122,8 +124,13 @@ _VGG = Recipe(80, lr=0.05)
 ROWS = {
     row.name: row
     for row in (
-        Row("digits-mlp", "digits", "mlp", _MLP, (0.1, 0.01, 0.003), tuple(ALL), METHODS, warmup=5),
-        Row("mnist-mlp", "mnist", "mlp", _MLP, (0.1, 0.01, 0.003, 0.001), tuple(ALL), METHODS, warmup=2),
+        Row(
+            "digits-mlp", "digits", "mlp", _MLP, (0.1, 0.01, 0.003), tuple(ALL), METHODS, warmup=5, small=True,
+        ),
+        Row(
+            "mnist-mlp", "mnist", "mlp", _MLP, (0.1, 0.01, 0.003, 0.001), tuple(ALL), METHODS, warmup=2,
+            small=True,
+        ),
         Row(
             "cifar10-vgg16", "cifar10", "vgg16_bn", _VGG, (0.1, 0.01, 0.003, 0.001), _PART, METHODS, warmup=5,
         ),
