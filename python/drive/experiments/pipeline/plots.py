@@ -72,7 +72,7 @@ def draw_layers(row: Row, numbers: Numbers, path: Path) -> bool:
             axes.set_ylabel({"rank": "stable rank of the change"}.get(what, what), fontsize=9)
             axes.set_xlabel("epoch before pruning", fontsize=9)
         panels[0][column].set_title(label, fontsize=10)
-    if len(history[-1][1]) <= 20:
+    if len(history[-1][1]) <= 6:
         panels[0][0].legend(fontsize=7)
     figure.suptitle(f"{row.model} on {row.data}: layers", fontsize=10)
     save_figure(figure, path)

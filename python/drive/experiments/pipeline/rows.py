@@ -125,7 +125,8 @@ ROWS = {
     row.name: row
     for row in (
         Row(
-            "digits-mlp", "digits", "mlp", _MLP, (0.1, 0.01, 0.003), tuple(ALL), METHODS, warmup=5, small=True,
+            "digits-mlp", "digits", "mlp", _MLP, (0.1, 0.01, 0.003), tuple(ALL), METHODS, warmup=5,
+            small=True,
         ),
         Row(
             "mnist-mlp", "mnist", "mlp", _MLP, (0.1, 0.01, 0.003, 0.001), tuple(ALL), METHODS, warmup=2,
