@@ -10,9 +10,7 @@ from torch import Tensor, nn
 
 import drive
 from drive import Masks, methods
-from drive.targets import scopes, structures
-from drive.targets.matrices import boxes
-from drive.targets.matrices import entries as entries_of
+from drive.targets import matrices, scopes, structures
 
 LOSS = nn.functional.cross_entropy
 KINDS = ("linear", "conv", "grouped", "transposed", "grouped transposed")
@@ -97,9 +95,8 @@ def blocks(tensor: Tensor, rows: int, columns: int) -> list[Tensor]:
 
 def guards(model, name: str, weight, min_keep: int, unit: int = 1) -> int:
     """Units of so many entries that min_keep makes survive, in all matrices of a weight."""
-    axes = structures.axes_of(model, {name: weight})[name]
-    sizes = [entries_of(box) // unit for box in boxes(weight.shape, axes)]
-    return sum(min(-(-min_keep // unit), size) for size in sizes)
+    boxes = matrices.boxes(weight.shape, structures.axes_of(model, {name: weight})[name])
+    return sum(min(-(-min_keep // unit), matrices.entries(box) // unit) for box in boxes)
 
 
 @given(
@@ -399,7 +396,5 @@ def test_shapes_and_names_that_cannot_be(make, structure: str, message: str):
 
 def test_a_layer_of_the_wrong_shape_can_be_excluded():
     model = nn.ModuleList([nn.Linear(6, 4), nn.ConvTranspose2d(8, 6, 1)])
-    masks = prune(
-        model, "magnitude", sparsity=0.5, structure="2:4", include=lambda name, _, w: name == "1.weight"
-    )
+    masks = prune(model, "magnitude", sparsity=0.5, structure="2:4", exclude="0.weight")
     assert list(masks) == ["1.weight"] and (masks["1.weight"].unflatten(0, (2, 4)).sum(1) == 2).all()
