@@ -235,7 +235,7 @@ class Step:
         if check_finite:
             weakest = scores.to("cpu", non_blocking=scores.is_cuda)  # travels with what is waited for anyway
             result.check_finite(op).answer()
-            if weakest[0] == 0 and result.ended_by_count(prune):
+            if weakest[0] == 0 and prune == result.pruned > 0:  # not more, by older masks
                 warn_of_ties(op, weights)
         return result
 

@@ -132,7 +132,7 @@ class Plan:
 
     def __str__(self) -> str:
         batches = f", {self.accumulate} batches a score" if self.accumulate > 1 else ""
-        guard = f", at least {self.min_keep} survivors a tensor" if self.min_keep else ""
+        guard = f", at least {self.min_keep} survivors a matrix" if self.min_keep else ""
         return (
             f"{self.method.name} to {self.sparsity:.2%} of {sum(self.sizes.values()):,} entries in "
             f"{len(self.sizes)} tensors: {self.iterations} iterations on schedule {self.schedule}{batches}, "

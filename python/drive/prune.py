@@ -181,8 +181,10 @@ def prune(
             chosen.before(problem)
             with scoring(model, weights) if plan.trains else nullcontext():
                 ranking = chosen.rank(problem)
-            ties = TieCheck(f"prune: iteration {number}", groups[-1], meaning, number == 1, raises)
-            result = selection.step(ranking, some, problem.masks, ties if number in deciding else None)
+            ties = None
+            if number in deciding:
+                ties = TieCheck(f"prune: iteration {number}", groups[-1], meaning, number == 1, raises)
+            result = selection.step(ranking, some, problem.masks, ties)
             problem = replace(problem, masks=result.masks)
             checks.add(result.check_finite(f"prune: iteration {number}"))
             chosen.after(problem)

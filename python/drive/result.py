@@ -89,14 +89,6 @@ class PruneResult:
         """pruned / total (0.0 if there is no entry)."""
         return self.pruned / self.total if self.total else 0.0
 
-    def ended_by_count(self, prune: int) -> bool:
-        """Did the step prune so many entries in all, and not fewer or more because of older masks?"""
-        return prune > 0 and self.pruned == prune
-
-    def weakest_is(self, score: float) -> bool:
-        """Does the weakest survivor have this |S|, a whole number?"""
-        return abs(self.threshold * (self.score_sum or 1.0) - score) < 0.5 if score else self.threshold == 0
-
     @property
     def threshold(self) -> float:
         """Normalised score z = |S| / sum |S| (Eq. 7) of the weakest survivor; inf if none survives."""

@@ -161,7 +161,9 @@ class Selection:
             return False
         if isinstance(self.structure, structures.NofM):
             return bool(((zeros == alive) & (alive > 0)).any())
-        return result.weakest_is(NEUTRAL if signed else 0.0)
+        if signed:  # what `ordered` makes of scores are whole numbers
+            return abs(result.threshold * result.score_sum - NEUTRAL) < 0.5
+        return result.threshold == 0
 
     def _competition(self, before: Tensor, last: int, result: PruneResult) -> Competition:
         """

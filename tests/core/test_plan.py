@@ -70,5 +70,5 @@ def test_is_fixed_and_says_what_it_is():
         plan.sparsity = 0.5
     assert str(plan) == (
         "crop to 90.00% of 1,207 entries in 2 tensors: 5 iterations on schedule halving, 5 batches a score, "
-        "scope global, structure 4x4, at least 3 survivors a tensor"
+        "scope global, structure 4x4, at least 3 survivors a matrix"
     )

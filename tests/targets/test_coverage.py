@@ -176,7 +176,9 @@ def test_standardised_weights_are_left_out():
     pytest.importorskip("torchvision", reason="timm's models need torchvision")
     model = timm.create_model("nf_resnet26")
     assert list(prunable(model)) == ["head.fc.weight"]
-    assert any("standardised before it is used" in row.reason for row in drive.coverage(model).rows)
+    (row,) = [row for row in drive.coverage(model).rows if "standardised before it is used" in row.reason]
+    convolutions = [m.weight.numel() for m in model.modules() if type(m).__name__ == "ScaledStdConv2d"]
+    assert (row.tensors, row.entries) == (len(convolutions), sum(convolutions)), "not their biases and gains"
     for include in ("stem.conv.weight", lambda name, module, tensor: tensor.dim() == 4):
         with pytest.raises(
             ValueError, match="stem.conv.weight is standardised before it is used: pruning it"

@@ -150,8 +150,12 @@ class LearnedMask(nn.Module):
         begun = progress - self.delay
         factor = min(1.0, begun / self.ramp) if self.ramp and begun >= 0 else float(begun >= 0)
         cast(Tensor, self._factor).fill_(factor)
-        for name, p in self.probabilities().items():
-            if p.numel() and name not in self._closed and float(p.sum()) < 1:
+        probabilities = self.probabilities()
+        kept = torch.stack(
+            [p.sum() for p in probabilities.values()]
+        ).tolist()  # the device is waited for once
+        for (name, p), count in zip(probabilities.items(), kept, strict=True):
+            if p.numel() and name not in self._closed and count < 1:
                 self._closed.add(name)
                 _log.warning(
                     "LearnedMask: %s closes: of its %d entries less than one is kept on average; begin later "

@@ -76,7 +76,7 @@ def candidates(model: nn.Module, layers: Layers | None = None, *, op: str = "can
             weights = weights_of(module, layers, op=op)
             standardised = kind in _STANDARDISING and is_a(module, "timm", kind)
         weight, reason = raw.get((module, key)) or (weights.get(key), "")
-        if standardised:
+        if standardised and key == "weight":
             weight, reason = None, STANDARDISED
         if id(tensor) in embedded:
             reason = EMBEDDING if isinstance(module, _EMBEDDINGS) else f"{TIED} {embedded[id(tensor)]}"

@@ -12,6 +12,8 @@ from rich.console import Console
 
 from drive.experiments.data import sources
 from drive.experiments.data.dataset import Dataset
+from drive.experiments.paper.queue import Outcome
+from drive.experiments.paper.work import C
 from drive.experiments.runs import inputs
 from drive.experiments.runs.folder import Options, differences, open_run
 from drive.experiments.runs.inputs import InputError
@@ -55,6 +57,22 @@ def open_console(
         begun = (folder / "config.json").exists()
         hint = f"; go on with: drive {command} --resume --out {folder}" if begun else ""
         raise typer.Exit(complain(f"drive {command}", f"interrupted{hint}", INTERRUPTED)) from None
+
+
+def conclude(outcome: Outcome[C], text: str, out: Path, console: Console) -> None:
+    """Print a page, and what of its cells is done.
+
+    Raises:
+        typer.Exit: a cell failed.
+    """
+    console.print(text, highlight=False, soft_wrap=True, markup=False)
+    done, failed, left = len(outcome.results), len(outcome.failures), len(outcome.open)
+    console.print(f"{done} of {done + failed + left} cells are finished, {failed} failed; results in {out}",
+                  highlight=False)  # fmt: skip
+    if left:
+        console.print("the same command goes on with the others", highlight=False)
+    if failed:
+        raise typer.Exit(1)
 
 
 def load(options: Options, console: Console) -> Dataset:

@@ -26,7 +26,7 @@ from drive.experiments.runs.inputs import InputError
 from drive.experiments.runs.progress import bars
 from drive.experiments.training.compute import Compute, deterministic
 
-from .console import name_skipped
+from .console import conclude, name_skipped
 from .options import (
     ChannelsLast,
     Compile,
@@ -123,14 +123,7 @@ def reproduce(
     if not outcome.results and len(reasons := set(outcome.failures.values())) == 1:
         raise InputError(reasons.pop())  # the same for all: the data are missing, say
     text = page.write(out, grid, names, outcome)
-    console.print(text, highlight=False, soft_wrap=True, markup=False)
-    done, failed, left = len(outcome.results), len(outcome.failures), len(outcome.open)
-    console.print(f"{done} of {done + failed + left} cells are finished, {failed} failed; results in {out}",
-                  highlight=False)  # fmt: skip
-    if left:
-        console.print("the same command goes on with the others", highlight=False)
-    if failed:
-        raise typer.Exit(1)
+    conclude(outcome, text, out, console)
 
 
 def _changed(row: Row, changes: Mapping[str, object]) -> Row:

@@ -24,6 +24,7 @@ from drive.experiments.runs.progress import bars
 from drive.experiments.training.compute import Compute, deterministic
 from drive.files import write_atomic
 
+from .console import conclude
 from .options import Device, Fractions, Names, Precision, TensorBoard, file, option
 from .paper import loader
 
@@ -137,16 +138,9 @@ def pipeline(
     text = page.markdown(numbers, figures)
     write_json(out / "pipeline.json", [_without_layers(result) for result in outcome.results.values()])
     write_atomic(out / "pipeline.md", text.encode())
-    console.print(text, highlight=False, soft_wrap=True, markup=False)
-    done, failed, left = len(outcome.results), len(outcome.failures), len(outcome.open)
-    console.print(f"{done} of {done + failed + left} cells are finished, {failed} failed; results in {out}",
-                  highlight=False)  # fmt: skip
-    if left:
-        console.print("the same command goes on with the others", highlight=False)
-    if failed:
-        for cell, why in outcome.failures.items():
-            console.print(f"failed: {cell.title}: {why}", highlight=False)
-        raise typer.Exit(1)
+    for cell, why in outcome.failures.items():
+        console.print(f"failed: {cell.title}: {why}", highlight=False)
+    conclude(outcome, text, out, console)
 
 
 def _changed(
