@@ -43,7 +43,7 @@
 #define DRIVE_ISA avx512
 #define DRIVE_WIDTH 64
 #define DRIVE_REGISTERS 32
-#define DRIVE_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma")))
+#define DRIVE_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma,bmi2")))
 #include DRIVE_KERNELS
 
 #define DRIVE_CHOOSE(...)                                    \

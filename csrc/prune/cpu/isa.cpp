@@ -7,6 +7,13 @@
 #include "common/each_isa.h"
 
 namespace drive {
+
+#if defined(__x86_64__)
+const bool kPrefetchLines = __builtin_cpu_is("intel");
+#else
+const bool kPrefetchLines = false;
+#endif
+
 namespace {
 
 template <class T, class Key>

@@ -19,9 +19,15 @@ using Vector = typename VectorOf<T, N>::type;
 struct BFloat16 { uint16_t bits; };
 struct Half { uint16_t bits; };
 
-// Entries per block, 64 bytes of keys, the widest vector: chunks are padded to multiples of it.
+// Entries per block, 64 bytes of keys, the widest vector.
 template <class Key>
 constexpr int kBlock = 64 / sizeof(Key);
+
+// Entries with a bit each in one word: chunks are padded to multiples of it.
+constexpr int kWord = 64;
+
+// Does this processor like each line that a loop reads to be asked for (kernels.h)?
+extern const bool kPrefetchLines;
 
 // Contiguous operands of one chunk; grad, mask_grad and mask may be null.
 struct Entries {
@@ -31,19 +37,34 @@ struct Entries {
   const uint8_t* mask;
 };
 
-// What one pass tells of one chunk, for a bracket [lo, hi].
+// Between which keys a threshold is looked for.
+template <class Key>
+struct Bracket {
+  Key lo, hi;
+  bool edges;  // are the entries on both to be counted, too?
+};
+
+// What one pass tells of one chunk, for a bracket.
 struct Counts {
-  int32_t above, at_hi, inside, at_lo;
-  int32_t alive, nonfinite;
+  int32_t top, inside;   // entries at or above hi; strictly inside
+  int32_t above, at_lo;  // if its edges count
+  int32_t alive, nonfinite;  // the latter are counted by work.h
   int64_t inside_begin;  // where the chunk's keys inside the bracket lie in the scratch buffer
   double sum;            // of |S| (Eq. 7)
 };
 
+// The same of one word's entries, a bit each.
+struct Placed {
+  uint64_t top, inside;
+};
+
 template <class Key>
 struct Kernels {
-  Counts (*survey)(const Entries&, int64_t n, Key lo, Key hi, Key* inside);
+  Counts (*survey)(const Entries&, int64_t n, const Bracket<Key>&, Placed* placed, Key* inside);
   void (*compute_keys)(const Entries&, int64_t n, Key* keys);
-  void (*apply)(const Entries&, int64_t n, Key cut, void* weight, uint8_t* mask);
+  void (*reaching)(const Entries&, int64_t n, Key cut, uint64_t* keep);
+  void (*resolve)(const Placed* placed, int64_t n, const Key* inside, Key cut, uint64_t* keep);
+  void (*apply)(const uint64_t* keep, int64_t n, void* weight, uint8_t* mask);
 };
 
 // Of operands of a dtype, the variant for this processor (common/each_isa.h).

@@ -1,4 +1,4 @@
-// Radix selection of the k-th largest key (step 3 of prune.cpp).
+// Selection of the k-th largest key by radix digits (step 3 of prune.cpp).
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -30,10 +30,11 @@ Key kth_largest(int64_t k, Key lo, Key hi, const Count& count) {
 
 // counts += the histograms that fill(i, histogram) makes for every i in [0, n), over all threads.
 template <class Fill>
-void count_parallel(int64_t n, std::vector<int64_t>& counts, const Fill& fill) {
+void count_parallel(int64_t n, int64_t grain, std::vector<int64_t>& counts, const Fill& fill) {
   std::vector<std::vector<int64_t>> partial(at::get_num_threads(), std::vector<int64_t>(counts.size()));
-  parallel(n, kGrain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) fill(i, partial[at::get_thread_num()]);
+  parallel(n, grain, [&](int64_t begin, int64_t end) {
+    auto& into = partial[at::get_thread_num()];
+    for (int64_t i = begin; i < end; ++i) fill(i, into);
   });
   for (const auto& part : partial) {
     for (size_t b = 0; b < counts.size(); ++b) counts[b] += part[b];

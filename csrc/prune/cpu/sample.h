@@ -20,24 +20,37 @@ constexpr int64_t kMaxSample = 1 << 16;
 constexpr int64_t kEntriesPerSample = 1 << 12;
 constexpr int64_t kSampleRun = 512;  // samples gathered together
 
+template <class Size>
+void gather(char* to, const char* from, int operand, const Offsets* at, int64_t m) {
+  for (int64_t i = 0; i < m; ++i) {
+    reinterpret_cast<Size*>(to)[i] = reinterpret_cast<const Size*>(from)[at[i][operand]];
+  }
+}
+
 // Keys of `m` entries of one item.
 template <class Key>
 void sample_item(const Item& item, const int64_t* position, int64_t m, Staging& room, Key* keys) {
   std::array<Offsets, kSampleRun> at;
   for (int64_t i = 0; i < m; ++i) at[i] = item.walk.at(position[i]);
+  // Nearly every entry is a cache miss: all are on their way before the first is waited for.
   for (int o = 0; o < kMaxOperands; ++o) {
-    const char* data = item.data(o);
-    const int64_t size = item.entry_size(o);
-    // a loop of its own for each operand: short enough for many cache misses at a time
-    for (int64_t i = 0; data && i < m; ++i) {
-      std::memcpy(room.operand[o] + i * size, data + at[i][o] * size, size);
+    if (!item.data[o]) continue;
+    for (int64_t i = 0; i < m; ++i) __builtin_prefetch(item.data[o] + at[i][o] * item.size(o));
+  }
+  for (int o = 0; o < kMaxOperands; ++o) {
+    if (!item.data[o]) continue;
+    switch (item.size(o)) {
+      case 1: gather<uint8_t>(room.operand[o], item.data[o], o, at.data(), m); break;
+      case 2: gather<uint16_t>(room.operand[o], item.data[o], o, at.data(), m); break;
+      case 4: gather<uint32_t>(room.operand[o], item.data[o], o, at.data(), m); break;
+      default: gather<uint64_t>(room.operand[o], item.data[o], o, at.data(), m);
     }
   }
-  const Entries entries{room.operand[kWeight], item.data(kGrad) ? room.operand[kGrad] : nullptr,
-                        item.data(kMaskGrad) ? room.operand[kMaskGrad] : nullptr,
+  const Entries entries{room.operand[kWeight], item.data[kGrad] ? room.operand[kGrad] : nullptr,
+                        item.data[kMaskGrad] ? room.operand[kMaskGrad] : nullptr,
                         item.fresh ? nullptr : reinterpret_cast<uint8_t*>(room.operand[kMask])};
   std::array<Key, kSampleRun> found;
-  kernels<Key>(item.dtype()).compute_keys(entries, padded<Key>(m), found.data());
+  kernels<Key>(item.dtype).compute_keys(entries, padded(m), found.data());
   std::copy_n(found.begin(), m, keys);
 }
 
@@ -46,7 +59,7 @@ template <class Key>
 std::vector<Key> sample(const std::vector<Item>& items, const std::vector<int32_t>& ids, int64_t n,
                         int64_t count) {
   std::vector<int64_t> ends;
-  for (const int32_t id : ids) ends.push_back((ends.empty() ? 0 : ends.back()) + items[id].numel());
+  for (const int32_t id : ids) ends.push_back((ends.empty() ? 0 : ends.back()) + items[id].numel);
   std::vector<Key> keys(count);
   parallel((count + kSampleRun - 1) / kSampleRun, 1, [&](int64_t first, int64_t last) {
     Staging room;
@@ -61,7 +74,7 @@ std::vector<Key> sample(const std::vector<Item>& items, const std::vector<int32_
         const int64_t which = std::upper_bound(ends.begin(), ends.end(), position[j]) - ends.begin();
         const auto stop = std::lower_bound(position.begin() + j, position.begin() + length, ends[which]);
         const int64_t m = stop - position.begin() - j;
-        for (int64_t i = j; i < j + m; ++i) position[i] -= ends[which] - items[ids[which]].numel();
+        for (int64_t i = j; i < j + m; ++i) position[i] -= ends[which] - items[ids[which]].numel;
         sample_item<Key>(items[ids[which]], &position[j], m, room, &keys[run * kSampleRun + j]);
         j += m;
       }
@@ -70,22 +83,24 @@ std::vector<Key> sample(const std::vector<Item>& items, const std::vector<int32_
   return keys;
 }
 
-// lo <= hi: the k-th largest of the items' n keys very likely lies between them.
+// The k-th largest of the items' n keys very likely lies between lo and hi, lo < hi.
 template <class Key>
-std::pair<Key, Key> bracket(const std::vector<Item>& items, const std::vector<int32_t>& ids, int64_t n,
-                            int64_t k) {
-  if (n <= kMinSample) return {kDead<Key>, kTop<Key>};
+Bracket<Key> bracket(const std::vector<Item>& items, const std::vector<int32_t>& ids, int64_t n, int64_t k) {
+  if (n <= kMinSample) return {kDead<Key>, kTop<Key>, false};
   const int64_t count = n / kEntriesPerSample < kMinSample ? kMinSample : kMaxSample;
   std::vector<Key> keys = sample<Key>(items, ids, n, count);
   const BracketRanks ranks = bracket_ranks(k, n, count);
+  auto rest = keys.begin();  // from which on keys are not larger than what was asked for before
   const auto ranked = [&](int64_t rank) {
     const auto nth = keys.begin() + rank - 1;
-    std::nth_element(keys.begin(), nth, keys.end(), std::greater<Key>());
-    return *nth;
+    std::nth_element(rest, nth, keys.end(), std::greater<Key>());
+    return *(rest = nth);
   };
   const Key hi = ranks.high == 0 ? kTop<Key> : ranked(ranks.high);
   const Key lo = ranks.low == 0 ? kDead<Key> : ranked(ranks.low);
-  return {std::min<Key>(lo, hi - 1), hi};
+  // Many equal ones show in the sample, and then the threshold may be one of them.
+  const auto repeated = [&](Key key) { return std::count(keys.begin(), keys.end(), key) > 1; };
+  return {std::min<Key>(lo, hi - 1), hi, repeated(hi) || repeated(lo)};
 }
 
 }  // namespace drive

@@ -42,7 +42,7 @@ std::vector<int32_t> all(const std::vector<Item>& items) {
   return ids;
 }
 
-int64_t blocks_of(const Item& item) { return (item.numel() + kListed - 1) / kListed; }
+int64_t blocks_of(const Item& item) { return (item.numel + kListed - 1) / kListed; }
 
 template <class Key>
 at::Tensor sample_of(const std::vector<Item>& items, int64_t entries, int64_t count) {
@@ -70,15 +70,6 @@ struct Listed {
         room((memory.numel() - bytes(count, 0)) / static_cast<int64_t>(sizeof(Key))) {}
 };
 
-// Counts of a chunk; its keys in the bracket go to `inside`.
-template <class Key>
-Counts survey_chunk(const Item& item, const Chunk& chunk, Key low, Key high, Staging& room, Key* inside) {
-  const int64_t n = padded<Key>(chunk.count);
-  Counts c = kernels<Key>(item.dtype()).survey(stage(item, chunk, n, room), n, low, high, inside);
-  if (low == kDead<Key>) c.at_lo = 0;
-  return c;
-}
-
 template <class Key>
 Survey survey_of(const std::vector<Item>& items, Key low, Key high, int64_t room_inside) {
   const auto tensors = static_cast<int64_t>(items.size());
@@ -92,16 +83,17 @@ Survey survey_of(const std::vector<Item>& items, Key low, Key high, int64_t room
   std::atomic<int64_t> used{0};
   double sum = 0;
   for (int32_t id = 0; id < tensors; ++id) {
-    const std::vector<Chunk> chunks = chunks_of(items, {id});
+    const Chunks chunks = chunks_of(items, {id});
     const auto count = static_cast<int64_t>(chunks.size());
     std::vector<Counts> found(chunks.size());
     parallel(blocks_of(items[id]), 1, [&](int64_t begin, int64_t end) {
       Staging room;
       std::vector<Key> inside(kListed + 2 * kBlock<Key>);
+      Placed unused[kWordsPerChunk];
       for (int64_t b = begin; b < end; ++b) {
         int64_t length = 0;
         for (int64_t i = b * kGrain; i < std::min(count, (b + 1) * kGrain); ++i) {
-          found[i] = survey_chunk(items[id], chunks[i], low, high, room, &inside[length]);
+          found[i] = survey_chunk<Key>(items, chunks[i], {low, high, true}, room, unused, &inside[length]);
           length += found[i].inside;
         }
         block[b] = {used.fetch_add(length), length};
@@ -113,7 +105,7 @@ Survey survey_of(const std::vector<Item>& items, Key low, Key high, int64_t room
     block += blocks_of(items[id]);
     int64_t* to = &counts[id];
     for (const Counts& c : found) {
-      const int64_t rows[kCounts] = {c.above, c.at_hi, c.inside, c.at_lo, c.alive, c.nonfinite};
+      const int64_t rows[kCounts] = {c.above, c.top - c.above, c.inside, c.at_lo, c.alive, c.nonfinite};
       for (int row = 0; row < kCounts; ++row) to[row * tensors] += rows[row];
       sum += c.sum;
     }
@@ -160,7 +152,7 @@ class Runs {
 
  private:
   const std::vector<Item>& items_;
-  std::vector<Chunk> runs_;  // `begin`: among what is listed, if that is what counts
+  Chunks runs_;  // `begin`: among what is listed, if that is what counts
   const Key* listed_ = nullptr;
 };
 
@@ -168,7 +160,7 @@ template <class Key>
 void count_keys(const Runs<Key>& runs, Key low, int shift, std::vector<int64_t>& counts) {
   using Bucket = std::make_unsigned_t<Key>;
   const auto buckets = static_cast<Bucket>(counts.size());
-  count_parallel(runs.size(), counts, [&](int64_t i, auto& into) {
+  count_parallel(runs.size(), kGrain, counts, [&](int64_t i, auto& into) {
     int64_t* const counted = into.data();
     runs.visit(i, [&](int32_t, const Key* keys, int32_t n) {
       for (int32_t j = 0; j < n; ++j) {
@@ -182,7 +174,7 @@ void count_keys(const Runs<Key>& runs, Key low, int shift, std::vector<int64_t>&
 
 template <class Key>
 void split_keys(const Runs<Key>& runs, const std::vector<Key>& thresholds, std::vector<int64_t>& counts) {
-  count_parallel(runs.size(), counts, [&](int64_t i, auto& into) {
+  count_parallel(runs.size(), kGrain, counts, [&](int64_t i, auto& into) {
     runs.visit(i, [&](int32_t item, const Key* keys, int32_t n) {
       const Key threshold = thresholds[item];
       int32_t above = 0, equal = 0;
@@ -232,7 +224,7 @@ void count_ties(Item item, Key threshold, const std::vector<int64_t>& ends,
       chunks.push_back({0, static_cast<int32_t>(std::min(kChunk, stop - begin)), begin});
     }
   }
-  count_parallel(chunks.size(), counts, [&](int64_t i, auto& into) {
+  count_parallel(chunks.size(), kGrain, counts, [&](int64_t i, auto& into) {
     Staging room;
     alignas(64) Key keys[kChunk];
     keys_of(items, chunks[i], room, keys);
@@ -252,7 +244,7 @@ void apply_to(std::vector<Item> items, at::IntArrayRef thresholds, at::IntArrayR
   for (const int32_t id : all(items)) {
     const Key threshold = static_cast<Key>(thresholds[id]);
     const int64_t tie_end = tie_ends[id];
-    if (tie_end > 0 && tie_end < items[id].numel()) items[id].walk_logically();
+    if (tie_end > 0 && tie_end < items[id].numel) items[id].walk_logically();
     for (const Chunk& chunk : chunks_of(items, {id})) {
       const auto first = static_cast<int32_t>(std::clamp<int64_t>(tie_end - chunk.begin, 0, chunk.count));
       const Chunk ties{id, first, chunk.begin}, rest{id, chunk.count - first, chunk.begin + first};
@@ -260,7 +252,10 @@ void apply_to(std::vector<Item> items, at::IntArrayRef thresholds, at::IntArrayR
       if (rest.count > 0) cuts.push_back({rest, threshold + 1});
     }
   }
-  apply_cuts(items, cuts);
+  parallel(cuts.size(), kGrain, [&](int64_t begin, int64_t end) {
+    Staging room;
+    for (int64_t i = begin; i < end; ++i) write(items, cuts[i], room);
+  });
 }
 
 }  // namespace

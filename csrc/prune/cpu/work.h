@@ -6,13 +6,17 @@
 #include <ATen/core/Tensor.h>
 
 #include <algorithm>
+#include <array>
+#include <cmath>
 #include <cstring>
+#include <memory_resource>
 #include <utility>
 #include <vector>
 
 #include "common/common.h"
 #include "prune/arguments.h"
 #include "prune/cpu/isa.h"
+#include "prune/key.h"
 #include "prune/walk.h"
 
 namespace drive {
@@ -29,32 +33,46 @@ inline at::Tensor empty(at::IntArrayRef size, at::ScalarType dtype) {
 
 enum Operand { kWeight, kGrad, kMask, kMaskGrad };
 
-// One tensor with its gradients and its mask, which is only written if `fresh`.
+// One tensor with its gradients and its mask, which is only written if `fresh`. What every chunk asks for lies
+// here: through the tensors, a chunk would wait for some ten loads one after the other, a third of its time.
 struct Item {
   Item(std::vector<at::Tensor> operands, const PruneArguments& arguments)
       : tensors(std::move(operands)),
+        numel(tensors[kWeight].numel()),
+        dtype(tensors[kWeight].scalar_type()),
+        entry_size(tensors[kWeight].element_size()),
         walk(tensors, Walk::Order::memory),
         logical(tensors[kWeight].is_contiguous()),
-        fresh(arguments.fresh),
-        alone(arguments.grads.empty()) {}
-
-  at::ScalarType dtype() const { return tensors[kWeight].scalar_type(); }
-  int64_t numel() const { return tensors[kWeight].numel(); }
-  int64_t entry_size(int o) const { return o == kMask ? 1 : tensors[kWeight].element_size(); }
-  char* data(int o) const {
-    if (static_cast<size_t>(o) >= tensors.size() || (o == kGrad && alone)) return nullptr;
-    return static_cast<char*>(tensors[o].data_ptr());
+        fresh(arguments.fresh) {
+    for (size_t o = 0; o < tensors.size(); ++o) {
+      if (o != kGrad || !arguments.grads.empty()) data[o] = static_cast<char*>(tensors[o].data_ptr());
+    }
+    note_contiguous();
   }
+
+  int64_t size(int o) const { return o == kMask ? 1 : entry_size; }
   void walk_logically() {
+    rewalked |= !logical;
     walk = Walk(tensors, Walk::Order::logical);
     logical = true;
+    note_contiguous();
   }
 
   std::vector<at::Tensor> tensors;  // in the order of Operand, the last one optional
+  int64_t numel;
+  at::ScalarType dtype;
+  int64_t entry_size;
+  std::array<char*, kMaxOperands> data{};  // null: there is none
+  std::array<bool, kMaxOperands> contiguous{};  // does the walk go front to back through its memory, without gaps?
   Walk walk;
   bool logical;  // does the walk go in row-major order?
+  bool rewalked = false;  // has it not, at first?
   bool fresh;
-  bool alone;  // there are no gradients
+
+ private:
+  void note_contiguous() {
+    for (int o = 0; o < kMaxOperands; ++o) contiguous[o] = walk.contiguous(o);
+  }
 };
 
 struct Chunk {
@@ -66,18 +84,24 @@ struct Chunk {
 // Room for contiguous copies of one chunk's operands.
 struct Staging {
   alignas(64) char operand[kMaxOperands][kChunk * 8];
-  alignas(64) uint8_t new_mask[kChunk];
 };
 
-template <class Key>
-int64_t padded(int64_t count) {
-  return (count + kBlock<Key> - 1) / kBlock<Key> * kBlock<Key>;
-}
+constexpr int64_t kWordsPerChunk = kChunk / kWord;
 
-inline std::vector<Chunk> chunks_of(const std::vector<Item>& items, const std::vector<int32_t>& ids) {
-  std::vector<Chunk> chunks;
+inline int64_t padded(int64_t count) { return (count + kWord - 1) / kWord * kWord; }
+
+using Chunks = std::pmr::vector<Chunk>;
+
+inline int64_t count_chunks(int64_t entries) { return (entries + kChunk - 1) / kChunk; }
+
+inline Chunks chunks_of(const std::vector<Item>& items, const std::vector<int32_t>& ids,
+                        std::pmr::memory_resource* memory = std::pmr::get_default_resource()) {
+  int64_t count = 0;
+  for (const int32_t id : ids) count += count_chunks(items[id].numel);
+  Chunks chunks(memory);
+  chunks.reserve(count);
   for (const int32_t id : ids) {
-    const int64_t n = items[id].numel();
+    const int64_t n = items[id].numel;
     for (int64_t begin = 0; begin < n; begin += kChunk) {
       chunks.push_back({id, static_cast<int32_t>(std::min(kChunk, n - begin)), begin});
     }
@@ -117,25 +141,28 @@ inline void copy_strided(int64_t size, char* to, int64_t to_stride, const char* 
 
 // Is the operand's part of the chunk, as it lies in memory, what the kernels can take?
 inline bool direct(const Item& item, const Chunk& chunk, int64_t padded, int o) {
-  return chunk.count == padded && item.walk.contiguous(o);
+  return chunk.count == padded && item.contiguous[o];
 }
 
-// The chunk's operands, contiguous and padded to `padded` entries: pointers to the tensors' own memory
-// where that will do, else copies. Padding is dead: masked out.
+// One operand of a chunk, contiguous and padded to `padded` entries: the tensor's own memory where that will
+// do, else a copy. Null: there is none.
+inline char* stage(const Item& item, const Chunk& chunk, int64_t padded, Staging& room, int o) {
+  char* data = item.data[o];
+  const int64_t size = item.size(o);
+  if (!data) return nullptr;
+  if (direct(item, chunk, padded, o)) return data + chunk.begin * size;
+  char* to = room.operand[o];
+  item.walk.rows(chunk.begin, chunk.count, [&](const Offsets& at, const Offsets& stride, int64_t n) {
+    copy_strided(size, to, 1, data + at[o] * size, stride[o], n);
+    to += n * size;
+  });
+  std::memset(to, 0, (padded - chunk.count) * size);
+  return room.operand[o];
+}
+
+// All that are read. Padding is dead: masked out.
 inline Entries stage(const Item& item, const Chunk& chunk, int64_t padded, Staging& room) {
-  const auto operand = [&](int o) -> const char* {
-    const char* data = item.data(o);
-    const int64_t size = item.entry_size(o);
-    if (!data) return nullptr;
-    if (direct(item, chunk, padded, o)) return data + chunk.begin * size;
-    char* to = room.operand[o];
-    item.walk.rows(chunk.begin, chunk.count, [&](const Offsets& at, const Offsets& stride, int64_t n) {
-      copy_strided(size, to, 1, data + at[o] * size, stride[o], n);
-      to += n * size;
-    });
-    std::memset(to, 0, (padded - chunk.count) * size);
-    return room.operand[o];
-  };
+  const auto operand = [&](int o) -> const char* { return stage(item, chunk, padded, room, o); };
   const auto mask = [&]() -> const char* {
     if (!item.fresh) return operand(kMask);
     if (chunk.count == padded) return nullptr;
@@ -146,16 +173,9 @@ inline Entries stage(const Item& item, const Chunk& chunk, int64_t padded, Stagi
   return {operand(kWeight), operand(kGrad), operand(kMaskGrad), reinterpret_cast<const uint8_t*>(mask())};
 }
 
-// Where the chunk's new weights or mask are to be written: the tensor itself, or `room`, from which
-// `unstage` takes them to the tensor.
-inline char* target(const Item& item, const Chunk& chunk, int64_t padded, int o, void* room) {
-  return direct(item, chunk, padded, o) ? item.data(o) + chunk.begin * item.entry_size(o)
-                                        : static_cast<char*>(room);
-}
-
 inline void unstage(const Item& item, const Chunk& chunk, int o, const char* from) {
-  const int64_t size = item.entry_size(o);
-  char* data = item.data(o);
+  const int64_t size = item.size(o);
+  char* data = item.data[o];
   if (from == data + chunk.begin * size) return;
   item.walk.rows(chunk.begin, chunk.count, [&](const Offsets& at, const Offsets& stride, int64_t n) {
     copy_strided(size, data + at[o] * size, stride[o], from, 1, n);
@@ -167,8 +187,23 @@ inline void unstage(const Item& item, const Chunk& chunk, int o, const char* fro
 template <class Key>
 void keys_of(const std::vector<Item>& items, const Chunk& chunk, Staging& room, Key* keys) {
   const Item& item = items[chunk.item];
-  const int64_t n = padded<Key>(chunk.count);
-  kernels<Key>(item.dtype()).compute_keys(stage(item, chunk, n, room), n, keys);
+  const int64_t n = padded(chunk.count);
+  kernels<Key>(item.dtype).compute_keys(stage(item, chunk, n, room), n, keys);
+}
+
+// What a chunk has inside, at and above a bracket (isa.h); `inside` has room for a block more than the chunk.
+template <class Key>
+Counts survey_chunk(const std::vector<Item>& items, const Chunk& chunk, const Bracket<Key>& bracket, Staging& room,
+                    Placed* placed, Key* inside) {
+  const Item& item = items[chunk.item];
+  const int64_t n = padded(chunk.count);
+  Counts counts = kernels<Key>(item.dtype).survey(stage(item, chunk, n, room), n, bracket, placed, inside);
+  if (!std::isfinite(counts.sum)) {
+    alignas(64) Key keys[kChunk];
+    keys_of(items, chunk, room, keys);
+    counts.nonfinite = std::count_if(keys, keys + chunk.count, [](Key key) { return !is_finite(key); });
+  }
+  return counts;
 }
 
 // Of the chunk's entries those survive whose key is at least the cut.
@@ -178,23 +213,25 @@ struct Cut {
   Key cut;
 };
 
-// Writes masks and weights.
+// Writes the chunk's mask and weights: the entries survive whose bits are set.
 template <class Key>
-void apply_cuts(const std::vector<Item>& items, const std::vector<Cut<Key>>& cuts) {
-  parallel(cuts.size(), kGrain, [&](int64_t begin, int64_t end) {
-    Staging room;
-    for (int64_t i = begin; i < end; ++i) {
-      const Chunk& chunk = cuts[i].chunk;
-      const Item& item = items[chunk.item];
-      const int64_t n = padded<Key>(chunk.count);
-      const Entries entries = stage(item, chunk, n, room);
-      char* weight = target(item, chunk, n, kWeight, room.operand[kWeight]);
-      char* mask = target(item, chunk, n, kMask, room.new_mask);
-      kernels<Key>(item.dtype()).apply(entries, n, cuts[i].cut, weight, reinterpret_cast<uint8_t*>(mask));
-      unstage(item, chunk, kWeight, weight);
-      unstage(item, chunk, kMask, mask);
-    }
-  });
+void write(const Item& item, const Chunk& chunk, Staging& room, const uint64_t* keep) {
+  const int64_t n = padded(chunk.count);
+  char* const weight = stage(item, chunk, n, room, kWeight);
+  char* const mask = direct(item, chunk, n, kMask) ? item.data[kMask] + chunk.begin : room.operand[kMask];
+  kernels<Key>(item.dtype).apply(keep, n, weight, reinterpret_cast<uint8_t*>(mask));
+  unstage(item, chunk, kWeight, weight);
+  unstage(item, chunk, kMask, mask);
+}
+
+// The same of a cut, by the entries' keys.
+template <class Key>
+void write(const std::vector<Item>& items, const Cut<Key>& cut, Staging& room) {
+  const Item& item = items[cut.chunk.item];
+  const int64_t n = padded(cut.chunk.count);
+  uint64_t keep[kWordsPerChunk];
+  kernels<Key>(item.dtype).reaching(stage(item, cut.chunk, n, room), n, cut.cut, keep);
+  write<Key>(item, cut.chunk, room, keep);
 }
 
 }  // namespace drive
