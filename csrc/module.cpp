@@ -5,6 +5,7 @@
 #include <exception>
 
 #include "common/capability.h"
+#include "common/recycle.h"
 
 #if defined(DRIVE_WITH_CUDA)
 #include "common/served.h"
@@ -40,8 +41,11 @@ PyObject* why_not_served(PyObject*, PyObject* arguments) {
 }
 #endif
 
+PyObject* release_memory(PyObject*, PyObject*) { return PyLong_FromSize_t(drive::release_recycled()); }
+
 PyMethodDef functions[] = {
     {"build_info", build_info, METH_NOARGS, "What was compiled, and how."},
+    {"release_memory", release_memory, METH_NOARGS, "Gives back memory that is kept; how many bytes."},
 #if defined(DRIVE_WITH_CUDA)
     {"why_not_served", why_not_served, METH_VARARGS, "Why the kernels cannot run on a GPU, or None."},
 #endif

@@ -48,14 +48,25 @@ class Pool {
     const std::lock_guard<std::mutex> lock(mutex_);
     unused_.push_back(block);
     unused_bytes_ += block.bytes;
-    while (unused_bytes_ > kMostUnused) {
+    shrink(kMostUnused);
+  }
+
+  size_t release() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const size_t bytes = unused_bytes_;
+    shrink(0);
+    return bytes;
+  }
+
+ private:
+  void shrink(size_t most) {
+    while (unused_bytes_ > most) {
       unused_bytes_ -= unused_.front().bytes;
       std::free(unused_.front().data);
       unused_.pop_front();
     }
   }
 
- private:
   std::mutex mutex_;
   std::deque<Block> unused_;
   size_t unused_bytes_ = 0;
@@ -75,5 +86,7 @@ at::Tensor empty_recycled(at::IntArrayRef size, const at::TensorOptions& options
   const Pool::Block block = pool().take(bytes);
   return at::from_blob(block.data, size, [block](void*) { pool().give(block); }, options);
 }
+
+size_t release_recycled() { return pool().release(); }
 
 }  // namespace drive

@@ -4,6 +4,8 @@
 
 #include <torch/library.h>
 
+#include "common/recycle.h"
+
 #if defined(DRIVE_WITH_CUDA)
 #include "common/implement.h"
 #endif
@@ -12,6 +14,9 @@ namespace drive {
 
 TORCH_LIBRARY_IMPL(drive, CPU, m) {
   m.impl("prune_", &prune_cpu);
+  m.impl("new_masks", [](const at::Tensor& like, int64_t entries) {
+    return empty_recycled({entries}, like.options().dtype(at::kBool));
+  });
   m.impl("shard_sample", &shard_sample_cpu);
   m.impl("shard_survey", &shard_survey_cpu);
   m.impl("shard_histogram", &shard_histogram_cpu);

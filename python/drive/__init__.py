@@ -1,5 +1,7 @@
 """DRIVE: exact, fused pruning of neural networks before or during training (arXiv 2404.03687)."""
 
+from drive_kernels.memory import release_memory
+
 from . import methods, reference, schedules, sparse
 from .collapse import Collapse, collapse
 from .fused import fused_drive_prune
@@ -14,5 +16,6 @@ from .targets.coverage import coverage
 __version__ = "0.1.0"
 __all__ = [
     "Collapse", "Masks", "PruneResult", "collapse", "coverage", "default_include", "fused_drive_prune",
-    "methods", "prune", "reference", "register_layer", "register_optimizer", "schedules", "sparse",
+    "methods", "prune", "reference", "register_layer", "register_optimizer", "release_memory", "schedules",
+    "sparse",
 ]  # fmt: skip

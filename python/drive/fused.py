@@ -253,14 +253,13 @@ def new_masks(weights: dict[str, Tensor]) -> Masks:
     """Masks to be written, in their weights' memory layouts.
 
     All in one piece of memory: page faults in many small ones take as long as the step itself. Each begins
-    on 16 bytes, as the kernels' vectors do.
+    on 64 bytes, as the kernels' vectors do.
     """
-    device = next(iter(weights.values())).device
     offsets, end = [], 0
     for weight in weights.values():
         offsets.append(end)
-        end += (local(weight).numel() + 15) // 16 * 16
-    room = torch.empty(end, dtype=torch.bool, device=device)
+        end += (local(weight).numel() + 63) // 64 * 64
+    room = torch.ops.drive.new_masks(local(next(iter(weights.values()))), end)
     masks = {}
     for (name, weight), offset in zip(weights.items(), offsets, strict=True):
         here = local(weight)

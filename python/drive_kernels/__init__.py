@@ -10,6 +10,7 @@ from importlib import import_module
 from types import ModuleType
 
 from . import linear as linear
+from . import memory as memory
 from . import prune as prune
 from . import registry
 from . import sparse as sparse
@@ -23,4 +24,4 @@ except ImportError as error:
     _C, build_error = None, str(error)
 registry.complete(build_error)
 
-__all__ = ["build_error", "implementations", "linear", "prune", "sparse"]
+__all__ = ["build_error", "implementations", "linear", "memory", "prune", "sparse"]
