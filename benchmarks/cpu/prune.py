@@ -23,12 +23,15 @@ HEADER = """# One pruning step on CPU
 `torch.nn.utils.prune.global_unstructured` with importance scores, on the shapes of ResNet-18 (11 M),
 VGG-16 (138 M) and two VGG-16 with a ResNet-18 and a Linear (300 M). Masks and weights were equal to the
 reference's, bit for bit, in every case before it was timed. Medians of interleaved runs in one process:
-{rounds} of ours and of the yardstick; of the rivals 3 at 11 M, 1 above. 300 M at 90 % only. New masks are
-allocated within the time. "Old masks": the step finds masks of half the sparsity. The yardstick is
-`torch.mul(a, b, out=c)` of the same number of entries and the same dtype. GB/s counts the least traffic
-of two passes (float32: 21 bytes an entry, 23 with old masks). Extra memory: peak resident memory beyond
-the inputs, in bytes an entry (with old masks, those are inputs; at 11 M, megabytes of the process's own
-make some tenths of a byte an entry).
+{rounds} of ours and of the yardstick; of the rivals 3 at 11 M, 1 above. 300 M at 90 % only. Weights are
+written anew before every call. "First": new masks are made within the time, in memory that earlier ones
+have left (the first call of a process pays for its pages). "First, again": they take the place of the last
+call's, which are freed within the time, as in a loop. "Old masks": the step finds masks of half the
+sparsity. The yardstick is `torch.mul(a, b, out=c)` of the same number of entries and the same dtype; "by CPU
+time" is that ratio in seconds of all CPUs, which neighbours on the host disturb less. GB/s counts the least
+traffic of two passes (float32: 17 bytes an entry, 18 with old masks). Extra memory: peak resident memory
+beyond the inputs, in bytes an entry, in a process that has kept none (with old masks, those are inputs; at
+11 M, megabytes of the process's own make some tenths of a byte an entry).
 
 """
 

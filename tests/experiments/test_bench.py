@@ -132,7 +132,8 @@ def test_command(tmp_path, capsys):
     assert cli.main(["bench", "--rounds", "1", "--out", str(out)]) == 0
     assert "kthvalue" in capsys.readouterr().out
     rows = json.loads((out / "bench.json").read_text())
-    assert [row["old_masks"] for row in rows] == [False, True]
+    assert [row["old_masks"] for row in rows] == [False, False, True]
+    assert [row["replaces"] for row in rows] == [False, True, False]
     assert (out / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 

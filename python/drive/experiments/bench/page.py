@@ -39,5 +39,4 @@ def draw(rows: list[Row], path: Path) -> None:
 
 
 def _case(row: Row) -> str:
-    call = "with old masks" if row.case.old_masks else "first step"
-    return f"{row.entries / 1e6:.1f} M entries, {row.case.sparsity:.1%} pruned, {call}"
+    return f"{row.entries / 1e6:.1f} M entries, {row.case.sparsity:.1%} pruned, {row.case.call}"

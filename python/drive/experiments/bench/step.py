@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 
-from drive import __version__
+from drive import __version__, release_memory
 from drive.fused import fused_drive_prune
 from drive.reference import drive_prune
 from drive_kernels.prune.op import kth_by_kthvalue
@@ -32,17 +32,19 @@ SIZES: dict[str, Shapes] = {
 
 @dataclass(frozen=True)
 class Row:
-    """Median seconds of every provider on one case, and its extra memory in bytes an entry."""
+    """Every provider's medians on one case, in seconds and CPU seconds; extra memory in bytes an entry."""
 
     case: Case
     entries: int
     seconds: dict[str, float]
+    cpu: dict[str, float]
     memory: dict[str, float]
 
     def as_dict(self) -> dict[str, object]:
         """As plain values, for JSON."""
         case = {**asdict(self.case), "dtype": str(self.case.dtype).removeprefix("torch.")}
-        return {**case, "entries": self.entries, "seconds": self.seconds, "memory": self.memory}
+        found = {"seconds": self.seconds, "cpu": self.cpu, "memory": self.memory}
+        return {**case, "entries": self.entries, **found}
 
 
 Step = Callable[[], object]
@@ -51,10 +53,20 @@ Provider = Callable[[Inputs, Case], Step]  # called before every run, untimed
 
 def step(prune: Callable[..., object], **options: object) -> Provider:
     """A provider that calls a function with the arguments of fused_drive_prune."""
+    last: list[object] = []
 
     def prepare(inputs: Inputs, case: Case) -> Step:
         masks = inputs.old_masks()
-        return lambda: prune(inputs.weights, inputs.grads, sparsity=case.sparsity, masks=masks, **options)
+
+        def run() -> object:
+            result = prune(inputs.weights, inputs.grads, sparsity=case.sparsity, masks=masks, **options)
+            if case.replaces:
+                last[:] = [result]  # frees the one before
+            return result
+
+        if not case.replaces:
+            last.clear()
+        return run
 
     return prepare
 
@@ -97,18 +109,24 @@ RIVALS = [name for name in PROVIDERS if name not in (OURS, YARDSTICK)]
 
 
 def measure(inputs: Inputs, case: Case, rounds: int) -> Row:
-    """Median times and memory, all providers in turn in every round."""
-    times: dict[str, list[float]] = {name: [] for name in PROVIDERS}
+    """Median times and memory, all providers in turn in every round.
+
+    Memory is that of the first round, before which all that is kept is released.
+    """
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in PROVIDERS}
     memory: dict[str, float] = {}
     for number in range(rounds):
         for name, prepare in PROVIDERS.items():
             if name in RIVALS and number >= slow_rounds(inputs.entries):
                 continue
             inputs.fresh()
-            seconds, extra = _time(prepare(inputs, case))
-            times[name].append(seconds)
+            if number == 0:
+                release_memory()
+            seconds, cpu, extra = _time(prepare(inputs, case))
+            times[name].append((seconds, cpu))
             memory.setdefault(name, extra / inputs.entries)
-    return Row(case, inputs.entries, {name: median(t) for name, t in times.items()}, memory)
+    wall, cpus = ({name: median(pair[i] for pair in t) for name, t in times.items()} for i in (0, 1))
+    return Row(case, inputs.entries, wall, cpus, memory)
 
 
 def slow_rounds(entries: int) -> int:
@@ -117,11 +135,12 @@ def slow_rounds(entries: int) -> int:
 
 
 def cases(sizes: list[str], dtypes: list[torch.dtype], sparsities: list[float]) -> list[Case]:
-    """All combinations, each as a first step and as one with old masks."""
+    """All combinations, each as a first step, as one that replaces another, and as one with old masks."""
     return [
-        Case(size, dtype, sparsity, old_masks)
+        Case(size, dtype, sparsity, old_masks, replaces=replaces)
         for size, dtype in product(sizes, dtypes)
-        for sparsity, old_masks in product(sparsities, (False, True))
+        for sparsity in sparsities
+        for old_masks, replaces in ((False, False), (False, True), (True, False))
     ]
 
 
@@ -139,7 +158,7 @@ def run(cases: list[Case], rounds: int) -> Iterator[Row]:
 
 def columns() -> list[str]:
     """Headings of `cells`: a rival's factor is its time / ours, memory is extra bytes an entry."""
-    head = ["entries", "dtype", "sparsity", "call", "ours", "GB/s", f"ours / {YARDSTICK}"]
+    head = ["entries", "dtype", "sparsity", "call", "ours", "GB/s", f"ours / {YARDSTICK}", "by CPU time"]
     return [*head, *(f"{name} / ours" for name in RIVALS), "extra memory, ours", *RIVALS]
 
 
@@ -150,10 +169,11 @@ def cells(row: Row) -> list[str]:
         f"{row.entries / 1e6:.1f} M",
         str(case.dtype).removeprefix("torch."),
         f"{case.sparsity:.1%}",
-        "old masks" if case.old_masks else "first",
+        case.call,
         f"{ours * 1e3:.1f} ms",
         f"{row.entries * case.bytes_an_entry / ours / 1e9:.1f}",
         f"{ours / row.seconds[YARDSTICK]:.2f}",
+        f"{row.cpu[OURS] / row.cpu[YARDSTICK]:.2f}",
         *(f"{row.seconds[name] / ours:.1f}x" for name in RIVALS),
         *(f"{row.memory[name]:.2f}" for name in (OURS, *RIVALS)),
     ]
@@ -182,18 +202,18 @@ def processor() -> str:
     return platform.machine()
 
 
-def _time(step: Step) -> tuple[float, float]:
-    """Seconds of one step, and its peak resident memory beyond what was there before, in bytes."""
+def _time(step: Step) -> tuple[float, float, float]:
+    """Seconds of one step, CPU seconds, and its peak resident memory beyond what was there, in bytes."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # else freed memory is used again unnoticed
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     before = _status("VmRSS")
-    begin = time.perf_counter()
+    begin, cpu = time.perf_counter(), time.process_time()
     kept_alive = step()  # freeing the result is not part of the step
-    seconds = time.perf_counter() - begin
+    seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
     extra = _status("VmHWM") - before
     del kept_alive
-    return seconds, extra
+    return seconds, cpu, extra
 
 
 def _status(field: str) -> int:

@@ -46,11 +46,17 @@ class Case:
     sparsity: float
     old_masks: bool
     scores: str = "normal"  # a name of SCORES
+    replaces: bool = False  # a first step whose result takes the place of another one's, as in a loop
+
+    @property
+    def call(self) -> str:
+        """In a word or two."""
+        return "old masks" if self.old_masks else "first, again" if self.replaces else "first"
 
     @property
     def bytes_an_entry(self) -> int:
-        """Least traffic of two passes: theta and G read twice, theta and mask written, old mask read."""
-        return 5 * self.dtype.itemsize + 1 + 2 * self.old_masks
+        """Least traffic of two passes: theta and G read, an old mask; theta read, theta and mask written."""
+        return 4 * self.dtype.itemsize + 1 + self.old_masks
 
 
 CHUNK = 1 << 26  # entries that are made or compared at a time, so that temporaries stay small
