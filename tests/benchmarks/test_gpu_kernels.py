@@ -21,7 +21,7 @@ def test_every_launch_of_a_step_is_compiled():
     with kernels.recorded() as found:
         kernels.prune_steps()
     assert {x.kernel for x in launches()} == {kernel for kernel, _ in found}
-    hot = [arguments for kernel, arguments in found if kernel.fn.__name__ == "apply_plain"]
+    hot = [arguments for kernel, arguments in found if kernel.fn.__name__ == "apply_keys"]
     assert {(x["FRESH"], x["WIDE"]) for x in hot} == {(f, w) for f in (False, True) for w in (False, True)}
 
 

@@ -39,11 +39,10 @@ EACH_CAPABILITY = pytest.mark.parametrize(
 VERSION = ".".join(triton.__version__.split(".")[:2])
 # Whose code was looked at: 3.6 comes with torch 2.10 and 2.11, 3.8 with what constraints.txt allows.
 KNOWN_VERSIONS = ("3.6", "3.8")
-# In all launches of a kernel, by version and architecture. ptxas gives a register (a store and a load) for
-# one program more on a multiprocessor: the third of survey (80 a thread), the fourth of correlate (64).
+# In all launches of a kernel, by version and architecture. ptxas gives a register (a store and a load) or two
+# for one program more on a multiprocessor: the third of survey (80 a thread), the fourth of correlate (64).
 KNOWN_SPILLS = {
-    ("3.6", 90, "prune.survey"): 2,
-    ("3.6", 100, "prune.survey"): 2,
+    ("3.6", 80, "prune.survey"): 4,
     ("3.8", 100, "linear.correlate"): 4,
 }
 

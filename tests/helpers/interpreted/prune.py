@@ -4,6 +4,8 @@ these tests in a process of their own, for TRITON_INTERPRET=1 must be set before
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from ahead_of_time import patch_once
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from ugly import Step, laid_out, memory, sample_inputs, steps, valued
+from ugly import Step, copy, laid_out, memory, sample_inputs, steps, valued
 
 from drive_kernels.prune.op import reference
 from drive_kernels.prune.triton import access, host, launch, tables
@@ -40,9 +42,39 @@ PLACES = {0: "on high", 1: "on low", 2: "inside", 3: "anywhere"}
 patch_once()
 
 
-def assert_same(step: Step, tuning: Tuning = SMALL) -> str:
-    """Every byte is the reference's. Returns where the threshold lay."""
+@contextmanager
+def spoiled(step: Step) -> Iterator[None]:
+    """Has meanwhile no gradients, and of the old masks nothing. What is written of the masks stays."""
+    held = [(tensor, copy(tensor)) for tensor in step.grads + step.mask_grads]
+    masks = [(mask.view(torch.uint8), copy(mask).view(torch.uint8)) for mask in step.masks]
+    for tensor, _ in held:
+        tensor.fill_(torch.nan)
+    for mask, _ in masks:
+        mask.fill_(2)
+    yield
+    for tensor, before in held:
+        tensor.copy_(before)
+    for mask, before in masks:
+        mask.copy_(torch.where(mask == 2, before, mask))
+
+
+BY = ("apply_bits", "apply_keys")
+
+
+def assert_same(step: Step, tuning: Tuning = SMALL, by: str | None = None) -> str:
+    """Every byte is the reference's. Returns where the threshold lay. `by`: the one of the two kernels that
+    applies to plain chunks; the other does not run, and gradients and old masks are hidden from the bits'."""
     made = []
+    launch_kernel = launch.launch_kernel
+
+    def launch_one(kernel, grid, **arguments) -> None:
+        name = kernel.fn.__name__
+        if name not in BY or by is None or name == by == "apply_keys":
+            launch_kernel(kernel, grid, **arguments)
+        elif name == by:
+            with spoiled(ours):
+                launch_kernel(kernel, grid, **arguments)
+
     on_device = host.on_device
 
     def keep(*arguments) -> Tensor:
@@ -53,6 +85,7 @@ def assert_same(step: Step, tuning: Tuning = SMALL) -> str:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(host, "TUNING", tuning)
         patch.setattr(host, "on_device", keep)
+        patch.setattr(launch, "launch_kernel", launch_one)
         kept, nonfinite, scores = launch.prune_(*ours.args())
     expected = reference(*theirs.args())
     for name in ("weights", "grads", "mask_grads", "masks"):
@@ -127,6 +160,80 @@ def test_threshold_is_found_everywhere(dtype: torch.dtype, fresh: bool):
             step = step_of([[1500], [30, 40]], values, dtype=dtype, fresh=fresh, fraction=fraction)
             places.add(assert_same(step, tuning))
     assert places == set(PLACES.values())
+
+
+F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
+PLAIN = [[64, 2, 4, 4], [32, 48], [2560]]  # of whole chunks
+
+
+def some_equal(dtypes: tuple[torch.dtype, ...], layout: str = "contiguous", **options) -> Step:
+    """Scores of which some fifty each are equal: few of those in the bracket are on the threshold."""
+    step = step_of(PLAIN, "normal", layout, **options)
+    return replace(
+        step,
+        weights=[(64 * w).round().to(t) / 64 for w, t in zip(step.weights, dtypes, strict=True)],
+        grads=[g.sign().to(t) for g, t in zip(step.grads, dtypes, strict=True)],
+        mask_grads=[g.sign().to(t) for g, t in zip(step.mask_grads, dtypes, strict=False)],
+    )
+
+
+def split_chunks(step: Step) -> list[int]:
+    """Chunks in which some entries of the best score that does not always survive do, and others do not."""
+    ours = step.clone()
+    reference(*ours.args())
+    size, old, new = (
+        torch.cat([t.flatten() for t in tensors])
+        for tensors in (
+            [w.double().abs() for w in step.weights],  # gradients are signs
+            [torch.ones_like(m) if step.fresh else m for m in step.masks],
+            ours.masks,
+        )
+    )
+    on = size == size[old & ~new].max()
+    lost, stays = ((on & x).view(-1, SMALL.chunk).any(1) for x in (old & ~new, new))
+    return (lost & stays).nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize("fresh", (True, False))
+@pytest.mark.parametrize("min_keep", (0, 300))
+@pytest.mark.parametrize(
+    ("dtypes", "three"),
+    (((F32,) * 3, False), ((F32, BF16, F16), False), ((F16, F64, BF16), False), ((F32, BF16, F16), True)),
+)
+def test_by_bits(dtypes: tuple[torch.dtype, ...], three: bool, min_keep: int, fresh: bool):
+    """Without gradients and old masks, also where ties are cut within a chunk, and some entries guarded."""
+    step = some_equal(dtypes, three=three, min_keep=min_keep, fresh=fresh)
+    if min_keep:
+        step.weights[1].mul_(2**-7)  # falls below its guard
+    assert split_chunks(step)
+    assert assert_same(step, by="apply_bits") == "inside"
+
+
+def test_by_bits_beside_a_tensor_in_another_order():
+    """In which the ties are cut: its plain chunks are left to apply_others."""
+    step = some_equal((F32,) * 3, "channels_last", fresh=False)
+    assert split_chunks(step)[0] * SMALL.chunk < step.weights[0].numel()
+    assert assert_same(step, by="apply_bits") == "inside"
+
+
+@pytest.mark.parametrize("min_keep", (0, 300))
+def test_by_bits_on_the_upper_edge_if_all_of_it_survives(min_keep: int):
+    step = step_of(PLAIN, "equal", min_keep=min_keep)
+    for weight in step.weights:
+        weight.view(-1)[::2] *= 2
+    assert assert_same(step, by="apply_bits") == "on high"
+    assert assert_same(replace(step, prune=step.prune + 1), by="apply_keys") == "on high"
+
+
+@pytest.mark.parametrize("fresh", (True, False))
+def test_by_keys_where_the_bits_do_not_decide(fresh: bool):
+    step = step_of(PLAIN, "normal", fresh=fresh)
+    half = step_of(PLAIN, "half zero", fresh=fresh, fraction=0.7)
+    assert assert_same(step, TUNINGS["list too short"], by="apply_keys") == "anywhere"
+    assert assert_same(half, by="apply_keys") == "on low"
+    assert assert_same(replace(step, prune=1 << 20), by="apply_keys") == "anywhere"
+    step.grads[1][step.masks[1]] = torch.nan
+    assert assert_same(step, by="apply_keys") == "anywhere"
 
 
 @pytest.mark.parametrize("three", (False, True))

@@ -46,14 +46,17 @@ def interpreter() -> Iterator[subprocess.Popen[str]]:
         yield process
 
 
-HOT = tuple(product(("survey", "apply_plain"), (False, True), (False, True)))  # kernel, wide, fresh
+HOT = (  # kernel, wide, fresh
+    *product(("survey", "apply_keys"), (False, True), (False, True)),
+    *product(("apply_bits",), (False, True), (None,)),
+)
 
 
 def test_launches_are_all_there():
     kernels = {launch.kernel.fn.__name__ for launch in launches()}
     assert kernels == {
         "list_chunks", "sample", "bracket", "survey", "decide", "count_digit", "pick_digit", "count_ties",
-        "locate", "recount", "cut", "apply_plain", "apply_others", "finish",
+        "locate", "recount", "cut", "apply_bits", "apply_keys", "apply_others", "finish",
     }  # fmt: skip
     for way in HOT:
         assert any(is_hot(x, *way) for x in launches()), way
@@ -82,7 +85,7 @@ def test_worse_code_fails_with_known_versions_and_warns_with_others(monkeypatch:
         expect(False, "two spills")
 
 
-def is_hot(launch: Launch, name: str, wide: bool, fresh: bool) -> bool:
+def is_hot(launch: Launch, name: str, wide: bool, fresh: bool | None) -> bool:
     return (
         launch.kernel.fn.__name__ == name
         and launch.constant("PLAIN_ONES", True)
@@ -91,22 +94,29 @@ def is_hot(launch: Launch, name: str, wide: bool, fresh: bool) -> bool:
 
 
 @pytest.mark.parametrize("name, wide, fresh", HOT)
-def test_plain_chunks_move_16_bytes_at_a_time(name: str, wide: bool, fresh: bool):
+def test_plain_chunks_move_16_bytes_at_a_time(name: str, wide: bool, fresh: bool | None):
     """What all entries of an ordinary network go through, on a Hopper GPU."""
     launch = next(x for x in launches() if is_hot(x, name, wide, fresh))
     found = Code.of(launch.compile(90)).instructions
-    assert len(found) > 500
-    # Vectors a thread: 16 entries of float32, bfloat16, float16 and float64, in a branch each; and of a third
-    # operand in a branch of that, where scores are float64.
+    assert len(found) > 400
+    # Vectors a thread, 16 entries. For scores those of float32, bfloat16, float16 and float64, in a branch
+    # each; and of a third operand in a branch of that, where scores are float64. Weights of 4, 2 and 8 bytes.
     threads = 32 * host.TUNING.plain_warps
-    vectors = [host.TUNING.chunk * size // 16 // threads for size in ((4, 2, 2, 8) if wide else (4, 2, 2))]
+    operands, weights = (
+        sum(host.TUNING.chunk * size // 16 // threads for size in sizes[: None if wide else -1])
+        for sizes in ((4, 2, 2, 8), (4, 2, 8))
+    )
+    of_scores, of_weights = {
+        "survey": ((3 if wide else 2) * operands, 0),
+        "apply_keys": ((3 if wide else 2) * operands, weights),
+        "apply_bits": (0, weights),
+    }[name]
     loads = found.count("LDG.E.128.CONSTANT") + found.count("LDG.E.128")
-    expect(loads == sum(vectors) * (3 if wide else 2), f"{launch}: {loads} loads of 16 bytes")
+    expect(loads == of_scores + of_weights, f"{launch}: {loads} loads of 16 bytes")
     narrow = [op for op in found if re.match(r"(LDG|STG)\.E\.[US]?(8|16)\b", op)]
-    expect(not narrow, f"{launch}: masks and half floats go in vectors, too, got {narrow}")
-    if name == "apply_plain":
-        stores = found.count("STG.E.128")
-        expect(stores == sum(vectors), f"{launch}: {stores} stores of 16 bytes")
+    expect(not narrow, f"{launch}: masks, bits and half floats go in vectors, too, got {narrow}")
+    stores = found.count("STG.E.128")
+    expect(stores == of_weights, f"{launch}: {stores} stores of 16 bytes")
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

@@ -69,69 +69,59 @@ def widened(x, WIDE: tl.constexpr):
 
 
 @triton.jit
-def narrowed(x, T: tl.constexpr):
-    """Undoes `widened`."""
-    if tl.int16 == T:
-        return (x.to(tl.float32).to(tl.int32, bitcast=True) >> 16).to(tl.int16)
-    else:
-        return x.to(T)
-
-
-@triton.jit
 def vector(row, OPERAND: tl.constexpr, T: tl.constexpr):
     """A plain item's operand, to be read and written 16 bytes at a time."""
     return tl.multiple_of(tl.load(row + OPERAND).to(tl.pointer_type(T)), 16)
 
 
 @triton.jit
-def load_as(row, position, T: tl.constexpr, WIDE: tl.constexpr):
-    """Weights and scores of a plain chunk of one dtype."""
+def score_as(row, position, T: tl.constexpr, WIDE: tl.constexpr):
+    """Scores of a plain chunk of one dtype."""
     w = widened(tl.load(vector(row, WEIGHT, T) + position), WIDE)
     g = widened(tl.load(vector(row, GRAD, T) + position), WIDE)
-    score = w
     if WIDE and tl.load(row + MASK_GRAD) != 0:
-        score = w * widened(tl.load(vector(row, MASK_GRAD, T) + position), WIDE)
-    return w, score * g
+        w *= widened(tl.load(vector(row, MASK_GRAD, T) + position), WIDE)
+    return w * g
 
 
 @triton.jit
-def store_as(row, begin, w, keep, T: tl.constexpr, BLOCK: tl.constexpr):
-    """Sets what a plain chunk of one dtype loses to zero, in those vectors of 16 bytes that change by it."""
+def scores(row, position, WIDE: tl.constexpr):
+    """Scores of a plain chunk."""
+    dtype = tl.load(row + DTYPE)
+    if dtype == FLOAT32:
+        score = score_as(row, position, tl.float32, WIDE)
+    elif dtype == BFLOAT16:
+        score = score_as(row, position, tl.int16, WIDE)
+    elif not WIDE or dtype == FLOAT16:
+        score = score_as(row, position, tl.float16, WIDE)
+    else:
+        score = score_as(row, position, tl.float64, WIDE)
+    return score
+
+
+@triton.jit
+def zero_as(row, begin, keep, T: tl.constexpr, BLOCK: tl.constexpr):
+    """`zero_lost` for weights of one size."""
     V: tl.constexpr = 128 // T.primitive_bitwidth
-    changes = tl.where(keep, 0, w.to(tl.int64 if w.dtype == tl.float64 else tl.int32, bitcast=True) != 0)
-    change = tl.max(tl.reshape(changes.to(tl.int32), [BLOCK // V, V]), 1, keep_dims=True)
-    at = begin + tl.arange(0, BLOCK // V)[:, None] * V + tl.arange(0, V)[None, :]
-    value = tl.reshape(narrowed(tl.where(keep, w, 0.0), T), [BLOCK // V, V])
-    tl.store(vector(row, WEIGHT, T) + at, value, mask=tl.broadcast_to(change, [BLOCK // V, V]) != 0)
+    vectors = tl.arange(0, BLOCK // V)[:, None] * V + tl.arange(0, V)[None, :]
+    at = vector(row, WEIGHT, T) + begin + vectors
+    w = tl.load(at)
+    stays = tl.where(tl.reshape(keep, [BLOCK // V, V]), w, 0)
+    changes = tl.max((stays != w).to(tl.int32), 1, keep_dims=True)
+    tl.store(at, stays, mask=tl.broadcast_to(changes, [BLOCK // V, V]) != 0)
 
 
 @triton.jit
-def load(row, position, WIDE: tl.constexpr):
-    """Weights and scores of a plain chunk."""
+def zero_lost(row, begin, keep, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    """Sets what a plain chunk loses to zero, in those vectors of 16 bytes that change by it. For that weights
+    are integers: -0.0 changes."""
     dtype = tl.load(row + DTYPE)
     if dtype == FLOAT32:
-        w, score = load_as(row, position, tl.float32, WIDE)
-    elif dtype == BFLOAT16:
-        w, score = load_as(row, position, tl.int16, WIDE)
-    elif not WIDE or dtype == FLOAT16:
-        w, score = load_as(row, position, tl.float16, WIDE)
+        zero_as(row, begin, keep, tl.int32, BLOCK)
+    elif not WIDE or dtype != FLOAT64:
+        zero_as(row, begin, keep, tl.int16, BLOCK)
     else:
-        w, score = load_as(row, position, tl.float64, WIDE)
-    return w, score
-
-
-@triton.jit
-def store(row, begin, w, keep, BLOCK: tl.constexpr, WIDE: tl.constexpr):
-    """Writes the weights of a plain chunk."""
-    dtype = tl.load(row + DTYPE)
-    if dtype == FLOAT32:
-        store_as(row, begin, w, keep, tl.float32, BLOCK)
-    elif dtype == BFLOAT16:
-        store_as(row, begin, w, keep, tl.int16, BLOCK)
-    elif not WIDE or dtype == FLOAT16:
-        store_as(row, begin, w, keep, tl.float16, BLOCK)
-    else:
-        store_as(row, begin, w, keep, tl.float64, BLOCK)
+        zero_as(row, begin, keep, tl.int64, BLOCK)
 
 
 @triton.jit
@@ -142,17 +132,15 @@ def mask_of(row):
 
 @triton.jit
 def plain_chunk(row, begin, BLOCK: tl.constexpr, FRESH: tl.constexpr, WIDE: tl.constexpr):
-    """Weights and keys of a plain chunk: whole, and of operands that lie in memory without gaps in the order
-    of the item's walk, at addresses for vectors."""
+    """Keys of a plain chunk: whole, and of operands that lie in memory without gaps in the order of the
+    item's walk, at addresses for vectors."""
     position = begin + tl.arange(0, BLOCK)
     if FRESH:
-        w, score = load(row, position, WIDE)
-        keys = key_of(score)
+        keys = key_of(scores(row, position, WIDE))
     else:
         alive = tl.load(mask_of(row) + position)  # first, so that it does not wait for the others
-        w, score = load(row, position, WIDE)
-        keys = tl.where(alive != 0, key_of(score), 0)
-    return w, keys
+        keys = tl.where(alive != 0, key_of(scores(row, position, WIDE)), 0)
+    return keys
 
 
 @triton.jit

@@ -14,7 +14,7 @@ class Tuning(NamedTuple):
     """Sizes, each with its reason."""
 
     chunk: int = 4096  # entries: 16 a thread and operand, which keeps 128 bytes a thread in flight
-    plain_warps: int = 8  # 70 registers a thread for float32: three chunks at a time on a multiprocessor
+    plain_warps: int = 8  # 80 registers a thread for float32: three chunks at a time on a multiprocessor
     chunk_warps: int = 16  # of kernels that take any chunk: each entry needs four 64-bit offsets
     few_warps: int = 4  # of kernels that look at a few numbers only
     programs: int = 4096  # of kernels that seldom have work: they fill any GPU, and return soon

@@ -6,21 +6,25 @@ call, which compiles). All tensors go through one work list of chunks.
 
   1. Sample: random keys, sorted, bracket the threshold, low <= T <= high (sample, bracket).
   2. Survey (reads theta, G and an old mask): per chunk, how many keys lie above, at and inside the bracket;
-     those inside are listed. Also the sum of |S|, and the count of non-finite scores, which makes
-     everything that follows a no-op (survey).
+     those inside are listed in the order of the entries; and of plain chunks two bits an entry, "at or above
+     it" and "inside". Also the sum of |S|, and the count of non-finite scores, which makes everything that
+     follows a no-op (survey).
   3. Threshold T, the k-th largest key: the counts say whether it lies on an edge of the bracket, or inside,
      where radix selection among the listed keys finds it; or outside, or the list was too short, then the
      same goes through all entries (decide, count_digit, pick_digit).
   4. Ties: of the entries on the threshold those with the lowest global index, in row-major order, survive.
      They are counted by chunk; a running sum finds the chunk with the last survivor, a look at that chunk
      finds it (count_ties, locate, recount, cut).
-  5. Apply (reads theta, G, old mask; writes theta, mask). All memory was taken before (apply, finish).
+  5. Apply (reads theta, the bits and the list, if T lies inside the bracket or all on its upper edge survive;
+     else, and in chunks that are not plain, theta, G and old mask again; writes theta, mask). All memory was
+     taken before (apply_bits, apply_keys, apply_others, finish).
 
 With min_keep, steps 3 and 4 come first for all tensors at once, through all entries: what they choose, the
 guards, survives in any case, and the global selection is among the other entries.
 
-Bytes an entry, float32: 8 + 8 read, 4 + 1 written, 2 more for an old mask. Scratch: 0.06 byte an entry for
-the listed keys (0.13 for 64-bit ones), and 0.02 for the counts.
+Bytes an entry, float32: read 8, written 1/4; read 4 1/4, written 4 + 1: 17.5, and 0.2 for the list. An old
+mask is 1 more. Where apply goes by keys it reads 8 instead of 4 1/4, and the old mask again. Scratch: 0.25
+byte an entry for the bits, 0.06 for the listed keys (0.13 for 64-bit ones), and 0.02 for the counts.
 """
 
 from __future__ import annotations
@@ -36,7 +40,7 @@ from drive_kernels.prune.op import Outputs
 
 from . import host
 from .bracket import bracket, list_chunks, sample
-from .passes import apply_others, apply_plain, finish, survey
+from .passes import apply_bits, apply_keys, apply_others, finish, survey
 from .search import count_digit, decide, pick_digit
 from .tables import BUCKETS, COUNTS, DIGIT_BITS, DTYPES
 from .ties import count_ties, cut, locate, recount
@@ -61,6 +65,7 @@ def _step(items: list[host.Item], wide: bool, fresh: bool, keep: int, min_keep: 
         "keys": table.new_empty(samples, dtype=keys),
         "listed": table.new_empty(capacity, dtype=keys),
         "counts": table.new_empty(COUNTS.value, chunks, dtype=torch.int32),
+        "pairs": table.new_empty(plain, t.chunk // 4, dtype=torch.uint8),
         "starts": table.new_empty(chunks),
         "sums": table.new_empty(chunks, dtype=torch.float64),
         "histogram": table.new_zeros(len(items) if min_keep else 1, BUCKETS.value),
@@ -108,7 +113,8 @@ def _step(items: list[host.Item], wide: bool, fresh: bool, keep: int, min_keep: 
     arguments["totals"], arguments["total"] = arguments["counts"].sum(1), arguments["sums"].sum()
     launch(decide, 1, t.few_warps)
     select(1, guarding=False)
-    launch(apply_plain, plain, t.plain_warps)
+    launch(apply_bits, plain, t.plain_warps)
+    launch(apply_keys, min(plain, t.programs), t.plain_warps)
     if plain < chunks or disorderly:
         launch(apply_others, min(chunks, t.programs), t.chunk_warps)
     launch(finish, 1, t.few_warps)

@@ -8,15 +8,16 @@ import triton.language as tl
 from .access import (
     any_chunk,
     begin_of,
+    loaded_keys,
     mask_of,
     offsets,
     plain_chunk,
     row_of,
     scatter_zeros,
     score_of,
-    store,
     top_of,
     walk_of,
+    zero_lost,
 )
 from .selection import chosen, mark_guarded, state_of
 from .tables import (
@@ -40,13 +41,16 @@ from .tables import (
     NUMEL,
     ON_HIGH,
     ON_LOW,
+    OPEN,
+    PLACE,
     PLAIN,
     PLAIN_CHUNKS,
     RANK,
     SQUARED,
+    SURE,
     WEIGHT,
 )
-from .ties import disorderly_item
+from .ties import disorderly_item, is_cut
 
 
 @triton.jit
@@ -57,8 +61,22 @@ def across(x, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def store_pairs(pairs, i, x, BLOCK: tl.constexpr):
+    """Two bits an entry of the i-th plain chunk."""
+    four = tl.sum(tl.reshape(x, [BLOCK // 4, 4]) << 2 * tl.arange(0, 4)[None, :], 1)
+    tl.store(pairs + i * (BLOCK // 4) + tl.arange(0, BLOCK // 4), four.to(tl.uint8))
+
+
+@triton.jit
+def load_pairs(pairs, i, BLOCK: tl.constexpr):
+    """What `store_pairs` stored."""
+    four = tl.load(pairs + i * (BLOCK // 4) + tl.arange(0, BLOCK // 4)).to(tl.int32)
+    return tl.reshape(four[:, None] >> 2 * tl.arange(0, 4)[None, :] & 3, [BLOCK])
+
+
+@triton.jit
 def survey(
-    table, work, work_item, counts, starts, sums, listed, nonfinite,
+    table, work, work_item, counts, starts, sums, listed, pairs, nonfinite,
     PLAIN_ONES: tl.constexpr, BLOCK: tl.constexpr, FRESH: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One program a chunk, of the plain ones or of the others."""
@@ -70,7 +88,7 @@ def survey(
     row = row_of(table, item)
     begin = begin_of(row, chunk, BLOCK)
     if PLAIN_ONES:
-        _, keys = plain_chunk(row, begin, BLOCK, FRESH, WIDE)
+        keys = plain_chunk(row, begin, BLOCK, FRESH, WIDE)
     else:
         keys = any_chunk(table, row, begin, False, BLOCK, FRESH, WIDE)
 
@@ -89,8 +107,12 @@ def survey(
     state = state_of(table, item, False)
     low = tl.load(state + LOW).to(keys.dtype)
     high = tl.load(state + HIGH).to(keys.dtype)
+    scored = keys
     keys = mark_guarded(table, item, keys, tl.load(row + FIRST) + begin, 0, BLOCK)
     inside = (keys > low) & (keys < high)
+    if PLAIN_ONES:  # here, for further down `scored` would still be held: 110 registers rather than 80
+        sure = (keys >= high) | (keys != scored)
+        store_pairs(pairs, i, tl.where(sure, SURE, tl.where(inside, OPEN, 0)), BLOCK)
     # two counts in one number, for both are at most BLOCK
     running = tl.cumsum(tl.where(keys > high, 1 << 16, tl.where(inside, 1, 0)), 0)
     above_inside = tl.max(running, 0)
@@ -113,31 +135,70 @@ def survey(
 
 
 @triton.jit
-def survivors(table, kept, item, keys, first, BLOCK: tl.constexpr):
-    """Which of a chunk's entries survive. Counts them."""
-    marked = mark_guarded(table, item, keys, first, top_of(keys), BLOCK)
-    keep = chosen(marked, tl.arange(0, BLOCK), state_of(table, item, False), first, BLOCK)
+def add_kept(kept, item, keep):
     tl.atomic_add(kept + item, tl.sum(keep.to(tl.int32), 0).to(tl.int64), sem="relaxed")
-    return keep
 
 
 @triton.jit
-def apply_plain(
+def bits_decide(table):
+    """Do the survey's bits and list say who survives: all that is SURE, and of what is OPEN those with keys
+    above the threshold or on it, up to the cut?"""
+    state = state_of(table, 0, False)
+    place = tl.load(state + PLACE)
+    return (place == INSIDE) | ((place == ON_HIGH) & (is_cut(state) == 0))
+
+
+@triton.jit
+def apply_bits(
+    table, chunk_item, work, work_item, pairs, starts, listed, kept,
+    BLOCK: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """One program a plain chunk, where the bits decide: no score is computed again."""
+    i = tl.program_id(0).to(tl.int64)
+    chunk = tl.load(work + i)
+    item = tl.load(work_item + i)
+    if bits_decide(table) & (item != disorderly_item(table, chunk_item)):
+        row = row_of(table, item)
+        begin = begin_of(row, chunk, BLOCK)
+        lane = tl.arange(0, BLOCK)
+        pair = load_pairs(pairs, i, BLOCK)
+        is_open = pair == OPEN
+        place = tl.cumsum(is_open.to(tl.int32), 0) - 1  # keys are listed in the order of the entries
+        keys = loaded_keys(tl.load(listed + tl.load(starts + chunk) + place, mask=is_open, other=0))
+        first = tl.load(row + FIRST) + begin
+        keep = (pair == SURE) | chosen(keys, lane, state_of(table, item, False), first, BLOCK)
+        add_kept(kept, item, keep)
+        tl.store(mask_of(row) + begin + lane, keep.to(tl.int8))
+        zero_lost(row, begin, keep, BLOCK, WIDE)
+
+
+@triton.jit
+def survivors(table, item, keys, first, BLOCK: tl.constexpr):
+    """Which of a chunk's entries survive, by the keys of all of them."""
+    marked = mark_guarded(table, item, keys, first, top_of(keys), BLOCK)
+    return chosen(marked, tl.arange(0, BLOCK), state_of(table, item, False), first, BLOCK)
+
+
+@triton.jit
+def apply_keys(
     table, chunk_item, work, work_item, totals, kept,
     BLOCK: tl.constexpr, FRESH: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One program a plain chunk."""
-    chunk = tl.load(work + tl.program_id(0))
-    item = tl.load(work_item + tl.program_id(0))
-    if item != disorderly_item(table, chunk_item):
-        row = row_of(table, item)
-        begin = begin_of(row, chunk, BLOCK)
-        w, keys = plain_chunk(row, begin, BLOCK, FRESH, WIDE)
-        keep = survivors(table, kept, item, keys, tl.load(row + FIRST) + begin, BLOCK)
-        position = begin + tl.arange(0, BLOCK)
-        tl.store(mask_of(row) + position, keep.to(tl.int8))
-        if tl.load(totals + NONFINITE) == 0:
-            store(row, begin, w, keep, BLOCK, WIDE)
+    """All plain chunks, where the bits do not decide."""
+    disorderly = disorderly_item(table, chunk_item)
+    end = tl.where(bits_decide(table), 0, tl.load(table + PLAIN_CHUNKS))
+    for i in range(tl.program_id(0).to(tl.int64), end, tl.num_programs(0)):
+        chunk = tl.load(work + i)
+        item = tl.load(work_item + i)
+        if item != disorderly:
+            row = row_of(table, item)
+            begin = begin_of(row, chunk, BLOCK)
+            keys = plain_chunk(row, begin, BLOCK, FRESH, WIDE)
+            keep = survivors(table, item, keys, tl.load(row + FIRST) + begin, BLOCK)
+            add_kept(kept, item, keep)
+            tl.store(mask_of(row) + begin + tl.arange(0, BLOCK), keep.to(tl.int8))
+            if tl.load(totals + NONFINITE) == 0:
+                zero_lost(row, begin, keep, BLOCK, WIDE)
 
 
 @triton.jit
@@ -160,7 +221,8 @@ def apply_others(
         begin = begin_of(row, chunk, BLOCK)
         logical = item == disorderly
         keys = any_chunk(table, row, begin, logical, BLOCK, FRESH, WIDE)
-        keep = survivors(table, kept, item, keys, tl.load(row + FIRST) + begin, BLOCK)
+        keep = survivors(table, item, keys, tl.load(row + FIRST) + begin, BLOCK)
+        add_kept(kept, item, keep)
         position = begin + tl.arange(0, BLOCK)
         inside = position < tl.load(row + NUMEL)
         walk, dims = walk_of(table, row, logical)

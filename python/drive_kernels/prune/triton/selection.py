@@ -47,7 +47,7 @@ def candidates(
     logical = item == logical_item
     in_order = tl.load(row + WALK) == tl.load(row + LOGICAL_WALK)
     if (begin < tl.load(row + PLAIN) * BLOCK) & (in_order | (logical == 0)):
-        _, keys = plain_chunk(row, begin, BLOCK, FRESH, WIDE)
+        keys = plain_chunk(row, begin, BLOCK, FRESH, WIDE)
     else:
         keys = any_chunk(table, row, begin, logical, BLOCK, FRESH, WIDE)
     first = tl.load(row + FIRST) + begin

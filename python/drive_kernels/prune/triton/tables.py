@@ -71,6 +71,10 @@ ALIVE = tl.constexpr(4)
 NONFINITE = tl.constexpr(5)
 COUNTS = tl.constexpr(6)
 
+# What it leaves of each entry of a plain chunk, in two bits: 0, or one of these.
+SURE = tl.constexpr(1)  # on HIGH, above it, or guarded
+OPEN = tl.constexpr(2)  # inside the bracket: its key is listed
+
 # Keys are those of csrc/prune/key.h. Digits are shorter: tl.histogram takes time for every bucket.
 DIGIT_BITS = tl.constexpr(8)
 BUCKETS = tl.constexpr(256)
