@@ -32,8 +32,10 @@ SIZES: dict[str, Shapes] = {
 }
 DTYPES = {"float32": 4, "bfloat16": 2}
 SAMPLES = 1 << 17
-# Of the entries, inside a bracket of 5 sigma on both sides at 90 %: 10 * sqrt(0.1 * 0.9 / samples).
-LISTED = 10 * (0.1 * 0.9 / SAMPLES) ** 0.5
+SPARSITY = 0.9
+# Of the entries, inside a bracket of 5 sigma on both sides.
+LISTED = 10 * (SPARSITY * (1 - SPARSITY) / SAMPLES) ** 0.5
+SECTOR = 32  # bytes that DRAM reads or writes at once
 ARGUMENTS, ITEM, DIM = 4000, 88, 56  # bytes that one `upload` carries; of the work list, for each tensor
 
 
@@ -122,6 +124,30 @@ def instructions(architecture: str) -> float:
     return found
 
 
+def bytes_of_step(itemsize: int) -> float:
+    """An entry."""
+    return sum(each.moved(itemsize) for each in PASSES)
+
+
+def bytes_in_triton(itemsize: int) -> float:
+    """Two bits an entry are written and read; keys written, and read for each of four digits and at last."""
+    return 4 * itemsize + 1 + 2 * 2 / 8 + 6 * 4 * LISTED
+
+
+def in_part(itemsize: int) -> float:
+    """The share of the sectors in which not all entries are pruned, if the survivors lie at random."""
+    return 1 - SPARSITY ** (SECTOR // itemsize)
+
+
+# Bytes that a step moves an entry, if apply_list reads the weights and if it only writes zeros.
+WAYS: dict[str, Callable[[int], float]] = {
+    "read (as it is)": bytes_of_step,
+    "not read; a sector in part costs what a whole one does": lambda b: bytes_of_step(b) - b,
+    "not read; a sector in part is read, filled up, written": lambda b: bytes_of_step(b) - b + b * in_part(b),
+    "not read; survivors fill whole sectors": lambda b: bytes_of_step(b) - b - b * (1 - SPARSITY),
+}
+
+
 def launches(tensors: int) -> int:
     """Of a step: a memset, the work list, the passes."""
     uploads = sum(-(-tensors * size // ARGUMENTS) for size in (ITEM, DIM))
@@ -131,7 +157,7 @@ def launches(tensors: int) -> int:
 def expected(shapes: Shapes, itemsize: int, an_entry: float) -> tuple[int, float, float, float]:
     """Launches, bytes an entry, milliseconds of a step, and how many times torch.mul's."""
     entries = sum(map(math.prod, shapes))
-    count, moved = launches(len(shapes)), sum(each.moved(itemsize) for each in PASSES)
+    count, moved = launches(len(shapes)), bytes_of_step(itemsize)
     survey = next(each for each in PASSES if each.kernel == "survey").moved(itemsize)
     busy = max(entries * survey / BANDWIDTH, entries * an_entry / 32 / ISSUE)
     seconds = busy + entries * (moved - survey) / BANDWIDTH + SAMPLES * 64 / BANDWIDTH + count * LAUNCH
@@ -161,6 +187,22 @@ whichever is longer.
 {expected}
 
 At 11 M half of the time lies between launches; a CUDA graph shortens that.
+
+In Triton (python/drive_kernels/prune/triton/launch.py), two bits an entry take the place of one bit and of
+the positions in the list: {triton} bytes an entry.
+
+## Weights that are not read
+
+`apply_list` reads the weights only to write them back beside zeros. It could store zeros where an entry is
+pruned, and nothing elsewhere. DRAM moves sectors of {sector} bytes, though: at 90 % all but 0.1^8 of those of
+8 float32 entries lose some, and are written as now; and if survivors lie at random, {float32} of them (of
+bfloat16's, of 16 entries, {bfloat16}) are written in part only.
+
+{ways}
+
+These are figures on paper, too: only a GPU can say whether a store of a sector in part costs no more than
+another. `make gpu` measures the step as it is. Later steps have less to gain: most vectors of 16 bytes do not
+change and are not written, and to know that without the weights takes a third bit, "pruned before".
 """
 
 
@@ -186,7 +228,22 @@ def page(architecture: str) -> str:
              "shared memory, KB", "blocks a multiprocessor (of its threads)"], passes),
         expected=markdown(
             ["entries", "dtype", "launches", "bytes an entry", "ms", "ratio to torch.mul"], rows),
+        **beside(),
     )  # fmt: skip
+
+
+def beside() -> dict[str, object]:
+    """What the page says of other ways to do a step: nothing that is compiled has a part in it."""
+    ways = []
+    for name, each in WAYS.items():
+        cells = [f"{each(b):.1f} ({each(b) / (3 * b):.2f})" for b in DTYPES.values()]
+        ways.append([name, *cells])
+    return {
+        "triton": " or ".join(f"{bytes_in_triton(b):.1f} ({dtype})" for dtype, b in DTYPES.items()),
+        "sector": SECTOR,
+        **{dtype: f"{100 * in_part(b):.0f} %" for dtype, b in DTYPES.items()},
+        "ways": markdown(["weights", *(f"bytes, {dtype} (to torch.mul's)" for dtype in DTYPES)], ways),
+    }
 
 
 def main() -> None:
