@@ -75,7 +75,8 @@ class Model:
     def step(self, prune_: PruneOp, sparsity: float) -> PruneResult:
         result = prune_step(
             prune_, "test", self.weights, self.grads, None,
-            sparsity=sparsity, masks=self.masks, min_keep=0, include=None, check_finite=False,
+            sparsity=sparsity, masks=self.masks, min_keep=0, include=None, exclude=None, layers=None,
+            check_finite=False,
         )  # fmt: skip
         self.masks = result.masks
         return result
