@@ -104,13 +104,20 @@ DRIVE_INLINE typename Lanes<Key>::Bits score_bits(const Entries& e, int64_t i) {
   return (Bits)product & (~typename KeyTraits<Key>::Bits{0} >> 1);
 }
 
-// Lanes in which a comparison holds, as bits, the first lane's the lowest.
+// Lanes in which a comparison holds, a bit each, the first lane's the lowest.
 #if DRIVE_WIDTH == 64
-DRIVE_INLINE uint64_t greater(const Vector<int32_t, 16>& key, int32_t than) {
+template <class Key>
+using Few = std::conditional_t<sizeof(Key) == 4, __mmask16, __mmask8>;
+DRIVE_INLINE Few<int32_t> greater(const Vector<int32_t, 16>& key, int32_t than) {
   return _mm512_cmpgt_epi32_mask((__m512i)key, _mm512_set1_epi32(than));
 }
-DRIVE_INLINE uint64_t greater(const Vector<int64_t, 8>& key, int64_t than) {
+DRIVE_INLINE Few<int64_t> greater(const Vector<int64_t, 8>& key, int64_t than) {
   return _mm512_cmpgt_epi64_mask((__m512i)key, _mm512_set1_epi64(than));
+}
+// In a general register, all 64 bits of it: GCC 12 may spill what it has widened itself as the mask's 16, and read 64.
+DRIVE_INLINE uint64_t widened(uint64_t bits) {
+  asm("" : "+r"(bits));
+  return bits;
 }
 #else
 template <class Lane, int N>
@@ -130,9 +137,12 @@ DRIVE_INLINE uint64_t bits_of(const Vector<Lane, N>& lanes) {
   return bits;
 }
 template <class Key>
+using Few = uint64_t;
+template <class Key>
 DRIVE_INLINE uint64_t greater(const typename Lanes<Key>::Ints& key, Key than) {
   return bits_of<Key, Lanes<Key>::N>(key > than);
 }
+DRIVE_INLINE uint64_t widened(uint64_t bits) { return bits; }
 #endif
 
 // The lanes whose bits are set, 0 in the others.
@@ -212,7 +222,7 @@ struct Sum {
 
 // Appends these lanes' keys to `to`, which has room for a whole register.
 template <class Key>
-DRIVE_INLINE void append(const typename Lanes<Key>::Ints& key, uint64_t lanes, int count, Key* to) {
+DRIVE_INLINE void append(const typename Lanes<Key>::Ints& key, Few<Key> lanes, int count, Key* to) {
 #if DRIVE_WIDTH == 64  // compressed in a register: to memory it is microcoded on some processors
   __m512i front;
   if constexpr (sizeof(Key) == 4) front = _mm512_maskz_compress_epi32(lanes, (__m512i)key);
@@ -246,15 +256,15 @@ DRIVE_TARGET Counts survey(const Entries& entries, int64_t n, const Bracket<Key>
       const int first = r * L::N;
       const typename L::Bits score = score_bits<T, Key>(e, word + first);
       const typename L::Ints key = key_of<Key>(score, e, live >> first);
-      const uint64_t over_lo = greater(key, lo), reach_hi = greater(key, static_cast<Key>(hi - 1));
-      over |= over_lo << first;
-      top |= reach_hi << first;
+      const Few<Key> over_lo = greater(key, lo), reach_hi = greater(key, static_cast<Key>(hi - 1));
+      over |= widened(over_lo) << first;
+      top |= widened(reach_hi) << first;
       if (edges) {
-        above |= greater(key, hi) << first;
-        from_lo |= greater(key, static_cast<Key>(lo - 1)) << first;
+        above |= widened(greater(key, hi)) << first;
+        from_lo |= widened(greater(key, static_cast<Key>(lo - 1))) << first;
       }
-      const uint64_t between = over_lo & ~reach_hi;
-      const int count = __builtin_popcountll(between);
+      const Few<Key> between = over_lo & ~reach_hi;
+      const int count = __builtin_popcountll(widened(between));
       append<Key>(key, between, count, end);
       end += count;
       const auto ints = (typename L::Ints)score;
@@ -296,7 +306,7 @@ DRIVE_TARGET void reaching(const Entries& entries, int64_t n, Key cut, uint64_t*
     uint64_t found = 0;
     for (int j = 0; j < kWord; j += Lanes<Key>::N) {
       const auto key = (Ints)(score_bits<T, Key>(e, word + j) + 1);
-      found |= greater(key, static_cast<Key>(cut - 1)) << j;
+      found |= widened(greater(key, static_cast<Key>(cut - 1))) << j;
     }
     keep[word / kWord] = found & living(e, word);
   }
@@ -323,7 +333,7 @@ DRIVE_TARGET void resolve(const Placed* placed, int64_t n, const Key* inside, Ke
     uint64_t reach = 0;
     int j = 0;
     do {  // once in nearly all cases
-      reach |= greater(load<typename L::Ints>(inside + j), static_cast<Key>(cut - 1)) << j;
+      reach |= widened(greater(load<typename L::Ints>(inside + j), static_cast<Key>(cut - 1))) << j;
       j += L::N;
     } while (j < count);
     inside += count;
