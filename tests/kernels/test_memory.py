@@ -6,12 +6,9 @@ import pytest
 import torch
 
 import drive
-import drive_kernels
 from drive_kernels.memory import reference
 
 LARGE = 5 << 20  # below 4 MB malloc keeps memory itself
-
-compiled = pytest.mark.skipif(drive_kernels._C is None, reason="the compiled part is not loaded")
 
 
 def pruned(seed: int, entries: int = LARGE) -> drive.PruneResult:
@@ -20,7 +17,6 @@ def pruned(seed: int, entries: int = LARGE) -> drive.PruneResult:
     return drive.fused_drive_prune([weight], [grad], sparsity=0.9)
 
 
-@compiled
 def test_masks_lie_where_earlier_ones_have():
     drive.release_memory()
     first = pruned(0).masks["0"]
@@ -31,7 +27,6 @@ def test_masks_lie_where_earlier_ones_have():
     assert pruned(2).masks["0"].data_ptr() == address
 
 
-@compiled
 def test_what_is_kept_can_be_released():
     drive.release_memory()
     masks = torch.ops.drive.new_masks(torch.empty(0), LARGE)
@@ -41,7 +36,6 @@ def test_what_is_kept_can_be_released():
     assert drive.release_memory() == 0
 
 
-@compiled
 def test_what_is_kept_is_bounded():
     drive.release_memory()
     masks = [torch.ops.drive.new_masks(torch.empty(0), 100 << 20) for _ in range(7)]  # never touched
