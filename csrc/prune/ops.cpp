@@ -15,6 +15,7 @@ namespace drive {
 TORCH_LIBRARY_IMPL(drive, CPU, m) {
   m.impl("prune_", &prune_cpu);
   m.impl("new_masks", [](const at::Tensor& like, int64_t entries) {
+    TORCH_CHECK_VALUE(entries >= 0, "drive::new_masks: entries must be >= 0, got ", entries);
     return empty_recycled({entries}, like.options().dtype(at::kBool));
   });
   m.impl("shard_sample", &shard_sample_cpu);

@@ -94,6 +94,12 @@ DRIVE_INLINE void prefetch(const void* operand, int64_t word) {
   }
 }
 
+template <class T>
+DRIVE_INLINE void prefetch(const Entries& e, int64_t word) {
+  prefetch<T>(e.weight, word);
+  if (e.grad) prefetch<T>(e.grad, word);
+}
+
 // Bits of |score|.
 template <class T, class Key>
 DRIVE_INLINE typename Lanes<Key>::Bits score_bits(const Entries& e, int64_t i) {
@@ -248,8 +254,7 @@ DRIVE_TARGET Counts survey(const Entries& entries, int64_t n, const Bracket<Key>
   Sum<Key> sum;
   Key* end = inside;
   for (int64_t word = 0; word < n; word += kWord) {
-    prefetch<T>(e.weight, word);
-    if (e.grad) prefetch<T>(e.grad, word);
+    prefetch<T>(e, word);
     const uint64_t live = living(e, word);
     uint64_t over = 0, top = 0, above = 0, from_lo = 0;
     for (int r = 0; r < kWord / L::N; ++r) {
@@ -286,8 +291,7 @@ template <class T, class Key>
 DRIVE_TARGET void compute_keys(const Entries& entries, int64_t n, Key* keys) {
   const Entries e = entries;
   for (int64_t word = 0; word < n; word += kWord) {
-    prefetch<T>(e.weight, word);
-    if (e.grad) prefetch<T>(e.grad, word);
+    prefetch<T>(e, word);
     const uint64_t live = living(e, word);
     for (int j = 0; j < kWord; j += Lanes<Key>::N) {
       store(keys + word + j, key_of<Key>(score_bits<T, Key>(e, word + j), e, live >> j));
@@ -301,8 +305,7 @@ DRIVE_TARGET void reaching(const Entries& entries, int64_t n, Key cut, uint64_t*
   using Ints = typename Lanes<Key>::Ints;
   const Entries e = entries;
   for (int64_t word = 0; word < n; word += kWord) {
-    prefetch<T>(e.weight, word);
-    if (e.grad) prefetch<T>(e.grad, word);
+    prefetch<T>(e, word);
     uint64_t found = 0;
     for (int j = 0; j < kWord; j += Lanes<Key>::N) {
       const auto key = (Ints)(score_bits<T, Key>(e, word + j) + 1);

@@ -13,7 +13,7 @@
 //   5. Apply (reads theta; writes theta, mask). The bits and the list tell which entries survive; where T is not in
 //      the list, their keys do, from theta, G and the old mask. All memory was taken before, nothing can fail.
 //
-// Bytes an entry, float32: 8 + 4 read, 4 + 1 written (and 1 that a store of a mask reads), 0.4 for the bits, 1 more
+// Bytes an entry, float32: 8 + 4 read, 4 + 1 written (and 1 that a store of a mask reads), 0.7 for bits and list, 1 more
 // for an old mask. Scratch: a quarter of a byte an entry for the bits and as much for the list (twice that for 64-bit
 // keys), and 0.03 for the counts.
 #include <ATen/core/Tensor.h>

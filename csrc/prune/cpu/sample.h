@@ -39,12 +39,9 @@ void sample_item(const Item& item, const int64_t* position, int64_t m, Staging& 
   }
   for (int o = 0; o < kMaxOperands; ++o) {
     if (!item.data[o]) continue;
-    switch (item.size(o)) {
-      case 1: gather<uint8_t>(room.operand[o], item.data[o], o, at.data(), m); break;
-      case 2: gather<uint16_t>(room.operand[o], item.data[o], o, at.data(), m); break;
-      case 4: gather<uint32_t>(room.operand[o], item.data[o], o, at.data(), m); break;
-      default: gather<uint64_t>(room.operand[o], item.data[o], o, at.data(), m);
-    }
+    by_size(item.size(o), [&](auto entry) {
+      gather<decltype(entry)>(room.operand[o], item.data[o], o, at.data(), m);
+    });
   }
   const Entries entries{room.operand[kWeight], item.data[kGrad] ? room.operand[kGrad] : nullptr,
                         item.data[kMaskGrad] ? room.operand[kMaskGrad] : nullptr,

@@ -34,7 +34,7 @@ inline at::Tensor empty(at::IntArrayRef size, at::ScalarType dtype) {
 enum Operand { kWeight, kGrad, kMask, kMaskGrad };
 
 // One tensor with its gradients and its mask, which is only written if `fresh`. What every chunk asks for lies
-// here: through the tensors, a chunk would wait for some ten loads one after the other, a third of its time.
+// here: through the tensors, a chunk would wait for some ten loads one after the other, a quarter of the survey's time.
 struct Item {
   Item(std::vector<at::Tensor> operands, const PruneArguments& arguments)
       : tensors(std::move(operands)),
@@ -129,14 +129,20 @@ void copy_strided(char* to, int64_t to_stride, const char* from, int64_t from_st
   }
 }
 
+// body(an unsigned integer of so many bytes).
+template <class Body>
+void by_size(int64_t size, const Body& body) {
+  switch (size) {
+    case 1: return body(uint8_t{});
+    case 2: return body(uint16_t{});
+    case 4: return body(uint32_t{});
+    default: return body(uint64_t{});
+  }
+}
+
 inline void copy_strided(int64_t size, char* to, int64_t to_stride, const char* from,
                          int64_t from_stride, int64_t n) {
-  switch (size) {
-    case 1: return copy_strided<uint8_t>(to, to_stride, from, from_stride, n);
-    case 2: return copy_strided<uint16_t>(to, to_stride, from, from_stride, n);
-    case 4: return copy_strided<uint32_t>(to, to_stride, from, from_stride, n);
-    default: return copy_strided<uint64_t>(to, to_stride, from, from_stride, n);
-  }
+  by_size(size, [&](auto entry) { copy_strided<decltype(entry)>(to, to_stride, from, from_stride, n); });
 }
 
 // Is the operand's part of the chunk, as it lies in memory, what the kernels can take?
