@@ -134,13 +134,18 @@ def _train_a_part(
         masks=work.masks.to(device) if work.masks else None,
     )
     model = work.compute.place(copy.deepcopy(model))  # the original's memory is shared
+    history: list[Epoch] | Exception
     try:
         history = _train(fabric, model, work)
     except (InputError, Paused) as error:
-        return error
-    if fabric.is_global_zero:
-        for name, tensor in model.state_dict().items():
-            trained[name].copy_(tensor)
+        history = error.with_traceback(None)  # whose frames hold the group of processes
+    else:
+        if fabric.is_global_zero:
+            for name, tensor in model.state_dict().items():
+                trained[name].copy_(tensor)
+    # Gloo's threads free a collective's tensors a little after it is done, which aborts the process if Python
+    # ends meanwhile: wait for these threads
+    torch.distributed.destroy_process_group()
     return history
 
 
