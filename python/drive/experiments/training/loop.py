@@ -134,11 +134,11 @@ def _train_a_part(
         masks=work.masks.to(device) if work.masks else None,
     )
     model = work.compute.place(copy.deepcopy(model))  # the original's memory is shared
-    history: list[Epoch] | Exception
+    found: list[Epoch] | Exception
     try:
-        history = _train(fabric, model, work)
+        found = _train(fabric, model, work)
     except (InputError, Paused) as error:
-        history = error.with_traceback(None)  # whose frames hold the group of processes
+        found = error.with_traceback(None)  # whose frames hold the group of processes
     else:
         if fabric.is_global_zero:
             for name, tensor in model.state_dict().items():
@@ -146,7 +146,7 @@ def _train_a_part(
     # Gloo's threads free a collective's tensors a little after it is done, which aborts the process if Python
     # ends meanwhile: wait for these threads
     torch.distributed.destroy_process_group()
-    return history
+    return found
 
 
 def _train(
