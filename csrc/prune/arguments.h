@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/util/safe_numerics.h>
 
 #include <cstdint>
 #include <vector>
@@ -16,6 +17,9 @@ struct PruneArguments {
   int64_t prune, min_keep;
   const char* op = "drive::prune_";
   bool reads_only = false;  // masks may be empty, if they are fresh
+  at::IntArrayRef costs{};          // of an entry of each weight; empty: 1, and `prune` of them go
+  at::ArrayRef<double> scales{};    // float32 numbers by which scores are multiplied before they are ranked
+  int64_t max_cost = 0;             // of all that survive
 
   // Throws unless they fit together. Returns whether the scores are float64.
   bool check() const {
@@ -30,6 +34,8 @@ struct PruneArguments {
                       weights.size(), ", ", grads.size(), ", ", mask_grads.size(), ", ", masks.size());
     TORCH_CHECK_VALUE(prune >= 0 && min_keep >= 0, op, ": prune and min_keep must be >= 0, got ", prune,
                       ", ", min_keep);
+    check_costs();
+    check_scales();
     bool wide = !mask_grads.empty();
     for (size_t i = 0; i < weights.size(); ++i) {
       const at::ScalarType dtype = weights[i].scalar_type();
@@ -64,12 +70,40 @@ struct PruneArguments {
     return n;
   }
 
+  // What the survivors may cost.
+  int64_t budget() const { return costs.empty() ? entries() - prune : max_cost; }
+
   // Fresh masks are about to be written, whole, on a CPU.
   void expect_fresh_masks() const {
     for (size_t i = 0; fresh && i < masks.size(); ++i) {
       if (i == 0 || !masks[i].is_alias_of(masks[i - 1])) {
         expect_writes(masks[i].storage().mutable_data(), masks[i].storage().nbytes());
       }
+    }
+  }
+
+  void check_costs() const {
+    TORCH_CHECK_VALUE(costs.empty() || (costs.size() == weights.size() && scales.size() == weights.size()), op,
+                      ": costs and scales must have a number for each of ", weights.size(), " weights, got ",
+                      costs.size(), " and ", scales.size());
+    TORCH_CHECK_VALUE(max_cost >= 0, op, ": max_cost must be >= 0, got ", max_cost);
+    int64_t total = 0, cost = 0;
+    for (size_t i = 0; i < costs.size(); ++i) {
+      TORCH_CHECK_VALUE(costs[i] >= 1 && costs[i] < int64_t{1} << 31, op, ": costs[", i,
+                        "] must be from 1 to 2^31 - 1, got ", costs[i]);
+      TORCH_CHECK_VALUE(!c10::mul_overflows(weights[i].numel(), costs[i], &cost) &&
+                            !c10::add_overflows(total, cost, &total),
+                        op, ": all entries must cost less than 2^63 together, got more, up to weights[", i, "]");
+    }
+  }
+
+  void check_scales() const {
+    TORCH_CHECK_VALUE(scales.empty() || scales.size() == weights.size(), op,
+                      ": scales must have a number for each of ", weights.size(), " weights, or none, got ",
+                      scales.size());
+    for (size_t i = 0; i < scales.size(); ++i) {
+      TORCH_CHECK_VALUE(scales[i] >= 0 && scales[i] <= 1, op, ": scales[", i, "] must be from 0 to 1, got ",
+                        scales[i]);
     }
   }
 

@@ -14,6 +14,7 @@ namespace drive {
 
 TORCH_LIBRARY_IMPL(drive, CPU, m) {
   m.impl("prune_", &prune_cpu);
+  m.impl("prune_to_cost_", &prune_to_cost_cpu);
   m.impl("new_masks", [](const at::Tensor& like, int64_t entries) {
     TORCH_CHECK_VALUE(entries >= 0, "drive::new_masks: entries must be >= 0, got ", entries);
     return empty_recycled({entries}, like.options().dtype(at::kBool));
@@ -31,6 +32,7 @@ TORCH_LIBRARY_IMPL(drive, CPU, m) {
 #if defined(DRIVE_WITH_CUDA)
 TORCH_LIBRARY_IMPL(drive, CUDA, m) {
   implement<prune_cuda>(m, "prune_");
+  implement<prune_to_cost_cuda>(m, "prune_to_cost_");
   implement<shard_sample_cuda>(m, "shard_sample");
   implement<shard_survey_cuda>(m, "shard_survey");
   implement<shard_histogram_cuda>(m, "shard_histogram");

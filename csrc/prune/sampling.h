@@ -2,6 +2,7 @@
 // No torch headers; included by C++ and CUDA.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 
@@ -39,9 +40,9 @@ struct BracketRanks {
   int64_t high, low;
 };
 
-// For the k-th largest of n keys, from a sample of `count`.
+// For the k-th largest of n keys, from a sample of `count`. k may lie outside, where a budget is more than all cost.
 inline BracketRanks bracket_ranks(int64_t k, int64_t n, int64_t count) {
-  const double share = static_cast<double>(k) / static_cast<double>(n);
+  const double share = std::clamp(static_cast<double>(k) / static_cast<double>(n), 0.0, 1.0);
   const double sampled = static_cast<double>(count);
   const double margin = kSigmas * std::sqrt(sampled * share * (1 - share)) + 1;
   const double high = share * sampled - margin, low = share * sampled + margin;

@@ -16,17 +16,17 @@ constexpr int kCounts = 6;  // rows of shard_survey's counts
 struct ShardArguments : PruneArguments {
   // Operands that are only read. Throws unless they fit together.
   ShardArguments(const char* op, at::TensorList weights, at::TensorList grads, at::TensorList mask_grads,
-                 at::TensorList masks, bool fresh, bool wide)
-      : PruneArguments{weights, grads, mask_grads, masks, fresh, 0, 0, op, true} {
+                 at::TensorList masks, bool fresh, bool wide, at::ArrayRef<double> scales)
+      : PruneArguments{weights, grads, mask_grads, masks, fresh, 0, 0, op, true, {}, scales} {
     check_wide(wide);
     TORCH_CHECK_VALUE(fresh || !masks.empty(), op, ": masks must not be empty unless they are fresh");
   }
 
   // Those of drive::shard_apply_.
   ShardArguments(at::TensorList weights, at::TensorList grads, at::TensorList mask_grads,
-                 at::TensorList masks, bool fresh, bool wide, at::IntArrayRef thresholds,
+                 at::TensorList masks, bool fresh, bool wide, at::ArrayRef<double> scales, at::IntArrayRef thresholds,
                  at::IntArrayRef tie_ends)
-      : PruneArguments{weights, grads, mask_grads, masks, fresh, 0, 0, "drive::shard_apply_"} {
+      : PruneArguments{weights, grads, mask_grads, masks, fresh, 0, 0, "drive::shard_apply_", false, {}, scales} {
     check_wide(wide);
     check_thresholds(thresholds, weights.size());
     check_length("tie_ends", tie_ends, weights.size());

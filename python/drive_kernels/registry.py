@@ -44,6 +44,7 @@ OPS = {
     "sparse_conv2d_pair": Op(("cpu",)),
     "sparse_linear": Op(("cpu",)),
     "sparse_linear_backward": Op(("cpu",)),
+    "prune_to_cost_": Op(("cpu", "cuda"), "prune.triton.launch"),
     "new_masks": Op(("cpu",)),
     "shard_sample": Op(("cpu", "cuda")),
     "shard_histogram": Op(("cpu", "cuda")),

@@ -12,7 +12,7 @@ TRAPS = ("threshold far below", "threshold far above", "bracket too full")
 
 @cache
 def sampled_positions(n: int, count: int) -> torch.Tensor:
-    """The entries that the CPU kernel looks at to guess the threshold (csrc/prune/cpu/prune.cpp, step 1)."""
+    """The entries that the CPU kernel looks at to guess the threshold (csrc/prune/cpu/step.h, step 1)."""
     found, low = [], (1 << 64) - 1
     for part in range(count):
         x = (part + 0x9E3779B97F4A7C15) & low

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,9 +17,15 @@ INSIDE = COUNTS.index("inside")
 CHECKSUM_DTYPES = (torch.bool, torch.bfloat16, torch.float32, torch.float64)
 
 
-def operands(step: Step) -> Operands:
+def operands(step: Step, scales: Sequence[float] = ()) -> Operands:
     wide = bool(step.mask_grads) or any(w.dtype == torch.float64 for w in step.weights)
-    return Operands(step.weights, step.grads, step.mask_grads, step.masks, step.fresh, wide)
+    return Operands(step.weights, step.grads, step.mask_grads, step.masks, step.fresh, wide, scales)
+
+
+def some_scales(step: Step) -> st.SearchStrategy[list[float]]:
+    """None, or one of each tensor: of odd bits, and those that leave nothing or everything as it is."""
+    size, one = len(step.weights), st.sampled_from((0.0, 1e-30, 0.1, 0.7071, 1.0))
+    return st.just([]) | st.lists(one, min_size=size, max_size=size)
 
 
 def keys(some: Operands) -> Tensor:
@@ -27,9 +34,9 @@ def keys(some: Operands) -> Tensor:
     return torch.cat([torch.zeros(1, dtype=torch.int64), *found]).sort().values
 
 
-def check_ops(ops: Any, step: Step, data: st.DataObject) -> None:
+def check_ops(ops: Any, step: Step, data: st.DataObject, scales: Sequence[float] = ()) -> None:
     """Each of these ops against its reference."""
-    some = operands(step)
+    some = operands(step, scales)
     ranked = keys(some)
     entries = [0, *torch.tensor([w.numel() for w in step.weights]).cumsum(0).tolist()]
     drawn = st.integers(0, len(ranked) - 1).map(lambda i: int(ranked[i]) or 1)
@@ -60,26 +67,32 @@ def check_ops(ops: Any, step: Step, data: st.DataObject) -> None:
     # tensor by tensor; and as a step cuts them: one threshold, and its first ties
     tie_ends = [data.draw(st.integers(0, w.numel())) for w in step.weights]
     thresholds = [data.draw(drawn) for _ in step.weights]
-    check_apply(ops, step, None, thresholds, tie_ends)
+    check_apply(ops, step, None, thresholds, tie_ends, scales)
     if low < threshold < high:
         last = data.draw(st.integers(0, entries[-1]))
         begins = zip(entries, step.weights, strict=False)
         first = [max(0, min(last - begin, w.numel())) for begin, w in begins]
         for ends in (tie_ends, first):
-            check_apply(ops, step, (low, high), [threshold] * len(ends), ends)
+            check_apply(ops, step, (low, high), [threshold] * len(ends), ends, scales)
 
 
 def check_apply(
-    ops: Any, step: Step, bracket: tuple[int, int] | None, thresholds: list[int], tie_ends: list[int]
+    ops: Any,
+    step: Step,
+    bracket: tuple[int, int] | None,
+    thresholds: list[int],
+    tie_ends: list[int],
+    scales: Sequence[float] = (),
 ) -> None:
     """After a survey with a bracket, or without one."""
     ours, theirs = step.clone(), step.clone()
     entries = sum(w.numel() for w in step.weights)
-    listed = bracket and ops.shard_survey(*operands(ours), *bracket, entries)[2]
-    ops.shard_apply_(*operands(ours), listed, thresholds, tie_ends)
-    shards.apply_reference(*operands(theirs), None, thresholds, tie_ends)
-    for mine, other in zip(ours.masks + ours.weights, theirs.masks + theirs.weights, strict=True):
-        assert torch.equal(bits(mine), bits(other))
+    mine = operands(ours, scales)
+    listed = bracket and ops.shard_survey(*mine, *bracket, entries)[2]
+    ops.shard_apply_(*mine, listed, thresholds, tie_ends)
+    shards.apply_reference(*operands(theirs, scales), None, thresholds, tie_ends)
+    for one, other in zip(ours.masks + ours.weights, theirs.masks + theirs.weights, strict=True):
+        assert torch.equal(bits(one), bits(other))
 
 
 def check_many_tensors(ops: Any) -> None:
@@ -87,7 +100,7 @@ def check_many_tensors(ops: Any) -> None:
     generator = torch.Generator().manual_seed(0)
     sizes = torch.randint(60, (500,), generator=generator).tolist()
     weights = [torch.randint(1, 9, (n,), generator=generator).float() for n in sizes]
-    some = Operands(weights, [], [], [], True, False)
+    some = Operands(weights, [], [], [], True, False, [])
     below, two, five, eight = (int(torch.tensor(x).view(torch.int32)) + 1 for x in (0.5, 2.0, 5.0, 8.0))
     which, thresholds = list(range(0, 500, 2)), [(two, five)[t % 4 // 2] for t in range(0, 500, 2)]
     counts, _, listed = ops.shard_survey(*some, below, eight, 40_000)
@@ -117,9 +130,9 @@ def bits(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor).view(-1).view(torch.uint8)
 
 
-def check_sample(ops: Any, step: Step, count: int) -> None:
+def check_sample(ops: Any, step: Step, count: int, scales: Sequence[float] = ()) -> None:
     """One score of each part, and 0 for what is pruned."""
-    some = operands(step)
+    some = operands(step, scales)
     count = min(count, sum(w.numel() for w in step.weights))
     sample = ops.shard_sample(*some, count)
     assert sample.shape == (count,) and sample.dtype == (torch.float64 if some.wide else torch.float32)

@@ -1,8 +1,10 @@
-"""Ugly inputs for drive::prune_: odd shapes, strides, ties, zeros, denormals, mixed dtypes, old masks."""
+"""Ugly inputs for pruning steps: odd shapes, strides, ties, zeros, denormals, mixed dtypes, old masks."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from hypothesis import strategies as st
@@ -25,7 +27,9 @@ class Step:
     prune: int
     min_keep: int
 
-    def args(self) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], bool, int, int]:
+    op: ClassVar[str] = "prune_"
+
+    def args(self) -> tuple[Any, ...]:
         return (
             self.weights, self.grads, self.mask_grads, self.masks, self.fresh, self.prune, self.min_keep,
         )  # fmt: skip
@@ -38,6 +42,29 @@ class Step:
         """Copies of all tensors on another device, with the same strides and offsets."""
         lists = ("weights", "grads", "mask_grads", "masks")
         return replace(self, **{name: [moved(t, device) for t in getattr(self, name)] for name in lists})
+
+
+@dataclass(frozen=True)
+class CostStep(Step):
+    """Arguments of one call of drive::prune_to_cost_, which `prune` is not."""
+
+    costs: list[int]
+    scales: list[float]
+    max_cost: int
+
+    op: ClassVar[str] = "prune_to_cost_"
+
+    def args(self) -> tuple[Any, ...]:
+        return (*super().args()[:5], self.costs, self.scales, self.max_cost, self.min_keep)
+
+
+def to_cost(step: Step, costs: Sequence[int], alpha: float, share: float) -> CostStep:
+    """To this share of what all entries cost, or what the guards cost, by scores times cost ** -alpha."""
+    sizes = [w.numel() for w in step.weights]
+    total = sum(n * cost for n, cost in zip(sizes, costs, strict=True))
+    guarded = sum(min(n, step.min_keep) * cost for n, cost in zip(sizes, costs, strict=True))
+    scales = [cost**-alpha for cost in costs]
+    return CostStep(**vars(step), costs=list(costs), scales=scales, max_cost=max(guarded, int(share * total)))
 
 
 def copy(tensor: Tensor) -> Tensor:
@@ -85,6 +112,24 @@ def valued(shape: list[int], dtype: torch.dtype, values: str, generator: torch.G
     return tensor.to(dtype)
 
 
+def step_of(
+    shapes: list[list[int]],
+    values: str,
+    layout: str = "contiguous",
+    *,
+    dtype: torch.dtype = torch.float32,
+    fresh: bool = True,
+    fraction: float = 0.5,
+    min_keep: int = 0,
+    three: bool = False,
+) -> Step:
+    generator = torch.Generator().manual_seed(5)
+    operands = [[laid_out(valued(s, dtype, values, generator), layout) for s in shapes] for _ in range(3)]
+    masks = [laid_out(torch.rand(s, generator=generator) < 0.8, layout) for s in shapes]
+    prune = round(fraction * sum(m.numel() for m in masks))
+    return Step(operands[0], operands[1], operands[2] if three else [], masks, fresh, prune, min_keep)
+
+
 shapes = st.one_of(
     st.lists(st.integers(0, 9), max_size=5),
     st.lists(st.integers(1, 40), min_size=1, max_size=3),
@@ -116,6 +161,15 @@ def steps(draw: st.DrawFn) -> Step:
         min_keep = 0
     grads, mask_grads = grads if gradients > 0 else [], mask_grads if gradients > 1 else []
     return Step(weights, grads, mask_grads, masks, fresh, prune, min_keep)
+
+
+@st.composite
+def cost_steps(draw: st.DrawFn) -> CostStep:
+    step = draw(steps())
+    most = draw(st.sampled_from((1, 3, 1000, 2**30)))
+    costs = [draw(st.integers(1, most)) for _ in step.weights]
+    share = draw(st.sampled_from((0.0, 0.001, 0.02, 0.1, 0.5, 0.9, 1.0, 2.0)))
+    return to_cost(step, costs, draw(st.sampled_from((0.0, 0.5, 1.0))), share)
 
 
 def sample_inputs() -> list[Step]:

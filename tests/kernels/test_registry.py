@@ -68,6 +68,7 @@ def test_each_gpu_has_its_own():
             assert registry._serving("block_linear_backward", 0) is block.backward_reference
             assert registry._serving("masked_linear", 1) is masked_triton.masked_linear
             assert registry._serving("prune_", 2) is launch.prune_
+            assert registry._serving("prune_to_cost_", 2) is launch.prune_to_cost_
             assert registry._serving("masked_linear", 2) is masked_triton.masked_linear
     assert [str(w.message) for w in caught] == [
         "drive: slower implementations serve cuda:0, Tesla T4 (see drive info): "

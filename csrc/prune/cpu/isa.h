@@ -35,6 +35,8 @@ struct Entries {
   const void* grad;
   const void* mask_grad;
   const uint8_t* mask;
+  float scale;
+  bool scaled_grad, scaled_product;  // what is multiplied by it: the gradient of two operands, the product of others
 };
 
 // Between which keys a threshold is looked for.

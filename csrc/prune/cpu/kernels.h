@@ -104,9 +104,15 @@ DRIVE_INLINE void prefetch(const Entries& e, int64_t word) {
 template <class T, class Key>
 DRIVE_INLINE typename Lanes<Key>::Bits score_bits(const Entries& e, int64_t i) {
   using Bits = typename Lanes<Key>::Bits;
-  typename Lanes<Key>::Scores product = factor<Key>(static_cast<const T*>(e.weight) + i);
+  using Scores = typename Lanes<Key>::Scores;
+  Scores product = factor<Key>(static_cast<const T*>(e.weight) + i);
   if (e.mask_grad) product *= factor<Key>(static_cast<const T*>(e.mask_grad) + i);
-  if (e.grad) product *= factor<Key>(static_cast<const T*>(e.grad) + i);
+  if (e.grad) {
+    Scores grad = factor<Key>(static_cast<const T*>(e.grad) + i);
+    if (e.scaled_grad) grad *= e.scale;
+    product *= grad;
+  }
+  if (e.scaled_product) product *= e.scale;
   return (Bits)product & (~typename KeyTraits<Key>::Bits{0} >> 1);
 }
 

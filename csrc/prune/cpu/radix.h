@@ -1,4 +1,4 @@
-// Selection of the k-th largest key by radix digits (step 3 of prune.cpp).
+// Selection of the k-th largest key by radix digits (step 3 of step.h).
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -10,8 +10,9 @@
 
 namespace drive {
 
-// The k-th largest key between lo and hi. count(prefix, digit, counts) adds up, by bucket of
-// that digit, the keys that agree with the prefix in the digits before.
+// The k-th largest key between lo and hi: with which the costs of the keys, added up from the largest, reach k (1
+// each, as a rule). count(prefix, digit, counts) adds up, by bucket of that digit, the costs of the keys that agree
+// with the prefix in the digits before.
 template <class Key, class Count>
 Key kth_largest(int64_t k, Key lo, Key hi, const Count& count) {
   using Bits = typename KeyTraits<Key>::Bits;
@@ -42,9 +43,9 @@ void count_parallel(int64_t n, int64_t grain, std::vector<int64_t>& counts, cons
 }
 
 template <class Key>
-void add_keys(const Key* keys, int64_t n, Key prefix, int digit, std::vector<int64_t>& counts) {
+void add_keys(const Key* keys, int64_t n, int64_t cost, Key prefix, int digit, std::vector<int64_t>& costs) {
   for (int64_t i = 0; i < n; ++i) {
-    if (has_prefix(keys[i], prefix, digit)) ++counts[bucket(keys[i], digit)];
+    if (has_prefix(keys[i], prefix, digit)) costs[bucket(keys[i], digit)] += cost;
   }
 }
 

@@ -1,4 +1,4 @@
-// A bracket for the k-th largest key, from a sample (step 1 of prune.cpp).
+// A bracket for the k-th largest key, from a sample (step 1 of step.h).
 #pragma once
 
 #include <algorithm>
@@ -43,20 +43,20 @@ void sample_item(const Item& item, const int64_t* position, int64_t m, Staging& 
       gather<decltype(entry)>(room.operand[o], item.data[o], o, at.data(), m);
     });
   }
-  const Entries entries{room.operand[kWeight], item.data[kGrad] ? room.operand[kGrad] : nullptr,
-                        item.data[kMaskGrad] ? room.operand[kMaskGrad] : nullptr,
-                        item.fresh ? nullptr : reinterpret_cast<uint8_t*>(room.operand[kMask])};
+  const auto there = [&](Operand o) { return item.data[o] ? room.operand[o] : nullptr; };
+  const Entries entries =
+      item.entries(there(kWeight), there(kGrad), there(kMaskGrad), item.fresh ? nullptr : room.operand[kMask]);
   std::array<Key, kSampleRun> found;
   kernels<Key>(item.dtype).compute_keys(entries, padded(m), found.data());
   std::copy_n(found.begin(), m, keys);
 }
 
-// (Step 1) Keys of `count` entries: a random one of each of `count` equal parts.
+// (Step 1) Keys of `count` entries: one of each of `count` parts of equal cost, at random by cost. `cost`: of all.
 template <class Key>
-std::vector<Key> sample(const std::vector<Item>& items, const std::vector<int32_t>& ids, int64_t n,
+std::vector<Key> sample(const std::vector<Item>& items, const std::vector<int32_t>& ids, int64_t cost,
                         int64_t count) {
   std::vector<int64_t> ends;
-  for (const int32_t id : ids) ends.push_back((ends.empty() ? 0 : ends.back()) + items[id].numel);
+  for (const int32_t id : ids) ends.push_back((ends.empty() ? 0 : ends.back()) + items[id].numel * items[id].cost);
   std::vector<Key> keys(count);
   parallel((count + kSampleRun - 1) / kSampleRun, 1, [&](int64_t first, int64_t last) {
     Staging room;
@@ -65,14 +65,18 @@ std::vector<Key> sample(const std::vector<Item>& items, const std::vector<int32_
       const int64_t length = std::min(kSampleRun, count - run * kSampleRun);
       for (int64_t j = 0; j < length; ++j) {
         const int64_t part = run * kSampleRun + j;
-        position[j] = sampled_entry(part, count, n);
+        position[j] = sampled_entry(part, count, cost);
       }
       for (int64_t j = 0; j < length;) {  // the part of the run that lies in one item
         const int64_t which = std::upper_bound(ends.begin(), ends.end(), position[j]) - ends.begin();
         const auto stop = std::lower_bound(position.begin() + j, position.begin() + length, ends[which]);
         const int64_t m = stop - position.begin() - j;
-        for (int64_t i = j; i < j + m; ++i) position[i] -= ends[which] - items[ids[which]].numel;
-        sample_item<Key>(items[ids[which]], &position[j], m, room, &keys[run * kSampleRun + j]);
+        const Item& item = items[ids[which]];
+        for (int64_t i = j; i < j + m; ++i) {
+          position[i] -= ends[which] - item.numel * item.cost;
+          if (item.cost > 1) position[i] /= item.cost;
+        }
+        sample_item<Key>(item, &position[j], m, room, &keys[run * kSampleRun + j]);
         j += m;
       }
     }
@@ -80,13 +84,15 @@ std::vector<Key> sample(const std::vector<Item>& items, const std::vector<int32_
   return keys;
 }
 
-// The k-th largest of the items' n keys very likely lies between lo and hi, lo < hi.
+// The k-th largest of the items' keys (radix.h) very likely lies between lo and hi, lo < hi.
 template <class Key>
-Bracket<Key> bracket(const std::vector<Item>& items, const std::vector<int32_t>& ids, int64_t n, int64_t k) {
+Bracket<Key> bracket(const std::vector<Item>& items, const std::vector<int32_t>& ids, int64_t k) {
+  int64_t n = 0, cost = 0;
+  for (const int32_t id : ids) n += items[id].numel, cost += items[id].numel * items[id].cost;
   if (n <= kMinSample) return {kDead<Key>, kTop<Key>, false};
   const int64_t count = n / kEntriesPerSample < kMinSample ? kMinSample : kMaxSample;
-  std::vector<Key> keys = sample<Key>(items, ids, n, count);
-  const BracketRanks ranks = bracket_ranks(k, n, count);
+  std::vector<Key> keys = sample<Key>(items, ids, cost, count);
+  const BracketRanks ranks = bracket_ranks(k, cost, count);
   auto rest = keys.begin();  // from which on keys are not larger than what was asked for before
   const auto ranked = [&](int64_t rank) {
     const auto nth = keys.begin() + rank - 1;

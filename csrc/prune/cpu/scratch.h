@@ -1,4 +1,4 @@
-// The memory of one step (prune.cpp): one piece, which the next step finds again.
+// The memory of one step (step.h): one piece, which the next step finds again.
 #pragma once
 
 #include <ATen/Parallel.h>

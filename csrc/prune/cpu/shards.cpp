@@ -1,6 +1,6 @@
 // drive::shard_* on CPU: what one rank does for an exact step over tensors that are spread over ranks.
 //
-// The passes of prune.cpp over its chunks, one op each, so that the ranks can add up their counts in between
+// The passes of step.h over its chunks, one op each, so that the ranks can add up their counts in between
 // (drive/distributed/step.py tells the algorithm, drive_kernels/prune/shards.py what each means). Bytes an
 // entry, float32: 8 read by shard_survey, 8 read and 5 written by shard_apply_, as there.
 #include <ATen/core/Tensor.h>
@@ -32,7 +32,7 @@ constexpr int64_t kListed = kGrain * kChunk;
 
 std::vector<Item> items_of(const PruneArguments& arguments) {
   std::vector<Item> items;
-  for (size_t i = 0; i < arguments.weights.size(); ++i) items.emplace_back(arguments.operands(i), arguments);
+  for (size_t i = 0; i < arguments.weights.size(); ++i) items.emplace_back(arguments, i);
   return items;
 }
 
@@ -263,8 +263,8 @@ void apply_to(std::vector<Item> items, at::IntArrayRef thresholds, at::IntArrayR
 // ---- The ops ----
 
 at::Tensor shard_sample_cpu(at::TensorList weights, at::TensorList grads, at::TensorList mask_grads,
-                            at::TensorList masks, bool fresh, bool wide, int64_t count) {
-  const ShardArguments arguments{"drive::shard_sample", weights, grads, mask_grads, masks, fresh, wide};
+                            at::TensorList masks, bool fresh, bool wide, at::ArrayRef<double> scales, int64_t count) {
+  const ShardArguments arguments{"drive::shard_sample", weights, grads, mask_grads, masks, fresh, wide, scales};
   arguments.check_sample(count);
   const DefaultRounding rounding;
   const std::vector<Item> items = items_of(arguments);
@@ -273,9 +273,9 @@ at::Tensor shard_sample_cpu(at::TensorList weights, at::TensorList grads, at::Te
 }
 
 Survey shard_survey_cpu(at::TensorList weights, at::TensorList grads, at::TensorList mask_grads,
-                        at::TensorList masks, bool fresh, bool wide, int64_t low, int64_t high,
-                        int64_t room) {
-  const ShardArguments arguments{"drive::shard_survey", weights, grads, mask_grads, masks, fresh, wide};
+                        at::TensorList masks, bool fresh, bool wide, at::ArrayRef<double> scales, int64_t low,
+                        int64_t high, int64_t room) {
+  const ShardArguments arguments{"drive::shard_survey", weights, grads, mask_grads, masks, fresh, wide, scales};
   arguments.check_bracket(low, high, room);
   const DefaultRounding rounding;
   const std::vector<Item> items = items_of(arguments);
@@ -284,9 +284,10 @@ Survey shard_survey_cpu(at::TensorList weights, at::TensorList grads, at::Tensor
 }
 
 at::Tensor shard_histogram_cpu(at::TensorList weights, at::TensorList grads, at::TensorList mask_grads,
-                               at::TensorList masks, bool fresh, bool wide, const MaybeTensor& listed,
-                               at::IntArrayRef tensors, int64_t low, int64_t shift, int64_t buckets) {
-  const ShardArguments arguments{"drive::shard_histogram", weights, grads, mask_grads, masks, fresh, wide};
+                               at::TensorList masks, bool fresh, bool wide, at::ArrayRef<double> scales,
+                               const MaybeTensor& listed, at::IntArrayRef tensors, int64_t low, int64_t shift,
+                               int64_t buckets) {
+  const ShardArguments arguments{"drive::shard_histogram", weights, grads, mask_grads, masks, fresh, wide, scales};
   arguments.check_tensors(tensors);
   arguments.check_buckets(low, shift, buckets);
   const DefaultRounding rounding;
@@ -301,9 +302,9 @@ at::Tensor shard_histogram_cpu(at::TensorList weights, at::TensorList grads, at:
 }
 
 at::Tensor shard_split_cpu(at::TensorList weights, at::TensorList grads, at::TensorList mask_grads,
-                           at::TensorList masks, bool fresh, bool wide, const MaybeTensor& listed,
-                           at::IntArrayRef tensors, at::IntArrayRef thresholds) {
-  const ShardArguments arguments{"drive::shard_split", weights, grads, mask_grads, masks, fresh, wide};
+                           at::TensorList masks, bool fresh, bool wide, at::ArrayRef<double> scales,
+                           const MaybeTensor& listed, at::IntArrayRef tensors, at::IntArrayRef thresholds) {
+  const ShardArguments arguments{"drive::shard_split", weights, grads, mask_grads, masks, fresh, wide, scales};
   arguments.check_tensors(tensors);
   arguments.check_thresholds(thresholds, tensors.size());
   const DefaultRounding rounding;
@@ -323,9 +324,10 @@ at::Tensor shard_split_cpu(at::TensorList weights, at::TensorList grads, at::Ten
 }
 
 at::Tensor shard_ties_cpu(at::TensorList weights, at::TensorList grads, at::TensorList mask_grads,
-                          at::TensorList masks, bool fresh, bool wide, const MaybeTensor& listed,
-                          at::IntArrayRef tensors, int64_t threshold, const at::Tensor& ends) {
-  const ShardArguments arguments{"drive::shard_ties", weights, grads, mask_grads, masks, fresh, wide};
+                          at::TensorList masks, bool fresh, bool wide, at::ArrayRef<double> scales,
+                          const MaybeTensor& listed, at::IntArrayRef tensors, int64_t threshold,
+                          const at::Tensor& ends) {
+  const ShardArguments arguments{"drive::shard_ties", weights, grads, mask_grads, masks, fresh, wide, scales};
   arguments.check_tensors(tensors);
   arguments.check_thresholds(threshold, 1);
   arguments.check_ends(tensors, ends);
@@ -350,9 +352,9 @@ at::Tensor shard_ties_cpu(at::TensorList weights, at::TensorList grads, at::Tens
 
 // What is listed is of no use here: to read two operands again costs less than to look every entry up.
 void shard_apply_cpu(at::TensorList weights, at::TensorList grads, at::TensorList mask_grads,
-                     at::TensorList masks, bool fresh, bool wide, const MaybeTensor&,
+                     at::TensorList masks, bool fresh, bool wide, at::ArrayRef<double> scales, const MaybeTensor&,
                      at::IntArrayRef thresholds, at::IntArrayRef tie_ends) {
-  const ShardArguments arguments{weights, grads, mask_grads, masks, fresh, wide, thresholds, tie_ends};
+  const ShardArguments arguments{weights, grads, mask_grads, masks, fresh, wide, scales, thresholds, tie_ends};
   arguments.expect_fresh_masks();
   const DefaultRounding rounding;
   if (wide) {

@@ -36,14 +36,17 @@ enum Operand { kWeight, kGrad, kMask, kMaskGrad };
 // One tensor with its gradients and its mask, which is only written if `fresh`. What every chunk asks for lies
 // here: through the tensors, a chunk would wait for some ten loads one after the other, a quarter of the survey's time.
 struct Item {
-  Item(std::vector<at::Tensor> operands, const PruneArguments& arguments)
-      : tensors(std::move(operands)),
+  Item(const PruneArguments& arguments, size_t i)
+      : tensors(arguments.operands(i)),
         numel(tensors[kWeight].numel()),
         dtype(tensors[kWeight].scalar_type()),
         entry_size(tensors[kWeight].element_size()),
         walk(tensors, Walk::Order::memory),
         logical(tensors[kWeight].is_contiguous()),
-        fresh(arguments.fresh) {
+        fresh(arguments.fresh),
+        cost(arguments.costs.empty() ? 1 : arguments.costs[i]),
+        scale(arguments.scales.empty() ? 1 : static_cast<float>(arguments.scales[i])),
+        squared(arguments.squared()) {
     for (size_t o = 0; o < tensors.size(); ++o) {
       if (o != kGrad || !arguments.grads.empty()) data[o] = static_cast<char*>(tensors[o].data_ptr());
     }
@@ -68,6 +71,14 @@ struct Item {
   bool logical;  // does the walk go in row-major order?
   bool rewalked = false;  // has it not, at first?
   bool fresh;
+  int64_t cost;  // of an entry
+  float scale;
+  bool squared;  // is |S| the square of what is ranked?
+
+  Entries entries(const void* weight, const void* grad, const void* mask_grad, const void* mask) const {
+    return {weight, grad, mask_grad, static_cast<const uint8_t*>(mask), scale, scale != 1 && squared,
+            scale != 1 && !squared};
+  }
 
  private:
   void note_contiguous() {
@@ -176,7 +187,7 @@ inline Entries stage(const Item& item, const Chunk& chunk, int64_t padded, Stagi
     std::memset(room.operand[kMask] + chunk.count, 0, padded - chunk.count);
     return room.operand[kMask];
   };
-  return {operand(kWeight), operand(kGrad), operand(kMaskGrad), reinterpret_cast<const uint8_t*>(mask())};
+  return item.entries(operand(kWeight), operand(kGrad), operand(kMaskGrad), mask());
 }
 
 inline void unstage(const Item& item, const Chunk& chunk, int o, const char* from) {

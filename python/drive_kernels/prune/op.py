@@ -69,11 +69,46 @@ def reference(
     kth_largest: KthLargest = kth_by_topk,
 ) -> Outputs:
     """What drive::prune_ means, in plain PyTorch; `kth_largest` is the selection that it stands on."""
+
+    def select(keys: Tensor, sizes: list[int]) -> Tensor:
+        return _keep_largest(keys, keys.numel() - prune, sizes, min_keep, kth_largest)
+
+    return step(weights, grads, mask_grads, masks, fresh, select)
+
+
+def step(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    mask_grads: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    fresh: bool,
+    select: Callable[[Tensor, list[int]], Tensor],
+    scales: Sequence[float] | None = None,
+) -> Outputs:
+    """A step in plain PyTorch.
+
+    Args:
+        select: keys of all entries (-1: pruned before) and the tensors' sizes -> which survive.
+        scales: by which scores are multiplied before they are ranked, a number a tensor; gradients, if there
+            are two operands.
+    """
     wide = bool(mask_grads) or any(w.dtype == torch.float64 for w in weights)
     dtype = torch.float64 if wide else torch.float32
-    keys = torch.cat([w.detach().to(dtype).flatten() for w in weights])
-    for operand in filter(None, (mask_grads, grads)):
-        keys *= torch.cat([t.to(dtype).flatten() for t in operand])
+    factors = [1.0] * len(weights) if scales is None else scales
+
+    def joined(tensors: Sequence[Tensor], scaled: bool) -> Tensor:
+        parts = [t.detach().to(dtype).flatten() for t in tensors]
+        return torch.cat([p * factor for p, factor in zip(parts, factors, strict=True)] if scaled else parts)
+
+    scaled = scales is not None
+    if mask_grads:
+        keys = joined(weights, False).mul_(joined(mask_grads, False)).mul_(joined(grads, False))
+        if scaled:
+            keys.mul_(joined([torch.ones_like(w) for w in weights], True))
+    elif grads:
+        keys = joined(weights, False).mul_(joined(grads, scaled))
+    else:
+        keys = joined(weights, scaled)
     keys.abs_()
     sizes = [w.numel() for w in weights]
     if not fresh:  # key -1: pruned before, ranks below every score
@@ -86,7 +121,7 @@ def reference(
                 mask.fill_(True)
         return kept, nonfinite, keys.new_full((2,), torch.nan, dtype=torch.float64)
 
-    keep = _keep_largest(keys, keys.numel() - prune, sizes, min_keep, kth_largest)
+    keep = select(keys, sizes)
     for w, m, kept_here in zip(weights, masks, keep.split(sizes), strict=True):
         m.copy_(kept_here.view(m.shape))
         w.detach().masked_fill_(~m, 0)

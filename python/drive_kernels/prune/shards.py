@@ -24,7 +24,8 @@ _OPERANDS = (
     "Tensor[] mask_grads, "  # dL/dm; empty: theta * dL/dtheta
     "Tensor[] masks, "  # bool; empty, if they are fresh
     "bool fresh, "  # nothing is pruned
-    "bool wide"
+    "bool wide, "
+    "float[] scales"  # of each tensor's scores, as drive::prune_to_cost_ has them; empty: 1
 )
 _LISTED = (
     "Tensor? listed, "  # of a survey of this memory: what it lists counts; None: all that is not pruned
@@ -64,6 +65,7 @@ library.define(
     "shard_apply_(Tensor(a!)[] weights, Tensor[] grads, Tensor[] mask_grads, Tensor(b!)[] masks, "
     "bool fresh, "  # the masks' contents are not read
     "bool wide, "
+    "float[] scales, "
     "Tensor? listed, "  # of a survey of this memory, if all thresholds are strictly inside its bracket
     "int[] thresholds, "  # by tensor: survivors have larger keys,
     "int[] tie_ends"  # or this key and a position before the end
@@ -88,15 +90,16 @@ class Operands(NamedTuple):
     masks: Sequence[Tensor]
     fresh: bool
     wide: bool
+    scales: Sequence[float]
 
     def each(self, change: Callable[[Sequence[Tensor]], Sequence[Tensor]]) -> "Operands":
         """With each list changed."""
         weights, grads, mask_grads, masks = map(change, self.lists)
-        return Operands(weights, grads, mask_grads, masks, self.fresh, self.wide)
+        return Operands(weights, grads, mask_grads, masks, self.fresh, self.wide, self.scales)
 
     @property
     def lists(self) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
-        """All but `fresh` and `wide`."""
+        """The tensors."""
         return self.weights, self.grads, self.mask_grads, self.masks
 
 
@@ -115,16 +118,22 @@ def top_key(wide: bool) -> int:
 
 
 def _pieces(operands: Operands, index: int, begin: int = 0, end: int | None = None) -> Iterator[Piece]:
-    weights, grads, mask_grads, masks, fresh, wide = operands
+    weights, grads, mask_grads, masks, fresh, wide, scales = operands
     dtype = torch.float64 if wide else torch.float32
-    rows = [list_[index].detach().flatten() for list_ in (weights, mask_grads, grads) if list_]
+    scale = float(torch.tensor(scales[index], dtype=torch.float32)) if scales else 1.0
+    # with two operands, the gradient is scaled; else the product
+    lists = (grads, weights) if grads and not mask_grads else (weights, mask_grads, grads)
+    rows = [list_[index].detach().flatten() for list_ in lists if list_]
+    scaled = rows[0] if len(rows) == 2 else rows[-1]
     mask = None if fresh else masks[index].flatten()
     end = rows[0].numel() if end is None else end
     for start in range(begin, end, _PIECE):
         here = slice(start, min(end, start + _PIECE))
-        scores = rows[0][here].to(dtype)
-        for row in rows[1:]:
+        scores = torch.ones((), dtype=dtype)
+        for row in rows:
             scores = scores * row[here].to(dtype)
+            if row is scaled:
+                scores = scores * scale
         scores = scores.abs()
         alive = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask[here]
         keys = scores.view(torch.int64 if wide else torch.int32) + 1
@@ -141,10 +150,10 @@ def _counting(keys: Tensor, listed: Tensor | None) -> Tensor:
 
 def sample_reference(
     weights: Sequence[Tensor], grads: Sequence[Tensor], mask_grads: Sequence[Tensor], masks: Sequence[Tensor],
-    fresh: bool, wide: bool, count: int,
+    fresh: bool, wide: bool, scales: Sequence[float], count: int,
 ) -> Tensor:  # fmt: skip
     """What drive::shard_sample means; which entry of a part is looked at is an implementation's choice."""
-    operands = Operands(weights, grads, mask_grads, masks, fresh, wide)
+    operands = Operands(weights, grads, mask_grads, masks, fresh, wide, scales)
     step = max(1, sum(w.numel() for w in weights) // max(1, count))
     found, offset = [], 0
     for index, weight in enumerate(weights):
@@ -158,10 +167,10 @@ def sample_reference(
 
 def survey_reference(
     weights: Sequence[Tensor], grads: Sequence[Tensor], mask_grads: Sequence[Tensor], masks: Sequence[Tensor],
-    fresh: bool, wide: bool, low: int, high: int, room: int,
+    fresh: bool, wide: bool, scales: Sequence[float], low: int, high: int, room: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """What drive::shard_survey means, in plain PyTorch."""
-    operands = Operands(weights, grads, mask_grads, masks, fresh, wide)
+    operands = Operands(weights, grads, mask_grads, masks, fresh, wide, scales)
     counts = torch.zeros(len(COUNTS), len(weights), dtype=torch.int64, device=weights[0].device)
     total = torch.zeros((), dtype=torch.float64, device=weights[0].device)
     listed = torch.tensor([low, high], device=weights[0].device).view(torch.uint8)
@@ -177,11 +186,11 @@ def survey_reference(
 
 def histogram_reference(
     weights: Sequence[Tensor], grads: Sequence[Tensor], mask_grads: Sequence[Tensor], masks: Sequence[Tensor],
-    fresh: bool, wide: bool, listed: Tensor | None, tensors: Sequence[int],
-    low: int, shift: int, buckets: int,
+    fresh: bool, wide: bool, scales: Sequence[float],
+    listed: Tensor | None, tensors: Sequence[int], low: int, shift: int, buckets: int,
 ) -> Tensor:  # fmt: skip
     """What drive::shard_histogram means, in plain PyTorch."""
-    operands = Operands(weights, grads, mask_grads, masks, fresh, wide)
+    operands = Operands(weights, grads, mask_grads, masks, fresh, wide, scales)
     counts = torch.zeros(buckets, dtype=torch.int64, device=weights[0].device)
     for index in tensors:
         for piece in _pieces(operands, index):
@@ -192,10 +201,11 @@ def histogram_reference(
 
 def split_reference(
     weights: Sequence[Tensor], grads: Sequence[Tensor], mask_grads: Sequence[Tensor], masks: Sequence[Tensor],
-    fresh: bool, wide: bool, listed: Tensor | None, tensors: Sequence[int], thresholds: Sequence[int],
+    fresh: bool, wide: bool, scales: Sequence[float],
+    listed: Tensor | None, tensors: Sequence[int], thresholds: Sequence[int],
 ) -> Tensor:  # fmt: skip
     """What drive::shard_split means, in plain PyTorch."""
-    operands = Operands(weights, grads, mask_grads, masks, fresh, wide)
+    operands = Operands(weights, grads, mask_grads, masks, fresh, wide, scales)
     counts = torch.zeros(len(tensors), 2, dtype=torch.int64, device=weights[0].device)
     for row, index, threshold in zip(counts, tensors, thresholds, strict=True):
         for piece in _pieces(operands, index):
@@ -206,10 +216,11 @@ def split_reference(
 
 def ties_reference(
     weights: Sequence[Tensor], grads: Sequence[Tensor], mask_grads: Sequence[Tensor], masks: Sequence[Tensor],
-    fresh: bool, wide: bool, listed: Tensor | None, tensors: Sequence[int], threshold: int, ends: Tensor,
+    fresh: bool, wide: bool, scales: Sequence[float],
+    listed: Tensor | None, tensors: Sequence[int], threshold: int, ends: Tensor,
 ) -> Tensor:  # fmt: skip
     """What drive::shard_ties means, in plain PyTorch."""
-    operands = Operands(weights, grads, mask_grads, masks, fresh, wide)
+    operands = Operands(weights, grads, mask_grads, masks, fresh, wide, scales)
     before = torch.zeros_like(ends)  # how many before an end
     for piece in _pieces(operands, tensors[0], int(ends[0]), int(ends[-1])):
         ties = _counting(piece.keys, listed) & (piece.keys == threshold)
@@ -221,10 +232,11 @@ def ties_reference(
 @torch.no_grad()
 def apply_reference(
     weights: Sequence[Tensor], grads: Sequence[Tensor], mask_grads: Sequence[Tensor], masks: Sequence[Tensor],
-    fresh: bool, wide: bool, listed: Tensor | None, thresholds: Sequence[int], tie_ends: Sequence[int],
+    fresh: bool, wide: bool, scales: Sequence[float],
+    listed: Tensor | None, thresholds: Sequence[int], tie_ends: Sequence[int],
 ) -> None:  # fmt: skip
     """What drive::shard_apply_ means, in plain PyTorch; what is listed only spares other implementations."""
-    operands = Operands(weights, grads, mask_grads, masks, fresh, wide)
+    operands = Operands(weights, grads, mask_grads, masks, fresh, wide, scales)
     for index, (weight, mask) in enumerate(zip(weights, masks, strict=True)):
         keep = torch.empty(weight.numel(), dtype=torch.bool, device=weight.device)
         for begin, _, _, keys in _pieces(operands, index):
@@ -277,7 +289,7 @@ _GOLDEN = _signed(0x9E3779B97F4A7C15)
 
 
 def _sample_fake(weights: Sequence[Tensor], *rest: Any) -> Tensor:
-    *_, wide, count = rest
+    *_, wide, _, count = rest
     return weights[0].new_empty(count, dtype=torch.float64 if wide else torch.float32)
 
 
