@@ -1,4 +1,4 @@
-"""drive::prune_ on a CUDA device: its implementations, and whether one does what the CPU does."""
+"""Pruning steps on a CUDA device: their implementations, and whether one does what the CPU does."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from ugly import Step, memory
 
 from drive.experiments.bench import workload
 from drive.fused import PruneOp
+from drive_kernels.prune.cost import reference as cost_reference
 from drive_kernels.prune.op import reference
 
 DEVICE = "cuda"
 ORACLES = (torch.ops.drive.prune_, reference)
+COST_ORACLES = (torch.ops.drive.prune_to_cost_, cost_reference)
 
 
-def implementation(name: str) -> PruneOp:
+def implementation(name: str, op: str = "prune_") -> PruneOp:
     try:
-        return workload.implementation(name)
+        return workload.implementation(name, op=op)
     except ImportError as error:
         pytest.skip(str(error))
 

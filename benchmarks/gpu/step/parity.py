@@ -1,4 +1,4 @@
-"""Small steps through every kernel of drive::prune_ for GPUs, each compared with the CPU bit for bit.
+"""Small steps through every kernel that prunes on GPUs, each compared with the CPU bit for bit.
 
 python -m benchmarks.gpu.step.parity compiled triton
 """
@@ -14,8 +14,8 @@ from benchmarks import ROOT
 
 sys.path.append(str(ROOT / "tests" / "helpers"))
 from misleading import TRAPS, misleading
-from on_device import assert_parity
-from ugly import Step, sample_inputs
+from on_device import COST_ORACLES, ORACLES, assert_parity
+from ugly import Step, sample_inputs, to_cost
 
 from drive.experiments.bench.workload import implementation
 
@@ -60,20 +60,31 @@ def cases() -> dict[str, Step]:
     }
 
 
+def costly() -> dict[str, Step]:
+    """Some of them to a budget."""
+    steps = cases()
+    chosen = ("sample input 1", "all equal", "over a million", "min_keep decides")
+    return {
+        f"{case}, to a budget": to_cost(steps[case], range(7, 7 + len(steps[case].weights)), 0.5, 0.3)
+        for case in chosen
+    }
+
+
 def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("no CUDA device")
     checked = 0
     for name in sys.argv[1:]:
         try:
-            op = implementation(name)
+            op, to_budget = implementation(name), implementation(name, op="prune_to_cost_")
         except ImportError as error:
             print(f"{name}: {error}")
             continue
-        for case, step in cases().items():
-            assert_parity(op, step)
-            checked += 1
-            print(f"{name}: {case}: right", flush=True)
+        for some, kernels, oracles in ((cases(), op, ORACLES), (costly(), to_budget, COST_ORACLES)):
+            for case, step in some.items():
+                assert_parity(kernels, step, oracles)
+                checked += 1
+                print(f"{name}: {case}: right", flush=True)
     if not checked:
         raise SystemExit("there is nothing to check")
     print(f"{checked} steps are right")

@@ -23,6 +23,7 @@ from drive.files import write_atomic
 # multiprocessors at 1.755 GHz; what lies between two kernels of which one needs what the other left.
 BANDWIDTH, ISSUE, LAUNCH = 4.2e12, 132 * 4 * 1.755e9, 2e-6
 REGISTERS, SHARED, WARPS = 65536, 228 << 10, 64  # of a multiprocessor
+VECTOR = 16  # bytes of a load
 BLOCK_WARPS, BLOCK_SHARED = 8, 1 << 10  # a block's; what the system takes of shared memory for it
 
 SIZES: dict[str, Shapes] = {
@@ -36,7 +37,7 @@ SPARSITY = 0.9
 # Of the entries, inside a bracket of 5 sigma on both sides.
 LISTED = 10 * (SPARSITY * (1 - SPARSITY) / SAMPLES) ** 0.5
 SECTOR = 32  # bytes that DRAM reads or writes at once
-ARGUMENTS, ITEM, DIM = 4000, 88, 56  # bytes that one `upload` carries; of the work list, for each tensor
+ARGUMENTS, ITEM, DIM = 4000, 104, 56  # bytes that one `upload` carries; of the work list, for each tensor
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,8 @@ def cuobjdump(*options: str) -> str:
 
 
 def is_of(kernel: str, function: str) -> bool:
-    """The version for float32 scores of all tensors."""
-    return re.search(rf"\d{kernel}I(iEE|iLNS0_5StageE0E)", function) is not None
+    """The version for float32 scores of all tensors, which cost 1 each."""
+    return re.search(rf"\d{kernel}I(iEE|iLNS0_5StageE0E(Lb0E)?E)", function) is not None
 
 
 def resources(architecture: str) -> dict[str, Resources]:
@@ -106,7 +107,10 @@ def resources(architecture: str) -> dict[str, Resources]:
 
 
 def instructions(architecture: str) -> float:
-    """The survey's for an entry: the longest of its loops without loads, which has a product an entry."""
+    """The survey's for an entry: of its loops through two loaded vectors the longest, a product an entry.
+
+    Those that scale have two products an entry.
+    """
     functions = cuobjdump("--dump-sass", "-arch", architecture).split("Function : ")[1:]
     survey = next(part for part in functions if is_of("survey", part.split("\n")[0]))
     code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", survey)]
@@ -119,7 +123,7 @@ def instructions(architecture: str) -> float:
             continue
         loop = [text for _, text in code[begin : i + 1]]
         products = sum("FMUL" in text for text in loop)
-        if products > 1 and not any("LDG" in text for text in loop):
+        if products >= 2 * VECTOR // max(DTYPES.values()) and not any("LDG" in text for text in loop):
             found = max(found, len(loop) / products)
     return found
 
@@ -179,6 +183,8 @@ step clears 0.2 MB and sends the work list as kernel arguments, 4000 bytes a lau
 dimension of its walk. Where old masks are read, the survey moves one byte more. `apply_keys` returns at
 once where `apply_list` works. `min_keep` adds 8 launches, 14 if a tensor has 2^18 entries or more, which
 return at once where no tensor falls below it; where one does, all entries are read eight times more.
+With costs (`drive::prune_to_cost_`) it is one launch more, two with `min_keep`, and the list has room for one
+entry of 16 in place of 64; where scores are scaled, the survey has two instructions an entry more.
 
 With {bandwidth:.1f} TB/s (an H200's copies), and {launch:.0f} us from a launch to the next. The survey has
 {an_entry:.0f} instructions an entry, at four a cycle and multiprocessor, and takes their time or its bytes',

@@ -47,24 +47,25 @@ __device__ inline double sum_in_order(double value) {
   return total;
 }
 
-// Adds 1 to counters[i] for every lane with i >= 0: one addition for all lanes of a warp with the same i,
+// Adds `each` to counters[i] for every lane with i >= 0: one addition for all lanes of a warp with the same i,
 // as scores that crowd into few buckets would queue up otherwise. All lanes of the warp must call it.
 template <class T>
-__device__ void count_up(T* counters, int i) {
+__device__ void count_up(T* counters, int i, T each = 1) {
   const unsigned same = __match_any_sync(kFull, static_cast<unsigned>(i));
-  if (i >= 0 && lane() == __ffs(same) - 1) atomicAdd(&counters[i], static_cast<T>(__popc(same)));
+  if (i >= 0 && lane() == __ffs(same) - 1) atomicAdd(&counters[i], __popc(same) * each);
 }
 
-// A block's own histogram of one digit, in shared memory.
+// A block's own histogram of one digit, in shared memory: of entries, or of their costs in 64 bits.
+template <class T = uint32_t>
 struct Histogram {
-  uint32_t counts[kBuckets];
+  T counts[kBuckets];
 
   __device__ void clear() {
     __syncthreads();
     for (int b = threadIdx.x; b < kBuckets; b += kThreads) counts[b] = 0;
     __syncthreads();
   }
-  __device__ void add(int bucket) { count_up(counts, bucket); }  // -1: nothing
+  __device__ void add(int bucket, T each = 1) { count_up(counts, bucket, each); }  // -1: nothing
   __device__ void add_to(Counter* all) {
     __syncthreads();
     for (int b = threadIdx.x; b < kBuckets; b += kThreads) {
@@ -74,7 +75,8 @@ struct Histogram {
 };
 
 // What is known of the k-th largest key after some of its digits: those digits, its rank among the keys
-// that share them, and how many these are. k = 0: nothing is wanted.
+// that share them, and how many these are. k = 0: nothing is wanted. Where entries have costs, as many as an entry
+// costs have its key.
 template <class Key>
 struct Search {
   Key prefix;

@@ -68,7 +68,7 @@ survey(const __grid_constant__ Step<Key> step) {
       positions[place] = static_cast<uint16_t>(i);
     };
     if (in_vectors(item, chunk)) {
-      with_vectors<Key>(item, [&](auto type, auto aligned, const Item& item) {
+      with_scaled_vectors<Key>(item, [&](auto type, auto aligned, auto scale, const Item& item) {
         using T = decltype(type);
         constexpr bool kAligned = decltype(aligned)::value;
         uint32_t above = 0, near = 0;
@@ -79,7 +79,7 @@ survey(const __grid_constant__ Step<Key> step) {
               uint32_t above_here = 0, near_here = 0;
 #pragma unroll
               for (int j = 0; j < kLanes<T>; ++j) {
-                const Key key = key_of<Key>(work, e, alive_here, j);
+                const Key key = key_of<Key>(work, e, alive_here, j, scale);
                 see(key);
                 above_here |= static_cast<uint32_t>(key >= hi) << j;
                 near_here |= static_cast<uint32_t>(is_near(key)) << j;
@@ -131,14 +131,16 @@ survey(const __grid_constant__ Step<Key> step) {
     const uint32_t inside = sums.inside;
     if (threadIdx.x == 0) {
       if (inside) {
-        sums.begin = static_cast<int64_t>(atomicAdd(&step.totals->inside, static_cast<Counter>(inside)));
+        sums.begin = static_cast<int64_t>(atomicAdd(&step.totals->listed, static_cast<Counter>(inside)));
       }
       step.chunks[c] = {sums.begin, static_cast<int32_t>(inside), static_cast<int32_t>(sums.at_hi),
                         static_cast<int32_t>(sums.at_lo), static_cast<int32_t>(sums.top)};
-      totals.above += sums.top - sums.at_hi;
-      totals.at_hi += sums.at_hi;
-      totals.at_lo += sums.at_lo;
-      totals.alive += sums.alive;
+      const Counter cost = item.cost;
+      totals.above += cost * (sums.top - sums.at_hi);
+      totals.at_hi += cost * sums.at_hi;
+      totals.inside += cost * inside;
+      totals.at_lo += cost * sums.at_lo;
+      totals.alive += cost * sums.alive;
       totals.nonfinite += sums.nonfinite;
       atomicAdd(&step.alive[chunk.item], static_cast<Counter>(sums.alive));
       if (sums.nonfinite) atomicAdd(&step.nonfinite[chunk.item], static_cast<Counter>(sums.nonfinite));
@@ -158,6 +160,7 @@ survey(const __grid_constant__ Step<Key> step) {
     step.sums[blockIdx.x] = sum;
     atomicAdd(&step.totals->above, totals.above);
     atomicAdd(&step.totals->at_hi, totals.at_hi);
+    atomicAdd(&step.totals->inside, totals.inside);
     atomicAdd(&step.totals->at_lo, totals.at_lo);
     atomicAdd(&step.totals->alive, totals.alive);
     atomicAdd(&step.totals->nonfinite, totals.nonfinite);
@@ -277,7 +280,7 @@ apply_keys(const __grid_constant__ Step<Key> step) {
     __syncthreads();
     uint32_t own = 0;
     if (in_vectors(item, chunk)) {
-      with_vectors<Key>(item, [&](auto type, auto aligned, const Item& item) {
+      with_scaled_vectors<Key>(item, [&](auto type, auto aligned, auto scale, const Item& item) {
         using T = decltype(type);
         constexpr bool kAligned = decltype(aligned)::value;
         for_each_vector<T, kAligned>(
@@ -287,7 +290,7 @@ apply_keys(const __grid_constant__ Step<Key> step) {
               uint32_t keep = 0, at_cut = 0, at_guard = 0;
 #pragma unroll
               for (int j = 0; j < kLanes<T>; ++j) {
-                const Key key = key_of<Key>(work, e, alive, j);
+                const Key key = key_of<Key>(work, e, alive, j, scale);
                 keep |= static_cast<uint32_t>(key > cut.key || key > guard.key) << j;
                 at_cut |= static_cast<uint32_t>(key == cut.key) << j;
                 at_guard |= static_cast<uint32_t>(key == guard.key) << j;
@@ -324,7 +327,8 @@ __global__ void __launch_bounds__(kThreads) finish(const __grid_constant__ Step<
   for (int b = threadIdx.x; b < blocks; b += kThreads) sum += step.sums[b];
   sum = sum_in_order(sum);
   if (threadIdx.x > 0) return;
-  Key weakest = *step.guarded ? step.rest.cuts[0].key : step.all.cuts[0].key;
+  const Cut<Key>& cut = *step.guarded ? step.rest.cuts[0] : step.all.cuts[0];
+  Key weakest = cut.last < 0 ? static_cast<Key>(*step.next) : cut.key;
   for (int i = 0; *step.guarded && i < step.work.count; ++i) weakest = min(weakest, step.guards.cuts[i].key);
   const double score = score_of(weakest);
   const double size = step.work.squared ? score * score : score;

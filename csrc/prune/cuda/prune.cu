@@ -1,5 +1,5 @@
-// drive::prune_ on GPUs: the k best scores survive, exactly, in two passes over the entries and without the
-// host knowing anything: every launch below reads what the ones before left in device memory.
+// drive::prune_ and drive::prune_to_cost_ on GPUs: the k best scores survive, exactly, in two passes over the
+// entries and without the host knowing anything: every launch below reads what the ones before left in device memory.
 //
 //   1. Sample: up to 2^17 keys bracket the threshold, lo <= T <= hi, by a radix search for two ranks (sample,
 //      narrow).
@@ -17,16 +17,21 @@
 // Where min_keep is given and a tensor would fall below it, steps 3 and 4 run twice more before step 5:
 // for every tensor by itself (its guard; a small tensor's by one block), and for all entries that no guard keeps.
 //
+// With costs, everything counts as many times as it costs, and k is what the survivors may cost: a part of the
+// sample is one of equal cost, counts are multiplied by the cost of their chunk (all of it is of one tensor), and
+// the ties end before the first that would cost too much. That may be the very first; then the weakest survivor's key
+// is the next larger one (next_above). Guards count entries, which cost the same within a tensor.
+//
 // A digit's bucket is chosen by every block of the next launch for itself (pick): a histogram is complete
 // when its launch is, and an all-reduce can go between.
 //
 // Bytes an entry, float32: read 8, written 1/8; read 4 1/8, written 4 + 1: 17.3, where torch.mul moves 12.
 // Scratch: 0.23 byte an entry (bits 0.125, list 0.094, counts 0.01; of 64-bit keys 0.3) and less than 1 MB, or for
-// ten thousand tensors 4 MB.
+// ten thousand tensors 4 MB. With costs 0.28 more: four times the list.
 //
 // work_list.cuh: the host side. work.cuh: entries and their keys. vectors.cuh: the same, 16 bytes at a time.
 // block.cuh: what a block does together. step.cuh: what launches leave to each other. search.cuh: steps 1, 3, 4.
-// passes.cuh: steps 2, 5. Here: the launches.
+// guards.cuh: min_keep. passes.cuh: steps 2, 5. Here: the launches.
 #include <ATen/core/Tensor.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -35,6 +40,7 @@
 #include <tuple>
 
 #include "prune/arguments.h"
+#include "prune/cuda/guards.cuh"
 #include "prune/cuda/launch.cuh"
 #include "prune/cuda/passes.cuh"
 #include "prune/cuda/search.cuh"
@@ -56,8 +62,10 @@ using namespace gpu;
 // there on.
 constexpr int64_t kMaxSample = 1 << 17;
 constexpr int64_t kManyEntries = 1 << 20;
-// The list has room for one entry of 64 (1.6 %), and for 2^16 at least.
+// The list has room for one entry of 64 (1.6 %), and for 2^16 at least. The bracket is as narrow in costs, but cheap
+// entries may crowd there: then for one of 16.
 constexpr int64_t kEntriesPerPlace = 64;
+constexpr int64_t kPricedEntriesPerPlace = 16;
 constexpr int64_t kMinPlaces = 1 << 16;
 
 // Counters of a segment. Tensors of 2^18 entries (of 64-bit keys 2^19) or more have one in the selection of guards:
@@ -81,6 +89,7 @@ Layout lay_out(Step<Key>& step, const WorkList& list, int64_t survey_blocks, cha
   const bool guards = step.min_keep > 0;
   arena.take(step.totals, 1);
   arena.take(step.guarded, 1);
+  arena.take(step.next, 1);
   arena.take(step.alive, items);
   arena.take(step.nonfinite, items);
   arena.take(step.kept, items);
@@ -121,11 +130,16 @@ Layout lay_out(Step<Key>& step, const WorkList& list, int64_t survey_blocks, cha
 // Steps 3 and 4.
 template <class Key, Stage kStage>
 void select(const Step<Key>& step, int64_t tensors, int64_t blocks, cudaStream_t stream) {
+  constexpr bool kByCost = kStage != Stage::guards;
+  const bool priced = kByCost && step.work.priced;
   for (int digit = 0; digit < kDigits<Key>; ++digit) {
-    launch(count<Key, kStage>, blocks, kThreads, stream, step, digit);
+    launch(priced ? count<Key, kStage, kByCost> : count<Key, kStage, false>, blocks, kThreads, stream, step, digit);
   }
   launch(ties<Key, kStage>, blocks, kThreads, stream, step);
   launch(cut<Key, kStage>, tensors, kThreads, stream, step);
+  if constexpr (kByCost) {
+    if (priced) launch(next_above<Key, kStage>, blocks, kThreads, stream, step);
+  }
 }
 
 // Everything about a step that the host decides.
@@ -133,7 +147,7 @@ template <class Key>
 Step<Key> planned(const PruneArguments& arguments, WorkList& list) {
   Step<Key> step{};
   step.work = work_of(arguments, list);
-  step.keep = std::max<int64_t>(0, list.entries - arguments.prune);
+  step.budget = std::clamp<int64_t>(arguments.budget(), 0, list.cost);
   step.min_keep = arguments.min_keep;
   for (Item& item : list.items) {
     const bool own = step.min_keep > 0 && item.numel >= kSegment<Key>;
@@ -141,9 +155,10 @@ Step<Key> planned(const PruneArguments& arguments, WorkList& list) {
   }
   if (list.entries > kMinSample) {
     step.samples = list.entries > kManyEntries ? kMaxSample : kMinSample;
-    step.ranks = bracket_ranks(step.keep, list.entries, step.samples);
+    step.ranks = bracket_ranks(step.budget, list.cost, step.samples);
   }
-  step.places = std::max(list.entries / kEntriesPerPlace, std::min(list.entries, kMinPlaces));
+  const int64_t each = step.work.priced ? kPricedEntriesPerPlace : kEntriesPerPlace;
+  step.places = std::max(list.entries / each, std::min(list.entries, kMinPlaces));
   return step;
 }
 
@@ -198,16 +213,26 @@ Outputs run(const PruneArguments& arguments) {
   return {kept, nonfinite, scores};
 }
 
+Outputs run(const PruneArguments& arguments) {
+  const bool wide = arguments.check();
+  const c10::DeviceGuard guard(arguments.weights[0].device());
+  Outputs outputs = wide ? run<int64_t>(arguments) : run<int32_t>(arguments);
+  arguments.bump_versions();
+  return outputs;
+}
+
 }  // namespace
 
 Outputs prune_cuda(at::TensorList weights, at::TensorList grads, at::TensorList mask_grads,
                    at::TensorList masks, bool fresh, int64_t prune, int64_t min_keep) {
-  const PruneArguments arguments{weights, grads, mask_grads, masks, fresh, prune, min_keep};
-  const bool wide = arguments.check();
-  const c10::DeviceGuard guard(weights[0].device());
-  Outputs outputs = wide ? run<int64_t>(arguments) : run<int32_t>(arguments);
-  arguments.bump_versions();
-  return outputs;
+  return run({weights, grads, mask_grads, masks, fresh, prune, min_keep});
+}
+
+Outputs prune_to_cost_cuda(at::TensorList weights, at::TensorList grads, at::TensorList mask_grads,
+                           at::TensorList masks, bool fresh, at::IntArrayRef costs, at::ArrayRef<double> scales,
+                           int64_t max_cost, int64_t min_keep) {
+  return run({weights, grads, mask_grads, masks, fresh, 0, min_keep, "drive::prune_to_cost_", false, costs, scales,
+              max_cost});
 }
 
 }  // namespace drive

@@ -1,9 +1,10 @@
-// Ranks on a GPU: the bracket, the threshold, the ties, the guards (steps 1, 3 and 4 of prune.cu).
+// Ranks on a GPU: the bracket, the threshold, the ties (steps 1, 3 and 4 of prune.cu).
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "prune/cuda/block.cuh"
 #include "prune/cuda/step.cuh"
@@ -15,15 +16,16 @@ namespace drive::gpu {
 
 // ---- (Step 1) ----
 
-// Keys of the sample, and the histogram of their first digit.
+// Keys of the sample, one of each of so many parts of equal cost, and the histogram of their first digit.
 template <class Key>
 __global__ void __launch_bounds__(kThreads) sample(const __grid_constant__ Step<Key> step) {
-  __shared__ Histogram histogram;
+  __shared__ Histogram<> histogram;
   histogram.clear();
   for (int64_t i = blockIdx.x * kThreads + threadIdx.x; i < step.samples; i += gridDim.x * kThreads) {
-    const int64_t entry = sampled_entry(i, step.samples, step.work.entries);
-    const Item& item = step.work.items[find<&Item::first_entry>(step.work, entry)];
-    const Key key = key_at<Key>(step.work, item, entry - item.first_entry);
+    const int64_t unit = sampled_entry(i, step.samples, step.work.cost);
+    const Item& item = step.work.items[find<&Item::first_cost>(step.work, unit)];
+    const int64_t cost = unit - item.first_cost;
+    const Key key = key_at<Key>(step.work, item, step.work.priced ? cost / item.cost : cost);
     step.sample[i] = key;
     histogram.add(bucket(key, 0));
   }
@@ -42,7 +44,7 @@ __device__ Search<Key> bracket_search(const Step<Key>& step, int side, int digit
 
 template <class Key>
 __global__ void __launch_bounds__(kThreads) narrow(const __grid_constant__ Step<Key> step, int digit) {
-  __shared__ Histogram histogram;
+  __shared__ Histogram<> histogram;
   for (int side = 0; side < 2; ++side) {
     const Search<Key> search = bracket_search(step, side, digit);
     if (threadIdx.x == 0 && blockIdx.x == 0) step.bracket.search(side, digit) = search;
@@ -100,33 +102,58 @@ __device__ Key key_for(const Step<Key>& step, int tensor, int64_t position) {
   return key;
 }
 
-template <class Key, Stage kStage>
-__device__ void count_chunk(const Step<Key>& step, const Chunk& chunk, const Search<Key>& search, int digit,
-                            Histogram& histogram) {
+template <class Key, Stage kStage, class T>
+__device__ void count_chunk(const Step<Key>& step, const Chunk& chunk, const Search<Key>& search, int digit, T each,
+                            Histogram<T>& histogram) {
   for_each_entry(chunk, [&](int i, bool exists) {
     const Key key = exists ? key_for<Key, kStage>(step, chunk.item, chunk.begin + i) : kDead<Key>;
     const bool counts = key != kDead<Key> && has_prefix(key, search.prefix, digit);
-    histogram.add(counts ? bucket(key, digit) : -1);
+    histogram.add(counts ? bucket(key, digit) : -1, each);
   });
 }
 
-// The histogram of one digit among the keys that share the digits before.
-template <class Key, Stage kStage>
+// The list, whose entries cost 1 each.
+template <class Key>
+__device__ void count_list(const Step<Key>& step, const Search<Key>& search, int digit, Histogram<>& histogram) {
+  const auto n = static_cast<int64_t>(step.totals->listed);
+  for (int64_t first = blockIdx.x * kThreads; first < n; first += gridDim.x * kThreads) {
+    const int64_t i = first + threadIdx.x;
+    const bool counts = i < n && has_prefix(step.list[i], search.prefix, digit);
+    histogram.add(counts ? bucket(step.list[i], digit) : -1);
+  }
+}
+
+// The same with costs, which chunks tell: a warp for each chunk's part of the list.
+template <class Key>
+__device__ void count_list(const Step<Key>& step, const Search<Key>& search, int digit,
+                           Histogram<Counter>& histogram) {
+  const Work& work = step.work;
+  for (int64_t c = blockIdx.x * kWarps + warp(); c < work.chunks; c += gridDim.x * kWarps) {
+    const ChunkCounts counts = step.chunks[c];
+    if (counts.inside == 0) continue;
+    const Counter cost = work.items[find<&Item::first_chunk>(work, c)].cost;
+#pragma unroll 1
+    for (int first = 0; first < counts.inside; first += kWarp) {
+      const int i = first + lane();
+      const Key key = i < counts.inside ? step.list[counts.list + i] : kDead<Key>;
+      const bool counted = i < counts.inside && has_prefix(key, search.prefix, digit);
+      histogram.add(counted ? bucket(key, digit) : -1, cost);
+    }
+  }
+}
+
+// The histogram of one digit among the keys that share the digits before; kPriced: of what they cost.
+template <class Key, Stage kStage, bool kPriced>
 __global__ void __launch_bounds__(kThreads) count(const __grid_constant__ Step<Key> step, int digit) {
-  __shared__ Histogram histogram;
+  using Count = std::conditional_t<kPriced, Counter, uint32_t>;
+  __shared__ Histogram<Count> histogram;
   const Where source = where<Key, kStage>(step);
   if (source == Where::refused || source == Where::edge) return;
   const Selection<Key>& selection = step.template selection<kStage>();
   const Work& work = step.work;
   if (source == Where::list) {
     histogram.clear();
-    const Search<Key> search = search_before<Key, kStage>(step, 0, digit);
-    const auto n = static_cast<int64_t>(step.totals->inside);
-    for (int64_t first = blockIdx.x * kThreads; first < n; first += gridDim.x * kThreads) {
-      const int64_t i = first + threadIdx.x;
-      const bool counts = i < n && has_prefix(step.list[i], search.prefix, digit);
-      histogram.add(counts ? bucket(step.list[i], digit) : -1);
-    }
+    count_list(step, search_before<Key, kStage>(step, 0, digit), digit, histogram);
     histogram.add_to(selection.histogram(0, digit));
     return;
   }
@@ -134,7 +161,8 @@ __global__ void __launch_bounds__(kThreads) count(const __grid_constant__ Step<K
   Search<Key> search{};
   for (int64_t c = blockIdx.x; c < work.chunks; c += gridDim.x) {
     const Chunk chunk = chunk_at(work, c);
-    const int own = segment_of<kStage>(work.items[chunk.item]);
+    const Item& item = work.items[chunk.item];
+    const int own = segment_of<kStage>(item);
     if (own < 0) continue;
     if (segment != own) {
       if (segment >= 0) histogram.add_to(selection.histogram(segment, digit));
@@ -142,7 +170,8 @@ __global__ void __launch_bounds__(kThreads) count(const __grid_constant__ Step<K
       segment = own;
       search = search_before<Key, kStage>(step, segment, digit);
     }
-    if (search.k > 0) count_chunk<Key, kStage>(step, chunk, search, digit, histogram);
+    const Count each = kPriced ? item.cost : 1;
+    if (search.k > 0) count_chunk<Key, kStage>(step, chunk, search, digit, each, histogram);
   }
   if (segment >= 0) histogram.add_to(selection.histogram(segment, digit));
 }
@@ -211,26 +240,39 @@ __global__ void __launch_bounds__(kThreads) ties(const __grid_constant__ Step<Ke
   }
 }
 
-// The last survivor of a finished search's ties, which are counted by chunk in [begin, begin + size).
+// What a chunk's entries on the threshold cost each. A guard counts entries.
+template <Stage kStage>
+__device__ int64_t tie_cost(const Work& work, int64_t chunk) {
+  if (kStage == Stage::guards || !work.priced) return 1;
+  return work.items[find<&Item::first_chunk>(work, chunk)].cost;
+}
+
+// Where a finished search's ties end, which are counted by chunk in [begin, begin + size): before the first of them
+// that would cost too much.
 template <class Key, Stage kStage>
 __device__ Cut<Key> cut_in(const Step<Key>& step, const Search<Key>& search, int64_t begin, int64_t size) {
-  __shared__ struct { int64_t chunk, k; } end;
+  __shared__ struct { int64_t chunk, survive; bool none; } end;  // survive: of the chunk; none: of all ties
   __shared__ uint32_t flags[kMaxWords];
   __shared__ int64_t last;
   if (search.k == 0) return {kTop<Key>, INT64_MAX};
   if (search.k == search.equal) return {search.prefix, INT64_MAX};
   const Selection<Key>& selection = step.template selection<kStage>();
   const Work& work = step.work;
-  // The chunk of the last survivor: every thread adds up a run of chunks, one of them looks closer.
+  const auto spent = [&](int64_t c) {
+    const int64_t found = selection.ties[c];
+    return found ? found * tie_cost<kStage>(work, c) : 0;
+  };
+  // Its chunk: every thread adds up a run of chunks, one of them looks closer.
   const int64_t run = (size + kThreads - 1) / kThreads;
   const int64_t from = begin + min(size, threadIdx.x * run), to = begin + min(size, (threadIdx.x + 1) * run);
   int64_t own = 0, total;
-  for (int64_t c = from; c < to; ++c) own += selection.ties[c];
-  int64_t k = search.k - scan(own, &total);
-  if (k >= 1 && k <= own) {
+  for (int64_t c = from; c < to; ++c) own += spent(c);
+  int64_t left = search.k - scan(own, &total);
+  if (left >= 0 && left < own) {
     int64_t c = from;
-    for (; k > selection.ties[c]; ++c) k -= selection.ties[c];
-    end = {c, k};
+    for (; left >= spent(c); ++c) left -= spent(c);
+    const int64_t survive = left / tie_cost<kStage>(work, c);
+    end = {c, survive, left == search.k && survive == 0};
   }
   __syncthreads();
 
@@ -245,10 +287,11 @@ __device__ Cut<Key> cut_in(const Step<Key>& step, const Search<Key>& search, int
   });
   __syncthreads();
   uint32_t word = static_cast<int>(threadIdx.x) < count_words(chunk) ? flags[threadIdx.x] : 0;
-  k = end.k - scan(__popc(word), &total);
-  if (k >= 1 && k <= __popc(word)) {
-    for (; k > 1; --k) word &= word - 1;
-    last = item.first_entry + chunk.begin + threadIdx.x * kWarp + __ffs(word) - 1;
+  int64_t before = end.survive - scan(__popc(word), &total);
+  if (before >= 0 && before < __popc(word)) {
+    for (; before > 0; --before) word &= word - 1;
+    const int64_t first = item.first_entry + chunk.begin + threadIdx.x * kWarp + __ffs(word) - 1;
+    last = end.none ? -1 : first - 1;
   }
   __syncthreads();
   return {search.prefix, last};
@@ -270,108 +313,37 @@ __global__ void __launch_bounds__(kThreads) cut(const __grid_constant__ Step<Key
   const int64_t begin = one ? item.first_chunk : 0, size = one ? chunks_of(item) : step.work.chunks;
   const Cut<Key> found = cut_in<Key, kStage>(step, search, begin, size);
   if (threadIdx.x == 0) selection.cuts[tensor] = found;
+  if (threadIdx.x == 0 && kStage != Stage::guards) *step.next = kTop<Key>;
 }
 
-// ---- min_keep: does any tensor fall below its guard? ----
-
-// Survivors of each tensor, were the cut that of Stage::all. A warp for each chunk.
-template <class Key>
-__global__ void __launch_bounds__(kThreads) tally(const __grid_constant__ Step<Key> step) {
-  const Where source = plan(step).where;
+// The weakest survivor's key where none on the threshold survives: with costs the rule, as what is left for them
+// seldom pays for one.
+template <class Key, Stage kStage>
+__global__ void __launch_bounds__(kThreads) next_above(const __grid_constant__ Step<Key> step) {
+  const Where source = where<Key, kStage>(step);
   if (source == Where::refused) return;
+  const Cut<Key> cut = step.template selection<kStage>().cuts[0];
+  if (cut.last >= 0) return;
   const Work& work = step.work;
-  const Cut<Key> cut = step.all.cuts[0];
-  for (int64_t c = blockIdx.x * kWarps + warp(); c < work.chunks; c += gridDim.x * kWarps) {
-    const Chunk chunk = chunk_at(work, c);
-    const Item& item = work.items[chunk.item];
-    const auto keeps = [&](Key key, int i) {
-      return cut.keeps(key, global_index(work, item, chunk.begin + i));
-    };
-    uint32_t kept = 0;
-    if (source == Where::list) {
-      const ChunkCounts counts = step.chunks[c];
-      const uint32_t* words = words_of(step.bits, item, chunk);
-      for (int w = lane(); w < count_words(chunk); w += kWarp) kept += __popc(words[w]);
-      for (int i = lane(); i < counts.inside; i += kWarp) {
-        kept += keeps(step.list[counts.list + i], step.positions[counts.list + i]);
-      }
-    } else {
-      for (int i = chunk.from + lane(); i < chunk.to; i += kWarp) {
-        const Key key = key_at<Key>(work, item, chunk.begin + i);
-        kept += key != kDead<Key> && keeps(key, i);
-      }
+  Key next = kTop<Key>;
+  const auto see = [&](Key key) {
+    if (key > cut.key) next = min(next, key);
+  };
+  const Key hi = bracket_edge(step, 0);
+  if (source != Where::entries && cut.key < hi) {
+    const auto n = static_cast<int64_t>(step.totals->listed);
+    for (int64_t i = blockIdx.x * kThreads + threadIdx.x; i < n; i += gridDim.x * kThreads) see(step.list[i]);
+    if (step.totals->at_hi) see(hi);
+  } else {
+    for (int64_t c = blockIdx.x; c < work.chunks; c += gridDim.x) {
+      const Chunk chunk = chunk_at(work, c);
+      for_each_entry(chunk, [&](int i, bool exists) {
+        if (exists) see(key_for<Key, kStage>(step, chunk.item, chunk.begin + i));
+      });
     }
-    kept = __reduce_add_sync(kFull, kept);
-    if (lane() == 0) atomicAdd(&step.kept[chunk.item], static_cast<Counter>(kept));
   }
-}
-
-// The search for what a tensor keeps in any case.
-template <class Key>
-__device__ Search<Key> guard_of(const Step<Key>& step, int tensor) {
-  const auto alive = static_cast<int64_t>(step.alive[tensor]);
-  return {kDead<Key>, min(step.min_keep, alive), alive};
-}
-
-// How many each guard keeps, and how many are left to be chosen. One block.
-template <class Key>
-__global__ void __launch_bounds__(kThreads) judge(const __grid_constant__ Step<Key> step) {
-  const Totals& t = *step.totals;
-  if (t.nonfinite) return;
-  bool below = false;
-  int64_t kept = 0, total;
-  for (int i = threadIdx.x; i < step.work.count; i += kThreads) {
-    const Search<Key> guard = guard_of(step, i);
-    const int segment = step.work.items[i].segment;
-    if (segment >= 0) step.guards.search(segment, 0) = guard;
-    below |= static_cast<int64_t>(step.kept[i]) < guard.k;
-    step.kept[i] = 0;
-    kept += guard.k;
-  }
-  below = __syncthreads_or(below);
-  scan(kept, &total);
-  if (threadIdx.x == 0) {
-    const auto alive = static_cast<int64_t>(t.alive);
-    *step.guarded = below;
-    step.rest.search(0, 0) = {kDead<Key>, max(int64_t{0}, min(step.keep, alive) - total), alive - total};
-  }
-}
-
-// Clears the histograms of guards, which lie where bits and list were: nobody reads those any more.
-template <class Key>
-__global__ void __launch_bounds__(kThreads) clear(const __grid_constant__ Step<Key> step) {
-  if (!*step.guarded) return;
-  const int64_t size = step.segments * kDigits<Key> * kBuckets;
-  for (int64_t i = blockIdx.x * kThreads + threadIdx.x; i < size; i += gridDim.x * kThreads) {
-    step.guards.histograms[i] = 0;
-  }
-}
-
-// Steps 3 and 4 for the guards of tensors without a segment: a block each, which counts them in shared memory.
-template <class Key>
-__global__ void __launch_bounds__(kThreads) guard(const __grid_constant__ Step<Key> step) {
-  __shared__ Histogram histogram;
-  if (!*step.guarded) return;
-  for (int tensor = blockIdx.x; tensor < step.work.count; tensor += gridDim.x) {
-    const Item& item = step.work.items[tensor];
-    if (item.segment >= 0) continue;
-    const int64_t begin = item.first_chunk, size = chunks_of(item);
-    Search<Key> search = guard_of(step, tensor);
-    for (int digit = 0; search.k > 0 && digit < kDigits<Key>; ++digit) {
-      histogram.clear();
-      for (int64_t c = begin; c < begin + size; ++c) {
-        count_chunk<Key, Stage::guards>(step, chunk_at(step.work, c), search, digit, histogram);
-      }
-      __syncthreads();
-      search = pick(histogram.counts, search, digit);
-    }
-    for (int64_t c = begin; search.k != search.equal && c < begin + size; ++c) {
-      count_ties<Key, Stage::guards>(step, chunk_at(step.work, c), search.prefix);
-    }
-    __syncthreads();
-    const Cut<Key> found = cut_in<Key, Stage::guards>(step, search, begin, size);
-    if (threadIdx.x == 0) step.guards.cuts[tensor] = found;
-  }
+  for (int d = kWarp / 2; d > 0; d /= 2) next = min(next, __shfl_down_sync(kFull, next, d));
+  if (lane() == 0) atomicMin(step.next, static_cast<Counter>(next));
 }
 
 }  // namespace drive::gpu

@@ -114,7 +114,7 @@ template <class Key>
 __global__ void __launch_bounds__(kThreads)
 bucket_counts(const __grid_constant__ Query<Key> query, Key low, int shift, int buckets, Counter* counts) {
   using Bits = typename KeyTraits<Key>::Bits;
-  __shared__ Histogram histogram;
+  __shared__ Histogram<> histogram;
   histogram.clear();
   for_each_key(query, [&](const Asked<Key>&, const Chunk&, int, Key key) {
     const Bits bucket = (static_cast<Bits>(key) - static_cast<Bits>(low)) >> shift;

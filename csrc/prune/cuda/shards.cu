@@ -251,25 +251,27 @@ void add_bits(const OnDevice& device, const at::Tensor& dense, int64_t n, Counte
 // ---- The ops ----
 
 at::Tensor shard_sample_cuda(at::TensorList weights, at::TensorList grads, at::TensorList mask_grads,
-                             at::TensorList masks, bool fresh, bool wide, int64_t count) {
-  const ShardArguments arguments{"drive::shard_sample", weights, grads, mask_grads, masks, fresh, wide};
+                             at::TensorList masks, bool fresh, bool wide, at::ArrayRef<double> scales,
+                             int64_t count) {
+  const ShardArguments arguments{"drive::shard_sample", weights, grads, mask_grads, masks, fresh, wide, scales};
   arguments.check_sample(count);
   return wide ? sample_of<int64_t>(arguments, count) : sample_of<int32_t>(arguments, count);
 }
 
 Survey shard_survey_cuda(at::TensorList weights, at::TensorList grads, at::TensorList mask_grads,
-                         at::TensorList masks, bool fresh, bool wide, int64_t low, int64_t high,
-                         int64_t room) {
-  const ShardArguments arguments{"drive::shard_survey", weights, grads, mask_grads, masks, fresh, wide};
+                         at::TensorList masks, bool fresh, bool wide, at::ArrayRef<double> scales, int64_t low,
+                         int64_t high, int64_t room) {
+  const ShardArguments arguments{"drive::shard_survey", weights, grads, mask_grads, masks, fresh, wide, scales};
   arguments.check_bracket(low, high, room);
   return wide ? survey_of<int64_t>(arguments, low, high, room)
               : survey_of<int32_t>(arguments, static_cast<int32_t>(low), static_cast<int32_t>(high), room);
 }
 
 at::Tensor shard_histogram_cuda(at::TensorList weights, at::TensorList grads, at::TensorList mask_grads,
-                                at::TensorList masks, bool fresh, bool wide, const MaybeTensor& listed,
-                                at::IntArrayRef tensors, int64_t low, int64_t shift, int64_t buckets) {
-  const ShardArguments arguments{"drive::shard_histogram", weights, grads, mask_grads, masks, fresh, wide};
+                                at::TensorList masks, bool fresh, bool wide, at::ArrayRef<double> scales,
+                                const MaybeTensor& listed, at::IntArrayRef tensors, int64_t low, int64_t shift,
+                                int64_t buckets) {
+  const ShardArguments arguments{"drive::shard_histogram", weights, grads, mask_grads, masks, fresh, wide, scales};
   arguments.check_tensors(tensors);
   arguments.check_buckets(low, shift, buckets);
   const at::Tensor counts = weights[0].new_zeros({buckets}, at::kLong);
@@ -286,9 +288,9 @@ at::Tensor shard_histogram_cuda(at::TensorList weights, at::TensorList grads, at
 }
 
 at::Tensor shard_split_cuda(at::TensorList weights, at::TensorList grads, at::TensorList mask_grads,
-                            at::TensorList masks, bool fresh, bool wide,
+                            at::TensorList masks, bool fresh, bool wide, at::ArrayRef<double> scales,
                             const MaybeTensor& listed, at::IntArrayRef tensors, at::IntArrayRef thresholds) {
-  const ShardArguments arguments{"drive::shard_split", weights, grads, mask_grads, masks, fresh, wide};
+  const ShardArguments arguments{"drive::shard_split", weights, grads, mask_grads, masks, fresh, wide, scales};
   arguments.check_tensors(tensors);
   arguments.check_thresholds(thresholds, tensors.size());
   const at::Tensor counts = weights[0].new_zeros({static_cast<int64_t>(tensors.size()), 2}, at::kLong);
@@ -304,10 +306,10 @@ at::Tensor shard_split_cuda(at::TensorList weights, at::TensorList grads, at::Te
 }
 
 at::Tensor shard_ties_cuda(at::TensorList weights, at::TensorList grads, at::TensorList mask_grads,
-                           at::TensorList masks, bool fresh, bool wide,
+                           at::TensorList masks, bool fresh, bool wide, at::ArrayRef<double> scales,
                            const MaybeTensor& listed, at::IntArrayRef tensors, int64_t threshold,
                            const at::Tensor& ends) {
-  const ShardArguments arguments{"drive::shard_ties", weights, grads, mask_grads, masks, fresh, wide};
+  const ShardArguments arguments{"drive::shard_ties", weights, grads, mask_grads, masks, fresh, wide, scales};
   arguments.check_tensors(tensors);
   arguments.check_thresholds(threshold, 1);
   arguments.check_ends(tensors, ends);
@@ -325,9 +327,9 @@ at::Tensor shard_ties_cuda(at::TensorList weights, at::TensorList grads, at::Ten
 }
 
 void shard_apply_cuda(at::TensorList weights, at::TensorList grads, at::TensorList mask_grads,
-                      at::TensorList masks, bool fresh, bool wide, const MaybeTensor& listed,
-                      at::IntArrayRef thresholds, at::IntArrayRef tie_ends) {
-  const ShardArguments arguments{weights, grads, mask_grads, masks, fresh, wide, thresholds, tie_ends};
+                      at::TensorList masks, bool fresh, bool wide, at::ArrayRef<double> scales,
+                      const MaybeTensor& listed, at::IntArrayRef thresholds, at::IntArrayRef tie_ends) {
+  const ShardArguments arguments{weights, grads, mask_grads, masks, fresh, wide, scales, thresholds, tie_ends};
   if (wide) {
     apply_to<int64_t>(arguments, listed, thresholds, tie_ends);
   } else {

@@ -1,4 +1,4 @@
-// What the launches of a step of drive::prune_ leave to each other in device memory (prune.cu tells the steps).
+// What the launches of a step leave to each other in device memory (prune.cu tells the steps).
 #pragma once
 
 #include <cuda_runtime.h>
@@ -28,7 +28,8 @@ constexpr Tuning kTuning = sizeof(Key) == 4 ? Tuning{3, 5, 2, 2} : Tuning{2, 5, 
 
 // Sums of the survey over all entries.
 struct Totals {
-  Counter above, at_hi, inside, at_lo, alive, nonfinite;
+  Counter above, at_hi, inside, at_lo, alive;  // what these cost
+  Counter listed, nonfinite;                   // how many; listed: those inside
 };
 
 // What the survey found in one chunk.
@@ -38,7 +39,8 @@ struct ChunkCounts {
   int32_t top;  // at the upper edge or above
 };
 
-// An entry survives if its key is larger, or equal and its global row-major index not beyond `last`.
+// An entry survives if its key is larger, or equal and its global row-major index not beyond `last`; -1: none of
+// these do.
 template <class Key>
 struct Cut {
   Key key;
@@ -83,7 +85,7 @@ template <class Key>
 struct Step {
   Work work;
   Told<Key> told;
-  int64_t keep, min_keep;
+  int64_t budget, min_keep;  // budget: of what all survivors may cost
   BracketRanks ranks;
   int64_t samples, places;  // places: of the list
   int64_t segments;         // of guards
@@ -101,6 +103,7 @@ struct Step {
   uint16_t* positions;    // [places]: where in their chunks
   Selection<Key> all, guards, rest;
   bool* guarded;          // does a guard count?
+  Counter* next;          // the least key of a survivor where none on the threshold survives
 
   int64_t* kept_out;       // [items]
   int64_t* nonfinite_out;  // [items]
@@ -131,12 +134,12 @@ __device__ Plan<Key> plan(const Step<Key>& step) {
   const Totals& t = *step.totals;
   const auto above = static_cast<int64_t>(t.above), at_hi = static_cast<int64_t>(t.at_hi);
   const auto inside = static_cast<int64_t>(t.inside), at_lo = static_cast<int64_t>(t.at_lo);
-  const int64_t k = min(step.keep, static_cast<int64_t>(t.alive));
-  const int64_t n = step.work.entries;
+  const int64_t k = min(step.budget, static_cast<int64_t>(t.alive));
   if (t.nonfinite) return {Where::refused, {kDead<Key>, 0, 0}};
   if (k == 0) return {Where::edge, {kTop<Key>, 0, 0}};
-  const bool held = inside <= step.places && above < k && k <= above + at_hi + inside + at_lo;
-  if (!held) return {Where::entries, {kDead<Key>, k, n}};
+  const bool held = static_cast<int64_t>(t.listed) <= step.places && above < k &&
+      k <= above + at_hi + inside + at_lo;
+  if (!held) return {Where::entries, {kDead<Key>, k, step.work.cost}};
   if (k <= above + at_hi) return {Where::edge, {bracket_edge(step, 0), k - above, at_hi}};
   if (k <= above + at_hi + inside) return {Where::list, {kDead<Key>, k - above - at_hi, inside}};
   return {Where::edge, {bracket_edge(step, 1), k - above - at_hi - inside, at_lo}};

@@ -156,12 +156,12 @@ __device__ Entries<T> load(const Work& work, const Item& item, int64_t position)
   return e;
 }
 
-template <class Key, class T>
-__device__ Key key_of(const Work& work, const Entries<T>& e, uint32_t alive, int j) {
+template <class Key, class T, class Scale>
+__device__ Key key_of(const Work& work, const Entries<T>& e, uint32_t alive, int j, Scale scale) {
   using Score = typename KeyTraits<Key>::Score;
   if (!(alive >> j & 1)) return kDead<Key>;
   return key_of(static_cast<Score>(value_in(e.weight, j, T{})), static_cast<Score>(value_in(e.grad, j, T{})),
-                static_cast<Score>(value_in(e.mask_grad, j, T{})), work.three);
+                static_cast<Score>(value_in(e.mask_grad, j, T{})), work.three, scale);
 }
 
 // Entries are dealt out to the threads `lanes` at a time. The thread that has entry i of a chunk, which of its
@@ -217,6 +217,19 @@ __device__ void with_vectors(const Item item, Body body) {
       body(type, std::true_type{}, item);
     } else {
       body(type, std::false_type{}, item);
+    }
+  });
+}
+
+// The same for what looks at keys, with the item's scale before the item: of a type of its own where it is 1, so
+// that the product by it takes no time.
+template <class Key, class Body>
+__device__ void with_scaled_vectors(const Item& item, Body body) {
+  with_vectors<Key>(item, [&](auto type, auto aligned, const Item& item) {
+    if (item.scale == 1) {
+      body(type, aligned, One{}, item);
+    } else {
+      body(type, aligned, item.scale, item);
     }
   });
 }

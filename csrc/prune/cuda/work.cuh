@@ -48,9 +48,12 @@ struct Item {
   int64_t first_entry;  // of all tensors' entries
   int64_t first_chunk;  // of all tensors' chunks
   int64_t first_word;   // of all tensors' bits
+  int64_t first_cost;   // of all entries' costs
   int32_t first_dim, dims;
   int32_t segment;  // of the selections of single tensors; -1: too small for one of its own
   Type type;
+  int32_t cost;   // of an entry
+  float scale;    // its scores are multiplied by it before they are ranked
   int16_t chunk_bits;  // log2 of the entries of a chunk
   int16_t missing;     // entries at the front of its first chunk: the others begin on 16 bytes of the weight
   bool dense;          // every operand lies in the order of the walk, without gaps
@@ -62,11 +65,12 @@ struct Work {
   const Item* items;
   const Dim* dims;
   int32_t count;
-  bool fresh;  // old masks are not read
+  bool fresh;    // old masks are not read
   bool alone;    // there are no gradients
   bool three;    // there are mask gradients too
   bool squared;  // |S| is the square of the score that is ranked
-  int64_t entries, chunks;
+  bool priced;   // entries do not all cost 1
+  int64_t entries, chunks, cost;  // cost: of all entries
 };
 
 struct Chunk {
@@ -77,7 +81,7 @@ struct Chunk {
   __device__ bool has(int i) const { return i >= from && i < to; }
 };
 
-// The item that holds entry or chunk i: the last one that begins at or before it.
+// The item that holds entry, chunk or unit of cost i: the last one that begins at or before it.
 template <int64_t Item::*kFirst>
 __device__ int32_t find(const Work& work, int64_t i) {
   int32_t found = 0;
@@ -164,14 +168,31 @@ __device__ inline float widen(Half v) { return __half2float(__ushort_as_half(v.b
 __device__ inline float widen(float v) { return v; }
 __device__ inline double widen(double v) { return v; }
 
-// The key of an entry that is not pruned: bits of |theta * G|, or of |theta * dL/dm * dL/dtheta|. Single
-// IEEE products: no contraction, no flush to zero.
-__device__ inline int32_t key_of(float weight, float grad, float, bool) {
-  return key_of_bits<int32_t>(__float_as_uint(__fmul_rn(weight, grad)));
+__device__ inline float product(float a, float b) { return __fmul_rn(a, b); }
+__device__ inline double product(double a, double b) { return __dmul_rn(a, b); }
+__device__ inline double product(double a, float b) { return __dmul_rn(a, b); }
+
+// In place of a scale of 1: no instruction.
+struct One {};
+__device__ inline float product(float a, One) { return a; }
+__device__ inline double product(double a, One) { return a; }
+
+// The key of an entry that is not pruned: bits of |theta * (G * scale)|, or of |theta * dL/dm * dL/dtheta * scale|.
+// Single IEEE products: no contraction, no flush to zero.
+template <class Scale>
+__device__ int32_t key_of(float weight, float grad, float, bool, Scale scale) {
+  return key_of_bits<int32_t>(__float_as_uint(product(weight, product(grad, scale))));
 }
-__device__ inline int64_t key_of(double weight, double grad, double mask_grad, bool three) {
-  if (three) weight = __dmul_rn(weight, mask_grad);
-  return key_of_bits<int64_t>(static_cast<uint64_t>(__double_as_longlong(__dmul_rn(weight, grad))));
+template <class Scale>
+__device__ int64_t key_of(double weight, double grad, double mask_grad, bool three, Scale scale) {
+  if (three) {
+    weight = product(weight, mask_grad);
+  } else {
+    grad = product(grad, scale);
+  }
+  double score = product(weight, grad);
+  if (three) score = product(score, scale);
+  return key_of_bits<int64_t>(static_cast<uint64_t>(__double_as_longlong(score)));
 }
 
 __device__ inline double score_of(int32_t key) { return __uint_as_float(bits_of_key(key)); }
@@ -200,7 +221,7 @@ __device__ Key key_at(const Work& work, const Item& item, int64_t position) {
   const Place place = place_of(work, item, position);
   if (!work.fresh && !item.data[kMask][place.at[kMask]]) return kDead<Key>;
   return key_of(value_at<Score>(item, kWeight, place), work.alone ? 1 : value_at<Score>(item, kGrad, place),
-                work.three ? value_at<Score>(item, kMaskGrad, place) : 0, work.three);
+                work.three ? value_at<Score>(item, kMaskGrad, place) : 0, work.three, item.scale);
 }
 
 // Masks an entry, and makes its weight +0 if it does not survive.

@@ -37,13 +37,16 @@ inline void set_divisor(Dim& dim) {
 struct WorkList {
   std::vector<Item> items;
   std::vector<Dim> dims;
-  int64_t entries = 0, chunks = 0, words = 0;
+  int64_t entries = 0, chunks = 0, words = 0, cost = 0;
 
   explicit WorkList(const PruneArguments& arguments) {
-    for (size_t i = 0; i < arguments.weights.size(); ++i) add(arguments.operands(i));
+    for (size_t i = 0; i < arguments.weights.size(); ++i) {
+      add(arguments.operands(i), arguments.costs.empty() ? 1 : arguments.costs[i],
+          arguments.scales.empty() ? 1 : static_cast<float>(arguments.scales[i]));
+    }
   }
 
-  void add(const std::vector<at::Tensor>& operands) {
+  void add(const std::vector<at::Tensor>& operands, int64_t cost_of_entry, float scale) {
     const at::Tensor& weight = operands[kWeight];
     std::vector<int64_t> index(weight.dim(), 1);
     for (int64_t d = weight.dim() - 2; d >= 0; --d) index[d] = index[d + 1] * weight.size(d + 1);
@@ -53,6 +56,9 @@ struct WorkList {
     item.first_entry = entries;
     item.first_chunk = chunks;
     item.first_word = words;
+    item.first_cost = cost;
+    item.cost = static_cast<int32_t>(cost_of_entry);
+    item.scale = scale;
     item.first_dim = static_cast<int32_t>(dims.size());
     item.dims = static_cast<int32_t>(walk.dims().size());
     item.type = type_of(weight);
@@ -68,6 +74,7 @@ struct WorkList {
     entries += item.numel;
     chunks += chunks_of(item);
     words += (item.numel + item.missing + 31) / 32;
+    cost += item.numel * cost_of_entry;
   }
 
  private:
@@ -98,8 +105,10 @@ inline Work work_of(const PruneArguments& arguments, const WorkList& list) {
   work.alone = arguments.grads.empty();
   work.three = !arguments.mask_grads.empty();
   work.squared = arguments.squared();
+  work.priced = list.cost != list.entries;
   work.entries = list.entries;
   work.chunks = list.chunks;
+  work.cost = list.cost;
   return work;
 }
 

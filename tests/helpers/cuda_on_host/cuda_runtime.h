@@ -210,6 +210,8 @@ T __shfl_down_sync(unsigned mask, T v, int by) {
 
 template <class T>
 T atomicAdd(T* to, T v) { return std::exchange(*to, static_cast<T>(*to + v)); }
+template <class T>
+T atomicMin(T* to, T v) { return std::exchange(*to, std::min(*to, v)); }
 inline unsigned atomicOr(unsigned* to, unsigned v) { return std::exchange(*to, *to | v); }
 
 inline int __popc(unsigned v) { return __builtin_popcount(v); }

@@ -52,10 +52,11 @@ __global__ void leaving() {
 // An op of drive::shard_*.
 template <class Result, class... Rest>
 void define(py::module_& m, const char* name, Result (*op)(at::TensorList, at::TensorList, at::TensorList,
-                                                           at::TensorList, bool, bool, Rest...)) {
+                                                           at::TensorList, bool, bool, at::ArrayRef<double>, Rest...)) {
   m.def(name, [op](const Tensors& weights, const Tensors& grads, const Tensors& mask_grads,
-                   const Tensors& masks, bool fresh, bool wide, std::decay_t<Rest>... rest) {
-    return op(weights, grads, mask_grads, masks, fresh, wide, rest...);
+                   const Tensors& masks, bool fresh, bool wide, const std::vector<double>& scales,
+                   std::decay_t<Rest>... rest) {
+    return op(weights, grads, mask_grads, masks, fresh, wide, scales, rest...);
   });
 }
 
@@ -66,6 +67,11 @@ PYBIND11_MODULE(cuda_on_host, m) {
   m.def("prune_", [](Tensors weights, Tensors grads, Tensors mask_grads, Tensors masks, bool fresh,
                      int64_t prune, int64_t min_keep) {
     return Prune::call(weights, grads, mask_grads, masks, fresh, prune, min_keep);
+  });
+  m.def("prune_to_cost_", [](Tensors weights, Tensors grads, Tensors mask_grads, Tensors masks, bool fresh,
+                             std::vector<int64_t> costs, std::vector<double> scales, int64_t max_cost,
+                             int64_t min_keep) {
+    return drive::prune_to_cost_cuda(weights, grads, mask_grads, masks, fresh, costs, scales, max_cost, min_keep);
   });
   Prune::name = "prune_";
   m.def("prune_on_gpu", [](const char* fault) {

@@ -7,6 +7,7 @@ import importlib.util
 import subprocess
 import sysconfig
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -15,7 +16,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from misleading import TRAPS, misleading
-from rank_cases import row_cases
+from rank_cases import case, cost_case, row_cases
 from shard_checks import (
     CHECKSUM_DTYPES,
     check_apply,
@@ -26,12 +27,14 @@ from shard_checks import (
     check_sample,
     keys,
     operands,
+    some_scales,
 )
 from torch.utils import cpp_extension
-from ugly import Step, laid_out, sample_inputs, steps, valued
+from ugly import CostStep, Step, cost_steps, laid_out, sample_inputs, steps, to_cost, valued
 from worlds import returned, run
 
 from drive_kernels import registry
+from drive_kernels.prune.cost import reference as cost_reference
 from drive_kernels.prune.op import reference
 
 ROOT = Path(__file__).parents[3]
@@ -81,13 +84,15 @@ def row_cases_on(library: Path, seeds: range) -> None:
     module = load(library)
     for name in ("sample", "survey", "histogram", "split", "ties", "apply_"):
         setattr(torch.ops.drive, f"shard_{name}", getattr(module, f"shard_{name}"))
-    row_cases(seeds)
+    for each in (case, cost_case):
+        row_cases(seeds, case=each)
 
 
 def assert_same(host: ModuleType, step: Step) -> None:
     ours, theirs = step.clone(), step.clone()
-    kept, nonfinite, scores = host.prune_(*ours.args())
-    expected = reference(*theirs.args())
+    priced = isinstance(step, CostStep)
+    kept, nonfinite, scores = (host.prune_to_cost_ if priced else host.prune_)(*ours.args())
+    expected = (cost_reference if priced else reference)(*theirs.args())
     for mine, other in zip(ours.masks + ours.weights, theirs.masks + theirs.weights, strict=True):
         assert torch.equal(mine, other)
     for weight, mask in zip(ours.weights, ours.masks, strict=True):
@@ -138,8 +143,8 @@ def test_sample_inputs(ordered: ModuleType, index: int):
     assert_same(ordered, sample_inputs()[index])
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
-@given(step=steps(), order=st.integers(0, 5), poison=st.booleans(), at=st.integers(0, 2**20))
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@given(step=steps() | cost_steps(), order=st.integers(0, 5), poison=st.booleans(), at=st.integers(0, 2**20))
 def test_equals_reference(host: ModuleType, step: Step, order: int, poison: bool, at: int):
     weight = step.weights[at % len(step.weights)]
     if poison and at % 5 == 0 and weight.numel():
@@ -182,6 +187,7 @@ def test_guards(ordered: ModuleType, dtype: torch.dtype):
 def test_misleading_sample(host: ModuleType, trap: str):
     for step in misleading(trap, 70_003, 1 << 14):
         assert_same(host, step)
+        assert_same(host, to_cost(step, [3], 0.0, 1 - step.prune / 70_003))
 
 
 def test_large_sample(ordered: ModuleType):
@@ -274,6 +280,44 @@ def test_non_finite_scores_change_nothing(host: ModuleType, bad: float, fresh: b
     assert_same(host, step)
 
 
+@pytest.mark.parametrize("n", (30_003, (1 << 18) + 5))
+@pytest.mark.parametrize("values", ("normal", "ties", "equal"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+def test_to_cost_in_many_chunks(host: ModuleType, dtype: torch.dtype, values: str, n: int):
+    """Large enough for sampling and, from 2^18 entries on, for a guard that many blocks count."""
+    host.set_order(7)
+    generator = torch.Generator().manual_seed(8)
+    shapes = ([32, 64, 3, 3], [n], [7], [40, 64, 3, 3])
+    weights, grads = (
+        [laid_out(valued(s, dtype, values, generator), "channels_last") for s in shapes] for _ in range(2)
+    )
+    masks = [torch.rand(s, generator=generator) < 0.9 for s in shapes]
+    for costs, alpha, share, min_keep in (
+        ((3136, 1, 2**30, 196), 0.5, 0.02, 0),
+        ((3136, 1, 2**20, 196), 0.5, 0.05, 400),
+        ((2, 3, 5, 7), 0.0, 0.3, 0),
+        ((1, 1, 1, 1), 0.5, 0.97, 0),
+    ):
+        step = Step(weights, grads, [], masks, share == 0.02, 0, min_keep)
+        assert_same(host, to_cost(step, costs, alpha, share))
+
+
+@pytest.mark.parametrize("left", range(0, 12, 3))
+def test_none_on_the_threshold_survives(host: ModuleType, left: int):
+    """The next larger key counts, found in the list, at an edge of the bracket or among all entries."""
+    keys = torch.tensor([5.0, 4.0, 3.0, 2.0])
+    for sizes in ((9, 7), (30_000, 7), (7, 30_000), (40_000, 40_000)):
+        weights = [keys.repeat_interleave(-(-n // 4))[:n].contiguous() for n in sizes]
+        masks = [torch.ones(n, dtype=torch.bool) for n in sizes]
+        for min_keep in (0, 3):
+            step = Step(weights, [], [], masks, True, 0, min_keep)
+            whole = to_cost(step, [1000, 10], 0.0, 1.0)
+            for key in keys.tolist():
+                above = sum(int((w > key).sum()) * c for w, c in zip(weights, whole.costs, strict=True))
+                budget = max(above + 100 * left, whole.min_keep * sum(whole.costs))
+                assert_same(host, replace(whole, max_cost=budget))
+
+
 # ---- drive::shard_*, and drive::checksum ----
 
 
@@ -281,13 +325,13 @@ def test_non_finite_scores_change_nothing(host: ModuleType, bad: float, fresh: b
 @given(step=steps(), order=st.integers(0, 5), data=st.data())
 def test_shard_ops_equal_references(host: ModuleType, step: Step, order: int, data: st.DataObject):
     host.set_order(order)
-    check_ops(host, step, data)
+    check_ops(host, step, data, data.draw(some_scales(step)))
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
-@given(step=steps(), count=st.integers(0, 5000))
-def test_shard_sample(host: ModuleType, step: Step, count: int):
-    check_sample(host, step, count)
+@given(step=steps(), count=st.integers(0, 5000), data=st.data())
+def test_shard_sample(host: ModuleType, step: Step, count: int, data: st.DataObject):
+    check_sample(host, step, count, data.draw(some_scales(step)))
 
 
 def test_shard_ops_on_many_tensors(ordered: ModuleType):
@@ -331,9 +375,9 @@ def test_checksum(ordered: ModuleType, dtype: torch.dtype):
 
 def test_shard_ops_refuse_what_another_survey_has_listed(host: ModuleType):
     small, large = ([torch.ones(n)] for n in (10, 100_000))
-    listed = host.shard_survey(small, [], [], [], True, False, 0, 10, 5)[2]
+    listed = host.shard_survey(small, [], [], [], True, False, [], 0, 10, 5)[2]
     with pytest.raises(ValueError, match="shard_split: listed must be of a survey of these tensors, got"):
-        host.shard_split(large, [], [], [], True, False, listed, [0], [1])
+        host.shard_split(large, [], [], [], True, False, [], listed, [0], [1])
 
 
 def test_sharded_steps(host: ModuleType):

@@ -1,4 +1,4 @@
-"""What drive::prune_ can get wrong on a CUDA device only: streams, graphs, memory, waiting, other devices."""
+"""What a step can get wrong on a CUDA device only: streams, graphs, memory, waiting, other devices."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ import pytest
 import torch
 from on_device import DEVICE, implementation
 from torch import Tensor
-from ugly import sample_inputs
+from ugly import sample_inputs, to_cost
 
 from drive.experiments.bench.workload import Case, Inputs, prove, vgg16_shapes
-from drive.fused import PruneOp, prune_step
+from drive.fused import PruneOp, PruneOps, prune_step
 from drive.masks import Masks
-from drive.reference import drive_prune
 from drive.result import PruneResult
+from drive.targets.costs import Budget
+from drive_kernels.prune.cost import reference as cost_reference
 from drive_kernels.prune.op import reference
 
 GIB = 1 << 30
+BUDGET = Budget({"0": 3, "1": 1000, "2": 7}, 8_000_000, 0.5)  # of a Model's tensors, which cost 19 M at first
 pytestmark = pytest.mark.gpu
 
 
@@ -51,6 +53,15 @@ def test_repeats_to_the_bit(prune_: PruneOp, dtype: torch.dtype, old_masks: bool
         assert all(map(torch.equal, found[0], found.pop() if number else found[0]))
 
 
+def step(
+    ops: PruneOps, goal: float | Budget, weights: list[Tensor], grads: list[Tensor], masks: Masks | None
+) -> PruneResult:
+    return prune_step(
+        ops, "test", weights, grads, None,
+        goal=goal, masks=masks, min_keep=0, include=None, exclude=None, layers=None, check_finite=False,
+    )  # fmt: skip
+
+
 class Model:
     """Weights, gradients and masks on the device, as a training loop has them, and their twins on the CPU."""
 
@@ -72,19 +83,15 @@ class Model:
         for own, new in zip(self.grads, grads, strict=True):
             own.copy_(new, non_blocking=True)
 
-    def step(self, prune_: PruneOp, sparsity: float) -> PruneResult:
-        result = prune_step(
-            prune_, "test", self.weights, self.grads, None,
-            sparsity=sparsity, masks=self.masks, min_keep=0, include=None, exclude=None, layers=None,
-            check_finite=False,
-        )  # fmt: skip
+    def step(self, ops: PruneOps, goal: float | Budget) -> PruneResult:
+        result = step(ops, goal, self.weights, self.grads, self.masks)
         self.masks = result.masks
         return result
 
-    def expect(self, grads: list[Tensor], sparsity: float) -> None:
+    def expect(self, grads: list[Tensor], goal: float | Budget) -> None:
         """The same step on the CPU."""
-        result = drive_prune(self.expected, grads, sparsity=sparsity, masks=self.expected_masks)
-        self.expected_masks = result.masks
+        ops = PruneOps(reference, cost_reference)
+        self.expected_masks = step(ops, goal, self.expected, grads, self.expected_masks).masks
 
     def check(self) -> None:
         for ours, expected in zip(self.weights, self.expected, strict=True):
@@ -93,18 +100,20 @@ class Model:
             assert torch.equal(ours.cpu(), expected)
 
 
-def warm_up(prune_: PruneOp) -> None:
+def warm_up(ops: PruneOps) -> None:
     """Kernels are compiled and loaded at their first launch, which may wait for the device."""
     model = Model(0)
     model.load(model.new_grads())
-    model.step(prune_, 0.1)
+    for goal in (0.1, BUDGET):
+        model.step(ops, goal)
     torch.cuda.synchronize()
 
 
+@pytest.mark.parametrize("goal", (0.6, BUDGET), ids=("sparsity", "budget"))
 @pytest.mark.parametrize("fresh", (True, False))
-def test_graph_replay(prune_: PruneOp, fresh: bool):
+def test_graph_replay(ops: PruneOps, fresh: bool, goal: float | Budget):
     """One capture serves changed gradients; steps between the replays must not disturb what it holds."""
-    warm_up(prune_)
+    warm_up(ops)
     model = Model(1)
     if not fresh:
         model.masks = Masks(
@@ -112,11 +121,11 @@ def test_graph_replay(prune_: PruneOp, fresh: bool):
         )
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        result = model.step(prune_, 0.6)
+        result = model.step(ops, goal)
     for seed in (2, 3):
         other = Model(seed, entries=30_000)
         other.load(other.new_grads())
-        other.step(prune_, 0.5)
+        other.step(ops, 0.5)
         grads = model.new_grads()
         model.load(grads)
         for weight, mask in zip(model.weights, model.masks.values(), strict=True):
@@ -125,34 +134,35 @@ def test_graph_replay(prune_: PruneOp, fresh: bool):
         model.expected = [torch.ones(w.shape) for w in model.weights]
         model.expected_masks = None
         graph.replay()
-        model.expect(grads, 0.6)
+        model.expect(grads, goal)
         model.check()
-        assert result.ok and result.pruned == round(0.6 * result.total)
+        assert result.ok and (goal is BUDGET or result.pruned == round(0.6 * result.total))
 
 
-def test_side_streams(prune_: PruneOp):
+def test_side_streams(ops: PruneOps):
     """A queue of steps on two streams that are kept waiting: each sees the inputs made on its own stream."""
-    warm_up(prune_)
+    warm_up(ops)
     streams = [torch.cuda.Stream(), torch.cuda.Stream()]
     models = [Model(seed, entries) for seed, entries in enumerate((3_000_000, 90_000, 1_000_000, 300_000))]
-    plan = [(model, model.new_grads(), sparsity) for sparsity in (0.2, 0.5, 0.9) for model in models]
+    plan = [(model, model.new_grads(), goal) for goal in (0.2, 0.5, BUDGET, 0.9) for model in models]
     torch.cuda.synchronize()
     for stream in streams:
         with torch.cuda.stream(stream):
             torch.cuda._sleep(300_000_000)
-    for model, grads, sparsity in plan:
+    for model, grads, goal in plan:
         with torch.cuda.stream(streams[models.index(model) % 2]):
             model.load(grads)
-            model.step(prune_, sparsity)
-    for model, grads, sparsity in plan:
-        model.expect(grads, sparsity)
+            model.step(ops, goal)
+    for model, grads, goal in plan:
+        model.expect(grads, goal)
     torch.cuda.synchronize()
     for model in models:
         model.check()
 
 
-def test_never_waits_for_the_device(prune_: PruneOp):
-    warm_up(prune_)
+@pytest.mark.parametrize("goal", (0.5, BUDGET), ids=("sparsity", "budget"))
+def test_never_waits_for_the_device(ops: PruneOps, goal: float | Budget):
+    warm_up(ops)
     model = Model(4)
     grads = model.new_grads()
     model.load(grads)
@@ -162,11 +172,11 @@ def test_never_waits_for_the_device(prune_: PruneOp):
         slept = torch.cuda.Event()
         torch.cuda._sleep(2_000_000_000)  # about a second
         slept.record()
-        model.step(prune_, 0.5)
+        model.step(ops, goal)
         assert not slept.query(), "the call came back while the device was still asleep"
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    model.expect(grads, 0.5)
+    model.expect(grads, goal)
     model.check()
 
 
@@ -199,10 +209,10 @@ def little_memory() -> Iterator[Callable[[], None]]:
 @pytest.mark.parametrize("free", (0, 1 << 10, 1 << 16, 1 << 20, 8 << 20), ids="{} bytes left".format)
 @pytest.mark.parametrize("old_masks", (False, True))
 def test_out_of_memory_changes_nothing(
-    prune_: PruneOp, little_memory: Callable[[], None], old_masks: bool, free: int
+    ops: PruneOps, little_memory: Callable[[], None], old_masks: bool, free: int
 ):
     """Wherever in the step memory ends, it raises before anything is written, or it does all its work."""
-    warm_up(prune_)
+    warm_up(ops)
     case = Case("256M", torch.bfloat16, 0.9, old_masks)
     inputs = Inputs([(256, 1000, 1000)], case.dtype, DEVICE)
     inputs.begin(case)
@@ -213,7 +223,7 @@ def test_out_of_memory_changes_nothing(
     taken = fill_memory()
     del spare
     try:
-        prune_(*inputs.arguments(case))
+        ops.prune(*inputs.arguments(case))
         failed = False
     except torch.OutOfMemoryError:
         failed = True
@@ -222,7 +232,7 @@ def test_out_of_memory_changes_nothing(
     assert failed or free, "the scratch of a step fits into no memory"
     if failed:
         assert all(map(torch.equal, (inputs.weight, inputs.mask, inputs.grad), before))
-    prove(inputs, case, prune_)
+    prove(inputs, case, ops.prune)
 
 
 @pytest.mark.parametrize(("name", "bytes_an_entry"), (("compiled", 1 / 4), ("triton", 3 / 8)))
@@ -268,7 +278,10 @@ def test_second_device(prune_: PruneOp):
 
 @pytest.mark.parametrize("index", range(len(sample_inputs())))
 def test_opcheck(index: int):
-    torch.library.opcheck(implementation("compiled"), sample_inputs()[index].to(DEVICE).args())
+    step = sample_inputs()[index].to(DEVICE)
+    torch.library.opcheck(implementation("compiled"), step.args())
+    costly = to_cost(step, range(5, 5 + len(step.weights)), 0.5, 0.3)
+    torch.library.opcheck(implementation("compiled", "prune_to_cost_"), costly.args())
 
 
 def test_compiles_into_one_graph():

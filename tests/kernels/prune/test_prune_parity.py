@@ -1,4 +1,4 @@
-"""drive::prune_ on a CUDA device, compiled and in Triton, against the CPU: the same bits for any input."""
+"""Pruning steps on a CUDA device, compiled and in Triton, against the CPU: the same bits for any input."""
 
 from __future__ import annotations
 
@@ -10,12 +10,23 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from misleading import TRAPS, misleading
-from on_device import DEVICE, ORACLES, assert_parity, implementation
+from on_device import COST_ORACLES, DEVICE, ORACLES, assert_parity, implementation
 from torch import Tensor
-from ugly import LAYOUTS, NARROW, Step, laid_out, sample_inputs, steps, valued
+from ugly import (
+    LAYOUTS,
+    NARROW,
+    CostStep,
+    Step,
+    cost_steps,
+    laid_out,
+    sample_inputs,
+    steps,
+    to_cost,
+    valued,
+)
 
 from drive.experiments.bench.workload import SCORES, Case, Inputs
-from drive.fused import PruneOp
+from drive.fused import PruneOp, PruneOps
 
 pytestmark = pytest.mark.gpu
 
@@ -35,6 +46,31 @@ def test_parity_on_200_random_steps(prune_: PruneOp, step: Step, poison: float |
     if poison is not None and weight.numel():
         weight[tuple(at % size for size in weight.shape)] = poison
     assert_parity(prune_, step)
+
+
+@settings(
+    max_examples=200, deadline=None, derandomize=True, phases=[Phase.generate], print_blob=True,
+    suppress_health_check=list(HealthCheck),
+)  # fmt: skip
+@given(step=cost_steps())
+def test_parity_on_200_random_budgets(ops: PruneOps, step: CostStep):
+    assert_parity(ops.to_cost, step, COST_ORACLES)
+
+
+@pytest.mark.parametrize("values", ("normal", "ties", "equal"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64))
+def test_parity_to_cost_on_many_chunks(ops: PruneOps, dtype: torch.dtype, values: str):
+    """Cheap entries by the million beside costly ones, in lists, at edges and through all entries."""
+    generator = torch.Generator().manual_seed(7)
+    shapes = ([64, 3, 3, 3], [300, 256, 3, 3], *([[64]] * 100), [2_000_003], [7])
+    weights, grads = (
+        [laid_out(valued(s, dtype, values, generator), "channels_last") for s in shapes] for _ in range(2)
+    )
+    masks = [torch.rand(s, generator=generator) < 0.9 for s in shapes]
+    costs = [50176, 3136, *range(1, 101), 1, 2**30]
+    for alpha, share, fresh, min_keep in ((0.0, 0.1, True, 0), (0.5, 0.5, False, 0), (0.5, 0.6, True, 50)):
+        step = Step(weights, grads, [], masks, fresh, 0, min_keep)
+        assert_parity(ops.to_cost, to_cost(step, costs, alpha, share), COST_ORACLES[:1])
 
 
 @pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
