@@ -30,7 +30,7 @@ sys.path.append(str(ROOT / "tests" / "helpers"))
 
 from linear_cases import BlockCase, PackedCase
 from masked_cases import CASES, TOLERANCE, Case
-from ugly import Step, laid_out, sample_inputs
+from ugly import Step, laid_out, sample_inputs, to_cost
 
 from benchmarks.gpu import sparse
 from benchmarks.gpu.stages import script
@@ -59,7 +59,7 @@ class Device:
 
 
 def prune_steps() -> None:
-    """drive::prune_, also with the bracket that a test gives it."""
+    """drive::prune_ and drive::prune_to_cost_, also with the bracket that a test gives them."""
     from drive_kernels.prune.triton import host, launch
 
     dense = []  # in row-major order and not
@@ -71,7 +71,9 @@ def prune_steps() -> None:
     for sigmas in (host.TUNING.sigmas, 0.0):
         with mock.patch.object(host, "TUNING", host.TUNING._replace(sigmas=sigmas)):
             for step, fresh, min_keep in product((*sample_inputs(), *dense), BOTH, (0, 1)):
-                launch.prune_(*replace(step, fresh=fresh, min_keep=min_keep).clone().args())
+                same = replace(step, fresh=fresh, min_keep=min_keep).clone()
+                launch.prune_(*same.args())
+                launch.prune_to_cost_(*to_cost(same, [2] * len(same.weights), 0.5, 0.5).args())
 
 
 def masked_layers() -> None:

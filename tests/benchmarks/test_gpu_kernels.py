@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,8 @@ def test_every_launch_of_a_step_is_compiled():
         kernels.prune_steps()
     assert {x.kernel for x in launches()} == {kernel for kernel, _ in found}
     hot = [arguments for kernel, arguments in found if kernel.fn.__name__ == "apply_keys"]
-    assert {(x["FRESH"], x["WIDE"]) for x in hot} == {(f, w) for f in (False, True) for w in (False, True)}
+    forms = {(x["FRESH"], x["WIDE"], x["COSTED"]) for x in hot}
+    assert forms == set(product((False, True), repeat=3))
 
 
 COMPILE = """

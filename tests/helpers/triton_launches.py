@@ -10,7 +10,7 @@ import torch
 from ahead_of_time import Launch, recorded
 from linear_cases import BlockCase, PackedCase
 from masked_cases import Case
-from ugly import Step, laid_out, sample_inputs
+from ugly import Step, laid_out, sample_inputs, to_cost
 
 from drive_kernels.linear import block, block_triton, masked_triton, packed_triton
 from drive_kernels.prune.triton import launch
@@ -30,7 +30,9 @@ def prune() -> frozenset[Launch]:
         for step in (*sample_inputs(), *more):
             for fresh in (False, True):
                 for min_keep in (0, 1):
-                    launch.prune_(*replace(step, fresh=fresh, min_keep=min_keep).clone().args())
+                    same = replace(step, fresh=fresh, min_keep=min_keep).clone()
+                    launch.prune_(*same.args())
+                    launch.prune_to_cost_(*to_cost(same, [2] * len(same.weights), 0.5, 0.5).args())
     return frozenset(found)
 
 

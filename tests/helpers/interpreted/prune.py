@@ -4,8 +4,6 @@ these tests in a process of their own, for TRITON_INTERPRET=1 must be set before
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,89 +11,17 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from ahead_of_time import patch_once
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
-from ugly import Step, copy, laid_out, memory, sample_inputs, steps, valued
+from same import PLACES, SMALL, TUNINGS, assert_same
+from ugly import Step, sample_inputs, step_of, steps
 
 from drive_kernels.prune.op import reference
 from drive_kernels.prune.triton import access, host, launch, tables
 from drive_kernels.prune.triton.host import Tuning
-from drive_kernels.prune.triton.tables import HEADER, PLACE, SELECTION
+from drive_kernels.prune.triton.tables import HEADER
 
 CSRC = Path(__file__).parents[3] / "csrc"
-
-# Small chunks and samples, so that small inputs take every way through the kernels.
-SMALL = Tuning(
-    chunk=512, programs=3, small_sample=256, large_sample=512, samples_a_program=64, large_from=4000,
-    entries_a_listed_key=2,
-)  # fmt: skip
-TUNINGS = {
-    "small": SMALL,
-    "list too short": SMALL._replace(entries_a_listed_key=1 << 20, least_listed=5),
-    "narrow bracket": SMALL._replace(sigmas=0.0),
-}
-PLACES = {0: "on high", 1: "on low", 2: "inside", 3: "anywhere"}
-
-
-patch_once()
-
-
-@contextmanager
-def spoiled(step: Step) -> Iterator[None]:
-    """Has meanwhile no gradients, and of the old masks nothing. What is written of the masks stays."""
-    held = [(tensor, copy(tensor)) for tensor in step.grads + step.mask_grads]
-    masks = [(mask.view(torch.uint8), copy(mask).view(torch.uint8)) for mask in step.masks]
-    for tensor, _ in held:
-        tensor.fill_(torch.nan)
-    for mask, _ in masks:
-        mask.fill_(2)
-    yield
-    for tensor, before in held:
-        tensor.copy_(before)
-    for mask, before in masks:
-        mask.copy_(torch.where(mask == 2, before, mask))
-
-
-BY = ("apply_bits", "apply_keys")
-
-
-def assert_same(step: Step, tuning: Tuning = SMALL, by: str | None = None) -> str:
-    """Every byte is the reference's. Returns where the threshold lay. `by`: the one of the two kernels that
-    applies to plain chunks; the other does not run, and gradients and old masks are hidden from the bits'."""
-    made = []
-    launch_kernel = launch.launch_kernel
-
-    def launch_one(kernel, grid, **arguments) -> None:
-        name = kernel.fn.__name__
-        if name not in BY or by is None or name == by == "apply_keys":
-            launch_kernel(kernel, grid, **arguments)
-        elif name == by:
-            with spoiled(ours):
-                launch_kernel(kernel, grid, **arguments)
-
-    on_device = host.on_device
-
-    def keep(*arguments) -> Tensor:
-        made.append(on_device(*arguments))
-        return made[0]
-
-    ours, theirs = step.to("cpu"), step.to("cpu")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(host, "TUNING", tuning)
-        patch.setattr(host, "on_device", keep)
-        patch.setattr(launch, "launch_kernel", launch_one)
-        kept, nonfinite, scores = launch.prune_(*ours.args())
-    expected = reference(*theirs.args())
-    for name in ("weights", "grads", "mask_grads", "masks"):
-        for index, pair in enumerate(zip(getattr(ours, name), getattr(theirs, name), strict=True)):
-            assert torch.equal(*map(memory, pair)), f"{name}[{index}]"
-    assert torch.equal(kept, expected[0])
-    assert torch.equal(nonfinite, expected[1])
-    # float64 sums in another order
-    torch.testing.assert_close(scores, expected[2], rtol=1e-12, atol=0, equal_nan=True)
-    return PLACES[made[0][made[0][SELECTION.value] + PLACE.value].item()]
 
 
 @settings(
@@ -119,24 +45,6 @@ def test_equals_reference(step: Step, tuning: str, poison: float | None, at: int
 def test_real_sizes(index: int):
     """With the chunks, samples and list that a GPU gets: 107,000 entries."""
     assert_same(sample_inputs()[index], Tuning())
-
-
-def step_of(
-    shapes: list[list[int]],
-    values: str,
-    layout: str = "contiguous",
-    *,
-    dtype: torch.dtype = torch.float32,
-    fresh: bool = True,
-    fraction: float = 0.5,
-    min_keep: int = 0,
-    three: bool = False,
-) -> Step:
-    generator = torch.Generator().manual_seed(5)
-    operands = [[laid_out(valued(s, dtype, values, generator), layout) for s in shapes] for _ in range(3)]
-    masks = [laid_out(torch.rand(s, generator=generator) < 0.8, layout) for s in shapes]
-    prune = round(fraction * sum(m.numel() for m in masks))
-    return Step(operands[0], operands[1], operands[2] if three else [], masks, fresh, prune, min_keep)
 
 
 SHAPES = [[24, 8, 3, 3], [600], [7], [0, 3], [8, 16, 3, 3]]

@@ -1,5 +1,6 @@
-"""drive::prune_ in Triton without a GPU: its kernels interpreted, compiled ahead of time, disassembled; and
-which implementation is registered for CUDA. test_prune_gpu.py runs it on a device."""
+"""drive::prune_ in Triton without a GPU: its kernels interpreted, and compiled ahead of time and looked at,
+as drive::prune_to_cost_ has them too; and which implementation is registered for CUDA. test_prune_gpu.py runs
+it on a device."""
 
 from __future__ import annotations
 
@@ -14,11 +15,11 @@ from typing import Any
 
 import pytest
 import torch
-from ugly import Step, sample_inputs
+from ugly import CostStep, Step, sample_inputs, to_cost
 
 import drive_kernels
 from drive.experiments.cli import info
-from drive_kernels.prune.op import reference
+from drive_kernels.library import references
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -35,7 +36,7 @@ from ahead_of_time import (
 )
 from triton_launches import prune as launches
 
-from drive_kernels.prune.triton import bracket, host, passes, search, ties
+from drive_kernels.prune.triton import bracket, host, passes, search, ties, weakest
 from drive_kernels.prune.triton import launch as launcher
 
 
@@ -46,17 +47,18 @@ def interpreter() -> Iterator[subprocess.Popen[str]]:
         yield process
 
 
-HOT = (  # kernel, wide, fresh
-    *product(("survey", "apply_keys"), (False, True), (False, True)),
-    *product(("apply_bits",), (False, True), (None,)),
+HOT = (  # kernel, wide, fresh, costed
+    *product(("survey", "apply_keys"), (False, True), (False, True), (False, True)),
+    *product(("apply_bits",), (False, True), (None,), (None,)),
 )
 
 
 def test_launches_are_all_there():
     kernels = {launch.kernel.fn.__name__ for launch in launches()}
     assert kernels == {
-        "list_chunks", "sample", "bracket", "survey", "decide", "count_digit", "pick_digit", "count_ties",
-        "locate", "recount", "cut", "apply_bits", "apply_keys", "apply_others", "finish",
+        "list_chunks", "sample", "bracket", "survey", "decide", "count_digit", "count_listed", "pick_digit",
+        "count_ties", "locate", "recount", "cut", "look_above", "apply_bits", "apply_keys", "apply_others",
+        "finish",
     }  # fmt: skip
     for way in HOT:
         assert any(is_hot(x, *way) for x in launches()), way
@@ -85,18 +87,18 @@ def test_worse_code_fails_with_known_versions_and_warns_with_others(monkeypatch:
         expect(False, "two spills")
 
 
-def is_hot(launch: Launch, name: str, wide: bool, fresh: bool | None) -> bool:
+def is_hot(launch: Launch, name: str, wide: bool, fresh: bool | None, costed: bool | None) -> bool:
     return (
         launch.kernel.fn.__name__ == name
         and launch.constant("PLAIN_ONES", True)
-        and (launch.constant("WIDE"), launch.constant("FRESH")) == (wide, fresh)
+        and tuple(map(launch.constant, ("WIDE", "FRESH", "COSTED"))) == (wide, fresh, costed)
     )
 
 
-@pytest.mark.parametrize("name, wide, fresh", HOT)
-def test_plain_chunks_move_16_bytes_at_a_time(name: str, wide: bool, fresh: bool | None):
+@pytest.mark.parametrize("name, wide, fresh, costed", HOT)
+def test_plain_chunks_move_16_bytes_at_a_time(name: str, wide: bool, fresh: bool | None, costed: bool | None):
     """What all entries of an ordinary network go through, on a Hopper GPU."""
-    launch = next(x for x in launches() if is_hot(x, name, wide, fresh))
+    launch = next(x for x in launches() if is_hot(x, name, wide, fresh, costed))
     found = Code.of(launch.compile(90)).instructions
     assert len(found) > 400
     # Vectors a thread, 16 entries. For scores those of float32, bfloat16, float16 and float64, in a branch
@@ -208,17 +210,24 @@ def test_refuses(changed: dict[str, object], error: type[Exception], message: st
         launcher.prune_(*replace(good, **changed).args())
 
 
+def costly(step: Step) -> CostStep:
+    return to_cost(step, [3, 1000, 70][: len(step.weights)], 0.5, 0.4)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "changed", ({}, {"least_listed": 5, "entries_a_listed_key": 1 << 40}, {"sigmas": 0.0})
 )
 @pytest.mark.parametrize("index", range(len(sample_inputs())))
-def test_on_the_device(index: int, changed: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("costed", (False, True))
+def test_on_the_device(costed: bool, index: int, changed: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
     """Also where the list is too short, or the bracket does not hold: through all entries."""
     monkeypatch.setattr(host, "TUNING", host.TUNING._replace(**changed))
     step = sample_inputs()[index]
+    step = costly(step) if costed else step
     ours, theirs = step.to("cuda"), step.to("cpu")
-    outputs, expected = launcher.prune_(*ours.args()), reference(*theirs.args())
+    outputs = getattr(launcher, step.op)(*ours.args())
+    expected = references[step.op](*theirs.args())
     for mine, other in zip(ours.masks + ours.weights, theirs.masks + theirs.weights, strict=True):
         assert torch.equal(mine.cpu(), other)
     for mine, other in zip(outputs[:2], expected[:2], strict=True):
@@ -238,9 +247,10 @@ def test_a_captured_table_is_what_any_is():
 
 @pytest.mark.gpu
 def test_captured():
-    """Two steps in one graph, replayed when all that the host had is gone; the first ever call is refused."""
-    steps = [sample_inputs()[index].to("cuda") for index in (0, 1)]
-    for module in (bracket, passes, search, ties):
+    """Steps in one graph, replayed when all that the host had is gone; the first ever call is refused."""
+    some = [sample_inputs()[index] for index in (0, 1)]
+    steps = [step.to("cuda") for step in (*some, *map(costly, some))]
+    for module in (bracket, passes, search, ties, weakest):
         for kernel in vars(module).values():
             if hasattr(kernel, "device_caches"):
                 kernel.device_caches.clear()
@@ -253,15 +263,15 @@ def test_captured():
     ):
         launcher.prune_(*steps[0].args())
     for step in steps:
-        launcher.prune_(*step.clone().args())
+        getattr(launcher, step.op)(*step.clone().args())
     expected, before = [step.to("cpu") for step in steps], [step.clone() for step in steps]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for step in steps:
-            launcher.prune_(*step.args())
+            getattr(launcher, step.op)(*step.args())
     torch._C._host_emptyCache()
     for step in expected:
-        reference(*step.args())
+        references[step.op](*step.args())
     for _ in range(2):
         for step, old in zip(steps, before, strict=True):
             for tensor, value in zip(step.weights + step.masks, old.weights + old.masks, strict=True):

@@ -14,11 +14,13 @@ from .tables import (
     FLOAT32,
     FLOAT64,
     GRAD,
+    GRAD_SCALE,
     HEADER,
     LOGICAL_WALK,
     MASK,
     MASK_GRAD,
     NUMEL,
+    PRODUCT_SCALE,
     ROW,
     TOP32,
     TOP64,
@@ -75,27 +77,43 @@ def vector(row, OPERAND: tl.constexpr, T: tl.constexpr):
 
 
 @triton.jit
-def score_as(row, position, T: tl.constexpr, WIDE: tl.constexpr):
+def scale_of(row, FIELD: tl.constexpr, WIDE: tl.constexpr):
+    return widened(tl.load(row + FIELD).to(tl.int32).to(tl.float32, bitcast=True), WIDE)
+
+
+@triton.jit
+def product(row, w, g, WIDE: tl.constexpr, COSTED: tl.constexpr):
+    """w * g, one of which is scaled: g or the product. The other's scale is 1, which changes no bit."""
+    if COSTED:
+        g *= scale_of(row, GRAD_SCALE, WIDE)
+    score = w * g
+    if COSTED:
+        score *= scale_of(row, PRODUCT_SCALE, WIDE)
+    return score
+
+
+@triton.jit
+def score_as(row, position, T: tl.constexpr, WIDE: tl.constexpr, COSTED: tl.constexpr):
     """Scores of a plain chunk of one dtype."""
     w = widened(tl.load(vector(row, WEIGHT, T) + position), WIDE)
     g = widened(tl.load(vector(row, GRAD, T) + position), WIDE)
     if WIDE and tl.load(row + MASK_GRAD) != 0:
         w *= widened(tl.load(vector(row, MASK_GRAD, T) + position), WIDE)
-    return w * g
+    return product(row, w, g, WIDE, COSTED)
 
 
 @triton.jit
-def scores(row, position, WIDE: tl.constexpr):
+def scores(row, position, WIDE: tl.constexpr, COSTED: tl.constexpr):
     """Scores of a plain chunk."""
     dtype = tl.load(row + DTYPE)
     if dtype == FLOAT32:
-        score = score_as(row, position, tl.float32, WIDE)
+        score = score_as(row, position, tl.float32, WIDE, COSTED)
     elif dtype == BFLOAT16:
-        score = score_as(row, position, tl.int16, WIDE)
+        score = score_as(row, position, tl.int16, WIDE, COSTED)
     elif not WIDE or dtype == FLOAT16:
-        score = score_as(row, position, tl.float16, WIDE)
+        score = score_as(row, position, tl.float16, WIDE, COSTED)
     else:
-        score = score_as(row, position, tl.float64, WIDE)
+        score = score_as(row, position, tl.float64, WIDE, COSTED)
     return score
 
 
@@ -131,15 +149,17 @@ def mask_of(row):
 
 
 @triton.jit
-def plain_chunk(row, begin, BLOCK: tl.constexpr, FRESH: tl.constexpr, WIDE: tl.constexpr):
+def plain_chunk(
+    row, begin, BLOCK: tl.constexpr, FRESH: tl.constexpr, WIDE: tl.constexpr, COSTED: tl.constexpr
+):
     """Keys of a plain chunk: whole, and of operands that lie in memory without gaps in the order of the
     item's walk, at addresses for vectors."""
     position = begin + tl.arange(0, BLOCK)
     if FRESH:
-        keys = key_of(scores(row, position, WIDE))
+        keys = key_of(scores(row, position, WIDE, COSTED))
     else:
         alive = tl.load(mask_of(row) + position)  # first, so that it does not wait for the others
-        keys = tl.where(alive != 0, key_of(scores(row, position, WIDE)), 0)
+        keys = tl.where(alive != 0, key_of(scores(row, position, WIDE, COSTED)), 0)
     return keys
 
 
@@ -193,7 +213,10 @@ def offsets(walk, dims, most, position):
 
 
 @triton.jit
-def gather_keys(row, walk, dims, most, position, inside, FRESH: tl.constexpr, WIDE: tl.constexpr):
+def gather_keys(
+    row, walk, dims, most, position, inside,
+    FRESH: tl.constexpr, WIDE: tl.constexpr, COSTED: tl.constexpr,
+):  # fmt: skip
     """Keys of entries wherever they lie; 0 where not `inside`. row, walk, dims: [] or [BLOCK]."""
     w_at, g_at, m_at, mg_at = offsets(walk, dims, most, position)
     each = tl.zeros_like(position)
@@ -201,13 +224,13 @@ def gather_keys(row, walk, dims, most, position, inside, FRESH: tl.constexpr, WI
     alive = inside
     if not FRESH:
         alive = tl.load(tl.load(row + MASK).to(tl.pointer_type(tl.int8)) + m_at, mask=inside, other=0) != 0
-    score = gather(tl.load(row + WEIGHT), dtype, w_at, inside, WIDE)
+    w = gather(tl.load(row + WEIGHT), dtype, w_at, inside, WIDE)
     if WIDE:
         mask_grad = tl.load(row + MASK_GRAD) + each
         factor = gather(mask_grad, dtype, mg_at, inside & (mask_grad != 0), WIDE)
-        score *= tl.where(mask_grad != 0, factor, 1.0)
-    score *= gather(tl.load(row + GRAD), dtype, g_at, inside, WIDE)
-    return tl.where(alive, key_of(score), 0)
+        w *= tl.where(mask_grad != 0, factor, 1.0)
+    g = gather(tl.load(row + GRAD), dtype, g_at, inside, WIDE)
+    return tl.where(alive, key_of(product(row, w, g, WIDE, COSTED)), 0)
 
 
 @triton.jit
@@ -217,11 +240,15 @@ def walk_of(table, row, logical):
 
 
 @triton.jit
-def any_chunk(table, row, begin, logical, BLOCK: tl.constexpr, FRESH: tl.constexpr, WIDE: tl.constexpr):
+def any_chunk(
+    table, row, begin, logical,
+    BLOCK: tl.constexpr, FRESH: tl.constexpr, WIDE: tl.constexpr, COSTED: tl.constexpr,
+):  # fmt: skip
     """Keys of any chunk, 0 beyond its end; `logical`: of the row-major order, not of the memory's."""
     position = begin + tl.arange(0, BLOCK)
     walk, dims = walk_of(table, row, logical)
-    return gather_keys(row, walk, dims, dims, position, position < tl.load(row + NUMEL), FRESH, WIDE)
+    inside = position < tl.load(row + NUMEL)
+    return gather_keys(row, walk, dims, dims, position, inside, FRESH, WIDE, COSTED)
 
 
 @triton.jit

@@ -8,14 +8,15 @@ import triton.language as tl
 from .access import gather_keys, row_of, walk_of
 from .selection import chosen, state_of
 from .tables import (
+    BUDGET,
     CHUNKS,
-    ENTRIES,
+    COST,
+    COST_BEFORE,
     FIRST,
     FIRST_CHUNK,
     GUARDED,
     HIGH,
     ITEMS,
-    KEEP,
     LAST,
     LOW,
     MIN_KEEP,
@@ -25,12 +26,13 @@ from .tables import (
     SAMPLES,
     TOP32,
     TOP64,
+    TOTAL,
 )
 
 
 @triton.jit
 def item_of(table, x, FIELD: tl.constexpr):
-    """The items in which chunks or global indices [BLOCK] lie: the last with a FIELD up to that."""
+    """The items in which chunks or places by cost [BLOCK] lie: the last with a FIELD up to that."""
     item = tl.zeros_like(x)
     reach = tl.load(table + ITEMS)
     while reach > 1:
@@ -41,8 +43,8 @@ def item_of(table, x, FIELD: tl.constexpr):
 
 
 @triton.jit
-def list_chunks(table, chunk_item, work, work_item, BLOCK: tl.constexpr):
-    """The item of every chunk; the work list, plain chunks first, and their items."""
+def list_chunks(table, chunk_item, chunk_cost, work, work_item, BLOCK: tl.constexpr, COSTED: tl.constexpr):
+    """The item and the cost of every chunk; the work list, plain chunks first, and their items."""
     chunk = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     real = chunk < tl.load(table + CHUNKS)
     item = item_of(table, chunk, FIRST_CHUNK)
@@ -53,6 +55,8 @@ def list_chunks(table, chunk_item, work, work_item, BLOCK: tl.constexpr):
     others_before = chunk - plain_before
     at = tl.where(number < plain, plain_before, tl.load(table + PLAIN_CHUNKS) + others_before)
     tl.store(chunk_item + chunk, item.to(tl.int32), mask=real)
+    if COSTED:
+        tl.store(chunk_cost + chunk, tl.load(row + COST), mask=real)
     tl.store(work + at, chunk.to(tl.int32), mask=real)
     tl.store(work_item + at, item.to(tl.int32), mask=real)
 
@@ -68,18 +72,24 @@ def scrambled(x):
 
 
 @triton.jit
-def sample(table, keys, SAMPLES_A_PROGRAM: tl.constexpr, FRESH: tl.constexpr, WIDE: tl.constexpr):
-    """Keys of random entries, one of each of SAMPLES equal parts of all entries."""
+def sample(
+    table, keys,
+    SAMPLES_A_PROGRAM: tl.constexpr, FRESH: tl.constexpr, WIDE: tl.constexpr, COSTED: tl.constexpr,
+):  # fmt: skip
+    """Keys of entries at random by cost, one of each of SAMPLES parts of all entries that cost the same."""
     part = tl.program_id(0) * SAMPLES_A_PROGRAM + tl.arange(0, SAMPLES_A_PROGRAM)
-    entries = tl.load(table + ENTRIES)
+    total = tl.load(table + TOTAL)
     random = (scrambled(part) >> 11).to(tl.float64) * 1.1102230246251565e-16  # 2^-53: in [0, 1)
-    at = (part + random) * entries.to(tl.float64) / tl.load(table + SAMPLES).to(tl.float64)
-    index = tl.minimum(at.to(tl.int64), entries - 1)
-    item = item_of(table, index, FIRST)
+    at = (part + random) * total.to(tl.float64) / tl.load(table + SAMPLES).to(tl.float64)
+    index = tl.minimum(at.to(tl.int64), total - 1)
+    item = item_of(table, index, COST_BEFORE)
     row = row_of(table, item)
     walk, dims = walk_of(table, row, False)
-    position = index - tl.load(row + FIRST)
-    found = gather_keys(row, walk, dims, tl.max(dims, 0), position, position >= 0, FRESH, WIDE)
+    position = index - tl.load(row + COST_BEFORE)
+    if COSTED:
+        position = position // tl.load(row + COST)
+        index = tl.load(row + FIRST) + position
+    found = gather_keys(row, walk, dims, tl.max(dims, 0), position, position >= 0, FRESH, WIDE, COSTED)
     if tl.load(table + MIN_KEEP) > 0:
         guard = state_of(table, item, True)
         found = tl.where(chosen(found, index, guard, 0, LAST), 0, found)
@@ -90,8 +100,8 @@ def sample(table, keys, SAMPLES_A_PROGRAM: tl.constexpr, FRESH: tl.constexpr, WI
 def bracket(table, keys, SIGMAS: tl.constexpr, WIDE: tl.constexpr):
     """LOW and HIGH from the sample's sorted keys: very likely the threshold lies between them."""
     samples = tl.load(table + SAMPLES)
-    keep = tl.load(table + KEEP) - tl.load(table + GUARDED)
-    share = keep.to(tl.float64) / tl.load(table + ENTRIES).to(tl.float64)
+    budget = tl.load(table + BUDGET) - tl.load(table + GUARDED)
+    share = budget.to(tl.float64) / tl.load(table + TOTAL).to(tl.float64)
     share = tl.minimum(tl.maximum(share, 0.0), 1.0)
     rank = share * samples.to(tl.float64)  # from the largest
     margin = SIGMAS * tl.sqrt(rank * (1.0 - share)) + 1.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,8 @@ class Tuning(NamedTuple):
     samples_a_program: int = 512  # few, so that many programs share the cache misses
     entries_a_listed_key: int = 64
     least_listed: int = 1 << 16
+    listed_by_cost: int = 4  # times as many: the cheap entries of VGG-16 in the bracket are up to 3 % of all
+    listed_at_once: int = 512  # of a chunk, by cost: three times what 4 % of it are
 
 
 TUNING = Tuning()
@@ -45,6 +48,8 @@ class Item(NamedTuple):
     walk: list[Dim]
     logical_walk: list[Dim]
     squared: bool  # |S| is the square of the score that is ranked
+    cost: int  # of each entry
+    scale: float  # of scores: of the gradient, if they are squared, else of the product
 
     @property
     def numel(self) -> int:
@@ -64,7 +69,13 @@ class Item(NamedTuple):
 
 
 def as_item(
-    weight: Tensor, grad: Tensor | None, mask: Tensor, mask_grad: Tensor | None, in_order: bool
+    weight: Tensor,
+    grad: Tensor | None,
+    mask: Tensor,
+    mask_grad: Tensor | None,
+    in_order: bool,
+    cost: int = 1,
+    scale: float = 1.0,
 ) -> Item:
     squared = grad is not None and mask_grad is None
     if grad is None:  # ones of every shape that take one entry of memory
@@ -74,7 +85,7 @@ def as_item(
     dims = [(size, *by) for size, by in zip(weight.shape, strides, strict=True) if size != 1]
     logical = _merged(dims)
     walk = logical if in_order else _merged(sorted(dims, key=lambda dim: -dim[1]))
-    return Item(weight, grad, mask, mask_grad, walk, logical, squared)
+    return Item(weight, grad, mask, mask_grad, walk, logical, squared, cost, scale)
 
 
 def _merged(dims: list[Dim]) -> list[Dim]:
@@ -88,11 +99,12 @@ def _merged(dims: list[Dim]) -> list[Dim]:
 
 
 def table_of(
-    items: list[Item], wide: bool, keep: int, min_keep: int, samples: int, capacity: int
+    items: list[Item], wide: bool, budget: int, min_keep: int, samples: int, capacity: int
 ) -> list[int]:
     """Header, rows, states and walks, as laid out above."""
     top = TOP64.value if wide else TOP32.value
-    state = [0, 0, 0, key_bits(wide) - DIGIT_BITS.value, ANYWHERE.value, LAST.value, -1, 0, 0, top]
+    shift, last = key_bits(wide) - DIGIT_BITS.value, LAST.value
+    state = [0, 0, 0, shift, ANYWHERE.value, last, -1, 0, 0, top, last]
     states = state + [min_keep, *state[1:]] * (len(items) if min_keep else 0)
     selection = HEADER.value + len(items) * ROW.value
     rows: list[int] = []
@@ -104,18 +116,21 @@ def table_of(
             walks.extend(dim)
         return at, len(walk)
 
-    entries = chunks = plain = 0
+    entries = total = chunks = plain = 0
     for item in items:
         walk = place(item.walk)
         logical_walk = walk if item.walk == item.logical_walk else place(item.logical_walk)
         mask_grad = 0 if item.mask_grad is None else item.mask_grad.data_ptr()
         rows += [item.weight.data_ptr(), item.grad.data_ptr(), mask_grad, item.mask.data_ptr()]
         rows += [DTYPES[item.weight.dtype], item.numel, entries, chunks, item.plain_chunks, plain]
+        grad_scale, product_scale = (item.scale, 1.0) if item.squared else (1.0, item.scale)
         rows += [*walk, *logical_walk]
+        rows += [item.cost, total, float_bits(grad_scale), float_bits(product_scale)]
         entries += item.numel
+        total += item.numel * item.cost
         chunks += item.chunks
         plain += item.plain_chunks
-    header = [len(items), entries, chunks, plain, keep, min_keep, 0, int(items[0].squared)]
+    header = [len(items), total, chunks, plain, budget, min_keep, 0, int(items[0].squared)]
     header += [samples, capacity, 0, selection, selection + len(state)]
     return header + rows + states + walks
 
@@ -135,6 +150,12 @@ def _by_arguments(table: list[int], device: torch.device) -> Tensor:
     on_device = torch.zeros(len(table), dtype=torch.int64, device=device)
     torch._foreach_add_(on_device.unbind(), table)
     return on_device
+
+
+def float_bits(x: float) -> int:
+    """A number >= 0, rounded to float32, as the integer of its bits."""
+    bits: int = struct.unpack("i", struct.pack("f", x))[0]
+    return bits
 
 
 def key_bits(wide: bool) -> int:

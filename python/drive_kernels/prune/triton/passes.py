@@ -37,6 +37,7 @@ from .tables import (
     LOW,
     MASK,
     MIN_KEEP,
+    NEXT,
     NONFINITE,
     NUMEL,
     ON_HIGH,
@@ -77,7 +78,8 @@ def load_pairs(pairs, i, BLOCK: tl.constexpr):
 @triton.jit
 def survey(
     table, work, work_item, counts, starts, sums, listed, pairs, nonfinite,
-    PLAIN_ONES: tl.constexpr, BLOCK: tl.constexpr, FRESH: tl.constexpr, WIDE: tl.constexpr,
+    PLAIN_ONES: tl.constexpr, BLOCK: tl.constexpr,
+    FRESH: tl.constexpr, WIDE: tl.constexpr, COSTED: tl.constexpr,
 ):  # fmt: skip
     """One program a chunk, of the plain ones or of the others."""
     i = tl.program_id(0).to(tl.int64)
@@ -88,9 +90,9 @@ def survey(
     row = row_of(table, item)
     begin = begin_of(row, chunk, BLOCK)
     if PLAIN_ONES:
-        keys = plain_chunk(row, begin, BLOCK, FRESH, WIDE)
+        keys = plain_chunk(row, begin, BLOCK, FRESH, WIDE, COSTED)
     else:
-        keys = any_chunk(table, row, begin, False, BLOCK, FRESH, WIDE)
+        keys = any_chunk(table, row, begin, False, BLOCK, FRESH, WIDE, COSTED)
 
     score = tl.where(keys != 0, score_of(keys), 0.0)
     if tl.load(table + SQUARED) != 0:
@@ -182,7 +184,7 @@ def survivors(table, item, keys, first, BLOCK: tl.constexpr):
 @triton.jit
 def apply_keys(
     table, chunk_item, work, work_item, totals, kept,
-    BLOCK: tl.constexpr, FRESH: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK: tl.constexpr, FRESH: tl.constexpr, WIDE: tl.constexpr, COSTED: tl.constexpr,
 ):  # fmt: skip
     """All plain chunks, where the bits do not decide."""
     disorderly = disorderly_item(table, chunk_item)
@@ -193,7 +195,7 @@ def apply_keys(
         if item != disorderly:
             row = row_of(table, item)
             begin = begin_of(row, chunk, BLOCK)
-            keys = plain_chunk(row, begin, BLOCK, FRESH, WIDE)
+            keys = plain_chunk(row, begin, BLOCK, FRESH, WIDE, COSTED)
             keep = survivors(table, item, keys, tl.load(row + FIRST) + begin, BLOCK)
             add_kept(kept, item, keep)
             tl.store(mask_of(row) + begin + tl.arange(0, BLOCK), keep.to(tl.int8))
@@ -203,8 +205,9 @@ def apply_keys(
 
 @triton.jit
 def apply_others(
-    table, chunk_item, work, totals, kept, BLOCK: tl.constexpr, FRESH: tl.constexpr, WIDE: tl.constexpr
-):
+    table, chunk_item, work, totals, kept,
+    BLOCK: tl.constexpr, FRESH: tl.constexpr, WIDE: tl.constexpr, COSTED: tl.constexpr,
+):  # fmt: skip
     """All other chunks, and the plain ones of the disorderly item."""
     disorderly = disorderly_item(table, chunk_item)
     plain_chunks = tl.load(table + PLAIN_CHUNKS)
@@ -220,7 +223,7 @@ def apply_others(
         row = row_of(table, item)
         begin = begin_of(row, chunk, BLOCK)
         logical = item == disorderly
-        keys = any_chunk(table, row, begin, logical, BLOCK, FRESH, WIDE)
+        keys = any_chunk(table, row, begin, logical, BLOCK, FRESH, WIDE, COSTED)
         keep = survivors(table, item, keys, tl.load(row + FIRST) + begin, BLOCK)
         add_kept(kept, item, keep)
         position = begin + tl.arange(0, BLOCK)
@@ -234,10 +237,11 @@ def apply_others(
 
 
 @triton.jit
-def finish(table, totals, total, scores, WIDE: tl.constexpr):
+def finish(table, totals, total, scores, WIDE: tl.constexpr, COSTED: tl.constexpr):
     """scores: z of the weakest survivor (inf if nothing survives), sum of |S|; NaN if one is not finite."""
     state = state_of(table, 0, False)
-    weakest = tl.where(tl.load(state + RANK) > 0, tl.load(state + KEY), LAST)
+    otherwise = tl.load(state + NEXT) if COSTED else LAST
+    weakest = tl.where(tl.load(state + RANK) > 0, tl.load(state + KEY), otherwise)
     if tl.load(table + MIN_KEEP) > 0:
         for item in range(tl.load(table + ITEMS)):
             guard = state_of(table, item, True)

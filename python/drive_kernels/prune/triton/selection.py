@@ -38,7 +38,8 @@ def mark_guarded(table, item, keys, first, mark, BLOCK: tl.constexpr):
 @triton.jit
 def candidates(
     table, chunk_item, chunk, logical_item,
-    GUARDING: tl.constexpr, BLOCK: tl.constexpr, FRESH: tl.constexpr, WIDE: tl.constexpr,
+    GUARDING: tl.constexpr, BLOCK: tl.constexpr,
+    FRESH: tl.constexpr, WIDE: tl.constexpr, COSTED: tl.constexpr,
 ):  # fmt: skip
     """Keys of any chunk, 0 for entries that the selection is not about, and its first global index."""
     item = tl.load(chunk_item + chunk)
@@ -47,9 +48,9 @@ def candidates(
     logical = item == logical_item
     in_order = tl.load(row + WALK) == tl.load(row + LOGICAL_WALK)
     if (begin < tl.load(row + PLAIN) * BLOCK) & (in_order | (logical == 0)):
-        keys = plain_chunk(row, begin, BLOCK, FRESH, WIDE)
+        keys = plain_chunk(row, begin, BLOCK, FRESH, WIDE, COSTED)
     else:
-        keys = any_chunk(table, row, begin, logical, BLOCK, FRESH, WIDE)
+        keys = any_chunk(table, row, begin, logical, BLOCK, FRESH, WIDE, COSTED)
     first = tl.load(row + FIRST) + begin
     if not GUARDING:
         keys = mark_guarded(table, item, keys, first, 0, BLOCK)

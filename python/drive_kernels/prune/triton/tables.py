@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 import triton.language as tl
 
-# First its header.
+# First its header. Costs and scales are 1, and the kernels read none, unless they are COSTED.
 ITEMS = tl.constexpr(0)
-ENTRIES = tl.constexpr(1)
+TOTAL = tl.constexpr(1)  # what all entries cost
 CHUNKS = tl.constexpr(2)
 PLAIN_CHUNKS = tl.constexpr(3)
-KEEP = tl.constexpr(4)  # survivors wanted
+BUDGET = tl.constexpr(4)  # what survivors may cost
 MIN_KEEP = tl.constexpr(5)
-GUARDED = tl.constexpr(6)  # entries that survive in any case because of min_keep
+GUARDED = tl.constexpr(6)  # what those cost that survive in any case because of min_keep
 SQUARED = tl.constexpr(7)  # 1: |S| is the square of the score that is ranked, 0: it is that score
 SAMPLES = tl.constexpr(8)
 CAPACITY = tl.constexpr(9)  # of the list of keys inside the bracket
@@ -36,7 +36,11 @@ WALK = tl.constexpr(10)  # where the dimensions of its walk lie in the table: or
 DIMS = tl.constexpr(11)  # how many there are
 LOGICAL_WALK = tl.constexpr(12)  # the same for the row-major order; the same place if the order is the same
 LOGICAL_DIMS = tl.constexpr(13)
-ROW = tl.constexpr(14)
+COST = tl.constexpr(14)  # of each of its entries
+COST_BEFORE = tl.constexpr(15)  # of the items before
+GRAD_SCALE = tl.constexpr(16)  # float32s by which gradients and products are multiplied, as integers
+PRODUCT_SCALE = tl.constexpr(17)
+ROW = tl.constexpr(18)
 
 FLOAT32 = tl.constexpr(0)
 BFLOAT16 = tl.constexpr(1)
@@ -45,17 +49,20 @@ FLOAT64 = tl.constexpr(3)
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 # Then the states of the selections, the global one and with min_keep one an item.
-RANK = tl.constexpr(0)  # wanted: the rank-th largest of the keys with the prefix; at last: ties that survive
+# Wanted: the rank-th largest of the keys with the prefix; at last: ties that survive. Of the global selection
+# both are costs: the key is the one with which those of the largest, added up, reach the rank.
+RANK = tl.constexpr(0)
 KEY = tl.constexpr(1)  # the prefix, digits found so far; at last the threshold
-EQUAL = tl.constexpr(2)  # entries on the threshold
+EQUAL = tl.constexpr(2)  # entries on the threshold, or what they cost
 SHIFT = tl.constexpr(3)  # of the next digit; negative: the threshold is found
 PLACE = tl.constexpr(4)  # of the threshold, one of those below
-CUT = tl.constexpr(5)  # global index of the last tie that survives
-CUT_CHUNK = tl.constexpr(6)  # its chunk; -1: all ties survive
+CUT = tl.constexpr(5)  # global index up to which ties survive
+CUT_CHUNK = tl.constexpr(6)  # the chunk where that is decided; -1: all ties survive
 CUT_RANK = tl.constexpr(7)  # ties of that chunk that survive
 LOW = tl.constexpr(8)  # the bracket
 HIGH = tl.constexpr(9)
-STATE = tl.constexpr(10)
+NEXT = tl.constexpr(10)  # where no tie survives, the least key above the threshold; LAST: there is none
+STATE = tl.constexpr(11)
 
 ON_HIGH = tl.constexpr(0)
 ON_LOW = tl.constexpr(1)

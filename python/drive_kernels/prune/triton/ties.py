@@ -40,7 +40,8 @@ def equal_to(keys, state):
 @triton.jit
 def count_ties(
     table, chunk_item, counts, starts, listed, ties,
-    GUARDING: tl.constexpr, BLOCK: tl.constexpr, FRESH: tl.constexpr, WIDE: tl.constexpr,
+    GUARDING: tl.constexpr, BLOCK: tl.constexpr,
+    FRESH: tl.constexpr, WIDE: tl.constexpr, COSTED: tl.constexpr,
 ):  # fmt: skip
     """Ties by chunk, where not all of them survive."""
     lane = tl.arange(0, BLOCK)
@@ -50,7 +51,7 @@ def count_ties(
         if is_cut(state):
             place = tl.load(state + PLACE)
             if place == ANYWHERE:
-                keys, _ = candidates(table, chunk_item, chunk, -1, GUARDING, BLOCK, FRESH, WIDE)
+                keys, _ = candidates(table, chunk_item, chunk, -1, GUARDING, BLOCK, FRESH, WIDE, COSTED)
                 equal = equal_to(keys, state)
             else:
                 equal = tl.load(counts + place * chunks + chunk)
@@ -61,8 +62,9 @@ def count_ties(
 
 
 @triton.jit
-def locate(table, ties_up_to, GUARDING: tl.constexpr, BLOCK: tl.constexpr):
-    """One program a selection: the chunk with its last surviving tie. ties_up_to: running sum of the ties."""
+def locate(table, chunk_cost, ties_up_to, GUARDING: tl.constexpr, BLOCK: tl.constexpr, COSTED: tl.constexpr):
+    """One program a selection: the chunk in which its surviving ties end, by cost maybe before the first.
+    ties_up_to: running sum of the ties, or of what they cost."""
     item = tl.program_id(0)
     state = state_of(table, item, GUARDING)
     if is_cut(state):
@@ -80,7 +82,10 @@ def locate(table, ties_up_to, GUARDING: tl.constexpr, BLOCK: tl.constexpr):
             else:
                 high = middle
         tl.store(state + CUT_CHUNK, low)
-        tl.store(state + CUT_RANK, rank - tl.load(ties_up_to + low - 1, mask=low > 0, other=0))
+        left = rank - tl.load(ties_up_to + low - 1, mask=low > 0, other=0)
+        if COSTED and not GUARDING:
+            left = left // tl.load(chunk_cost + low)
+        tl.store(state + CUT_RANK, left)
 
 
 @triton.jit
@@ -94,7 +99,10 @@ def disorderly_item(table, chunk_item):
 
 
 @triton.jit
-def recount(table, chunk_item, ties, BLOCK: tl.constexpr, FRESH: tl.constexpr, WIDE: tl.constexpr):
+def recount(
+    table, chunk_item, ties,
+    BLOCK: tl.constexpr, FRESH: tl.constexpr, WIDE: tl.constexpr, COSTED: tl.constexpr,
+):  # fmt: skip
     """Ties by chunk of the row-major order, in the disorderly item: in others the order does not matter."""
     item = disorderly_item(table, chunk_item)
     if item >= 0:
@@ -102,21 +110,26 @@ def recount(table, chunk_item, ties, BLOCK: tl.constexpr, FRESH: tl.constexpr, W
         first = tl.load(row_of(table, item) + FIRST_CHUNK)
         end = first + tl.cdiv(tl.load(row_of(table, item) + NUMEL), BLOCK)
         for chunk in range(first + tl.program_id(0), end, tl.num_programs(0)):
-            keys, _ = candidates(table, chunk_item, chunk, item, False, BLOCK, FRESH, WIDE)
+            keys, _ = candidates(table, chunk_item, chunk, item, False, BLOCK, FRESH, WIDE, COSTED)
             tl.store(ties + chunk, equal_to(keys, state))
 
 
 @triton.jit
 def cut(
-    table, chunk_item,
-    GUARDING: tl.constexpr, BLOCK: tl.constexpr, FRESH: tl.constexpr, WIDE: tl.constexpr,
+    table, chunk_item, ties_up_to,
+    GUARDING: tl.constexpr, BLOCK: tl.constexpr,
+    FRESH: tl.constexpr, WIDE: tl.constexpr, COSTED: tl.constexpr,
 ):  # fmt: skip
-    """One program a selection: the global index of the last surviving tie."""
+    """One program a selection: the global index of the last surviving tie, or that before the chunk."""
     state = state_of(table, tl.program_id(0), GUARDING)
     chunk = tl.load(state + CUT_CHUNK)
     if chunk >= 0:
         item = tl.load(chunk_item + chunk)
-        keys, first = candidates(table, chunk_item, chunk, item, GUARDING, BLOCK, FRESH, WIDE)
+        keys, first = candidates(table, chunk_item, chunk, item, GUARDING, BLOCK, FRESH, WIDE, COSTED)
         tie = keys == tl.load(state + KEY).to(keys.dtype)
-        last = tie & (tl.cumsum(tie.to(tl.int32), 0) == tl.load(state + CUT_RANK))
-        tl.store(state + CUT, first + tl.sum(tl.where(last, tl.arange(0, BLOCK), 0), 0))
+        survive = tl.load(state + CUT_RANK)
+        last = tie & (tl.cumsum(tie.to(tl.int32), 0) == survive)
+        if COSTED and not GUARDING:
+            before = tl.load(ties_up_to + chunk - 1, mask=chunk > 0, other=0)
+            tl.store(state + RANK, 0, mask=(survive == 0) & (before == 0))
+        tl.store(state + CUT, first - 1 + tl.sum(tl.where(last, tl.arange(1, BLOCK + 1), 0), 0))
