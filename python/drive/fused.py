@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
-from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,6 +22,7 @@ from .layers import Layers, Weight
 from .masks import Masks
 from .result import PruneResult
 from .targets.choice import Include, Target
+from .targets.costs import MOST, Budget, goal_of, said_of
 from .targets.matrices import cut, entries
 from .targets.structures import axes_of
 from .targets.targets import Operands, Tensors, operands
@@ -30,12 +30,22 @@ from .targets.targets import Operands, Tensors, operands
 PruneOp = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
+class PruneOps(NamedTuple):
+    """Implementations of drive::prune_ and drive::prune_to_cost_."""
+
+    prune: PruneOp
+    to_cost: PruneOp
+
+
+OPS = PruneOps(torch.ops.drive.prune_, torch.ops.drive.prune_to_cost_)
+
+
 def fused_drive_prune(
     target: Target,
     grads: Tensors | None = None,
     mask_grads: Tensors | None = None,
     *,
-    sparsity: float,
+    sparsity: float | None = None,
     masks: Masks | None = None,
     min_keep: int = 0,
     include: Include | None = None,
@@ -43,8 +53,11 @@ def fused_drive_prune(
     layers: Layers | None = None,
     process_group: dist.ProcessGroup | None = None,
     check_finite: bool = True,
+    costs: Mapping[str, int] | None = None,
+    max_cost: int | None = None,
+    alpha: float = 0.0,
 ) -> PruneResult:
-    """Prune to `sparsity` by the DRIVE score, globally and exactly; weights and masks in place.
+    """Prune to `sparsity` or `max_cost` by the DRIVE score, globally and exactly; weights, masks in place.
 
     The score of an entry is |theta * dL/dm * dL/dtheta| (arXiv 2404.03687, Eq. 6), normalised by its
     sum (Eq. 7). Afterwards exactly `round(sparsity * total)` entries are zero and masked (or as many
@@ -70,7 +83,15 @@ def fused_drive_prune(
         mask_grads: dL/dm, likewise. Default: theta * dL/dtheta, which is exact when both gradients
             come from the same batch and weights; scores are then ranked by |float32(theta * grad)|.
             If given, scores are ranked by the product of the three in float64.
-        sparsity: final fraction of zeros over all prunable entries, 0 <= sparsity < 1.
+        sparsity: final fraction of zeros over all prunable entries, 0 <= sparsity < 1; or instead
+        costs, max_cost: what an entry of each tensor costs, by its name, an integer from 1 to 2^31 - 1
+            (multiply-adds, say), and what the survivors may cost in all. Down the ranking entries survive up
+            to the first that would exceed `max_cost`, so that less than its cost is left over. `min_keep`
+            counts.
+        alpha: with costs, entries are ranked by |S| / cost ** alpha: 0 by the score alone, 1 by score per
+            cost (the greedy solution of the knapsack problem). That is |theta * (grad * w)|, w =
+            float32(cost ** (-alpha / 2)), with `mask_grads` the product times float32(cost ** -alpha); the
+            result's threshold and sum are of these.
         masks: masks to update in place, of the same names and shapes; False entries stay pruned.
         min_keep: survivors that every tensor keeps at least (all it has, if those are fewer); in a module
             every matrix of it: every expert, group of a convolution, gate, and q, k and v (docs/layers.md).
@@ -90,28 +111,29 @@ def fused_drive_prune(
         PruneResult, with the masks and the counts.
 
     Raises:
-        ValueError: sparsity or min_keep out of range; a missing or misshapen gradient or mask; an
-            empty selection; a non-finite score.
+        ValueError: sparsity, min_keep, costs, max_cost or alpha out of range; a missing or misshapen gradient
+            or mask; a missing cost; an empty selection; a non-finite score.
         TypeError: an argument or tensor of the wrong type or dtype.
         RuntimeError: another rank raised an error, or did not come.
     """
     op = "fused_drive_prune"
     team = team_of(op, target, process_group)
+    goal = goal_of(op, sparsity, costs, max_cost, alpha)
     return prune_step(
-        torch.ops.drive.prune_, op, target, grads, mask_grads, sparsity=sparsity, masks=masks,
+        OPS, op, target, grads, mask_grads, goal=goal, masks=masks,
         min_keep=min_keep, include=include, exclude=exclude, layers=layers, check_finite=check_finite,
         team=team,
     )  # fmt: skip
 
 
 def prune_step(
-    prune_op: PruneOp,
+    ops: PruneOps,
     op: str,
     target: Target,
     grads: Tensors | None,
     mask_grads: Tensors | None,
     *,
-    sparsity: float,
+    goal: float | Budget,
     masks: Masks | None,
     min_keep: int,
     include: Include | None,
@@ -120,18 +142,21 @@ def prune_step(
     check_finite: bool,
     team: Team | None = None,
 ) -> PruneResult:
-    """Check the arguments, call `prune_op` (any implementation of drive::prune_), wrap its result.
+    """Check the arguments, call one of `ops`, wrap its result. On a team, drive::shard_* take the step.
 
-    On a team, `prune_op` is not called: drive::shard_* take the step.
+    `goal`: a sparsity, or a budget.
     """
     with together(team, "check their arguments") as said:
-        check_sparsity(op, sparsity)
         found = operands(target, grads, mask_grads, include, exclude, layers, op)
         axes = axes_of(target, found.weights, layers) if min_keep and isinstance(target, nn.Module) else {}
         step = Step(op, found, masks, min_keep, team, axes)
-        said += [("sparsity", float(sparsity)), *step.said]
+        if isinstance(goal, Budget):
+            goal.check_names(op, found.weights)
+        said += [*said_of("sparsity", goal, found.weights), *step.said]
     sizes = step.meet()
-    return step.take(prune_op, sizes, round(sparsity * sum(sizes.values())), check_finite)
+    if not isinstance(goal, Budget):
+        goal = round(goal * sum(sizes.values()))
+    return step.take(ops, sizes, goal, check_finite)
 
 
 class Step:
@@ -193,15 +218,15 @@ class Step:
 
     @torch.no_grad()
     def take(
-        self, prune_op: PruneOp, sizes: Mapping[str, int], prune: int, check_finite: bool
+        self, ops: PruneOps, sizes: Mapping[str, int], goal: int | Budget, check_finite: bool
     ) -> PruneResult:
-        """Prune so many entries in all, after the ranks have met.
+        """Prune so many entries in all, or to a budget, after the ranks have met.
 
         Raises:
             ValueError: `min_keep` asks for more survivors than there are; a non-finite score.
         """
         op, found, shards = self._op, self._found, self._shards
-        _check_counts(op, self._min_keep, prune, [entries(box) for _, box in self._matrices])
+        self._check_guards(sizes, goal)
         weights = list(found.weights.values())
         lists = found.scores or weights, found.grads, found.mask_grads, self._masks
         tensors = [[local(tensor) for tensor in some] for some in lists]
@@ -211,12 +236,16 @@ class Step:
             if shards is not None:
                 shards, places = shards.cut(places)
             tensors = [[some[t][place] for t, place in places] if some else [] for some in tensors]
-        arguments: Any = (*tensors, self._fresh, prune, self._min_keep)
         bad_ranks: list[int] | None = None
-        if shards is None:
-            kept, nonfinite, scores = prune_op(*arguments)
+        squared = bool(found.grads) and not found.mask_grads
+        names = [list(found.weights)[t] for t, _ in places]
+        to_cost: Any = (*tensors, self._fresh, *_to_cost(goal, sizes, names, squared), self._min_keep)
+        if shards is not None:
+            kept, nonfinite, scores, bad_ranks = sharded_step(shards, *to_cost)
+        elif isinstance(goal, Budget):
+            kept, nonfinite, scores = ops.to_cost(*to_cost)
         else:
-            kept, nonfinite, scores, bad_ranks = sharded_step(shards, *arguments)
+            kept, nonfinite, scores = ops.prune(*tensors, self._fresh, goal, self._min_keep)
         if apart:
             of = sent(torch.tensor([t for t, _ in places]), kept.device)
             kept, nonfinite = (kept.new_zeros(len(weights)).index_add_(0, of, n) for n in (kept, nonfinite))
@@ -231,22 +260,45 @@ class Step:
         rows = shards is not None and shards.team.rows  # of models of which this rank sees its own part
         parameters = None if rows else found.parameters
         masks = Masks(dict(zip(found.weights, self._masks, strict=True)), parameters)
-        result = PruneResult(masks, kept, nonfinite, scores, sizes, bad_ranks)
+        budget = goal if isinstance(goal, Budget) else None
+        result = PruneResult(masks, kept, nonfinite, scores, sizes, bad_ranks, budget)
         if check_finite:
             weakest = scores.to("cpu", non_blocking=scores.is_cuda)  # travels with what is waited for anyway
             result.check_finite(op).answer()
-            if weakest[0] == 0 and prune == result.pruned > 0:  # not more, by older masks
+            lost = isinstance(goal, Budget) or goal == result.pruned  # not more, by older masks
+            if weakest[0] == 0 and lost and result.pruned:
                 warn_of_ties(op, weights)
         return result
 
+    def _check_guards(self, sizes: Mapping[str, int], goal: int | Budget) -> None:
+        names, guard = list(sizes), f"{self._op}: min_keep={self._min_keep}"
+        guards = [(names[t], min(self._min_keep, entries(box))) for t, box in self._matrices]
+        if isinstance(goal, Budget):
+            goal.check_total(self._op, sizes)
+            cost = sum(goal.costs[name] * n for name, n in guards)
+            if cost > goal.max_cost:
+                raise ValueError(f"{guard} asks for survivors that cost {cost}, max_cost is {goal.max_cost}")
+            return
+        total, guarded = sum(sizes.values()), sum(n for _, n in guards)
+        if guarded > total - goal:
+            raise ValueError(
+                f"{guard} asks for {guarded} survivors, {goal} pruned leave {total - goal} of {total}"
+            )
 
-def _check_counts(op: str, min_keep: int, prune: int, sizes: list[int]) -> None:
-    total, guarded = sum(sizes), sum(min(min_keep, size) for size in sizes)
-    if guarded > total - prune:
-        raise ValueError(
-            f"{op}: min_keep={min_keep} asks for {guarded} survivors, "
-            f"{prune} pruned leave {total - prune} of {total}"
-        )
+
+def _to_cost(
+    goal: int | Budget, sizes: Mapping[str, int], names: Sequence[str], squared: bool
+) -> tuple[list[int], list[float], int]:
+    """Costs, scales and max_cost as drive::prune_to_cost_ takes them: entries to prune are a budget too.
+
+    Args:
+        names: of which tensors, perhaps several parts of one.
+        squared: is |S| the square of what is ranked?
+    """
+    if isinstance(goal, Budget):
+        scales = [goal.scale(name, squared) for name in names]
+        return [goal.costs[name] for name in names], scales, min(goal.max_cost, MOST)
+    return [1] * len(names), [], sum(sizes.values()) - goal
 
 
 def new_masks(weights: dict[str, Tensor]) -> Masks:
@@ -266,11 +318,3 @@ def new_masks(weights: dict[str, Tensor]) -> Masks:
         stride = torch.empty_like(here, device="meta").stride()  # a slice's mask is dense
         masks[name] = distributed_like(room.as_strided(here.shape, stride, offset), weight)
     return Masks(masks)
-
-
-def check_sparsity(op: str, sparsity: object) -> None:
-    """Raise unless `sparsity` is a real number in [0, 1)."""
-    if not isinstance(sparsity, Real) or isinstance(sparsity, bool):
-        raise TypeError(f"{op}: sparsity must be a number in [0, 1), got {sparsity!r}")
-    if not 0 <= float(sparsity) < 1:  # NaN neither
-        raise ValueError(f"{op}: sparsity must be in [0, 1), got {sparsity}")

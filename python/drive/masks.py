@@ -23,6 +23,7 @@ from .holding.hold import OnRevived
 from .holding.zero import zero_pruned_
 from .layers import Layers
 from .targets.choice import Include, Target
+from .targets.multiply_adds import MULTIPLY_ADDS, dense_work, multiply_adds_on, work
 from .targets.targets import check_data, prunable
 from .targets.wrappers import look_up, owners, unwrap
 
@@ -84,16 +85,51 @@ class Masks(Mapping[str, Tensor]):
         total = sum(mask.numel() for mask in self.values())
         return 1 - sum(self._kept().values()) / total if total else 0.0
 
-    def summary(self) -> str:
-        """A table as text: tensor, shape, entries kept, density; sparsity of these, and of all parameters."""
+    def summary(
+        self, model: nn.Module | None = None, inputs: Any = None, layers: Layers | None = None
+    ) -> str:
+        """A table as text: tensor, shape, entries kept, density; sparsity of these, and of all parameters.
+
+        With a model and inputs, also the multiply-adds that are left of each tensor's, for one sample.
+
+        Args:
+            model: whose parameters the masks name. One forward pass is made through it in eval mode, after
+                which it is as before, and so is the RNG.
+            inputs: one batch of the model's: its only argument, a tuple of the positional ones, or a mapping
+                of the named ones. On the model's device.
+            layers: of `drive.prune`.
+
+        Raises:
+            ValueError: one of model and inputs is missing; as `apply_`.
+            TypeError: as `apply_`.
+        """
+        op = "Masks.summary"
+        if (model is None) != (inputs is None):
+            missing = "no model" if model is None else "no inputs"
+            raise ValueError(f"{op}: model and inputs must be given together, got {missing}")
+        if model is None:
+            return self._table()
+        weights = dict(zip(self, (weight for weight, _ in self._pairs(model, op)), strict=True))
+        return self._table(multiply_adds_on(model, weights, inputs, layers, op=op))
+
+    def _table(self, costs: Mapping[str, int] | None = None, unit: str = MULTIPLY_ADDS) -> str:
+        """Of `summary`, with what the survivors cost.
+
+        Args:
+            costs: of an entry of each tensor.
+            unit: of the costs.
+        """
         kept = self._kept()
         width = max((len(name) for name in self), default=0)
         lines = [
             f"{name:<{width}}  {'x'.join(map(str, mask.shape)):>16}  {kept[name]:>12,}  "
             f"{kept[name] / max(mask.numel(), 1):8.4f}"
+            + ("" if costs is None else f"  {costs[name] * kept[name]:>18,}")
             for name, mask in self.items()
         ]
         header = f"{'tensor':<{width}}  {'shape':>16}  {'kept':>12}  {'density':>8}"
+        if costs is not None:
+            header += f"  {unit:>18}"
         total = sum(mask.numel() for mask in self.values())
         pruned = total - sum(kept.values())
         last = f"sparsity {pruned / max(total, 1):.6f} of {total:,} entries"
@@ -102,6 +138,9 @@ class Masks(Mapping[str, Tensor]):
                 f", {total / self.parameters:.2%} of all {self.parameters:,} parameters: "
                 f"{pruned / self.parameters:.2%} of these are pruned"
             )
+        if costs is not None:
+            left, dense = work(costs, kept), dense_work(costs, self)
+            last += f"\n{unit} left {left:,} of {dense:,}: {left / max(dense, 1):.2%}"
         return "\n".join([header, *lines, last])
 
     @torch.no_grad()

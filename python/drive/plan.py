@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal
 
 import torch
@@ -12,9 +13,10 @@ from torch import Tensor
 from . import methods, schedules
 from ._scoring.capture import Capture, check_capture
 from .distributed.team import Said
-from .fused import check_sparsity
 from .methods.base import Method
+from .targets.costs import check_alpha, check_sparsity
 
+DEFAULT_ALPHA = 1.0
 OnTies = Literal["error", "index"]
 Ranks = Literal[
     "one", "copies", "shards"
@@ -27,6 +29,7 @@ class Plan:
 
     Attributes:
         sizes: entries of the prunable tensors by name, those of this rank.
+        sparsity: with `macs`, the share of the multiply-adds that goes, in which the steps are, too.
         device: of these tensors.
         schedule: its name, or that of the callable.
         steps: the sparsity after each iteration.
@@ -38,6 +41,8 @@ class Plan:
     sizes: Mapping[str, int]
     device: torch.device
     sparsity: float
+    macs: float | None
+    alpha: float
     schedule: str
     steps: tuple[float, ...]
     scope: str
@@ -55,7 +60,9 @@ class Plan:
         weights: Mapping[str, Tensor],
         ranks: Ranks = "one",
         *,
-        sparsity: float,
+        sparsity: float | None = None,
+        macs: float | None = None,
+        alpha: float | None = None,
         method: str | Method = "drive",
         iterations: int | None = None,
         schedule: str | schedules.Schedule | None = None,
@@ -73,7 +80,7 @@ class Plan:
         Raises:
             ValueError: an argument of `drive.prune` that is not what it says there.
         """
-        check_sparsity("prune", sparsity)
+        sparsity, alpha = _goal(sparsity, macs, alpha)
         chosen = methods.get(method)
         count = _whole("iterations", chosen.iterations_to(sparsity) if iterations is None else iterations)
         taken = _whole("accumulate", chosen.accumulate if accumulate is None else accumulate)
@@ -91,6 +98,15 @@ class Plan:
         for what, holds in against.items():
             if holds and capture is True:
                 raise ValueError(f"prune: capture must be 'auto' or False for {what}, got True")
+        scope = chosen.scope if scope is None else scope
+        if macs is not None:
+            needs = {
+                "scope must be 'global'": (scope, scope == "global"),
+                "structure must be 'unstructured' or 'ROWSxCOLUMNS'": (structure, ":" not in structure),
+            }
+            for what, (got, holds) in needs.items():
+                if not holds:
+                    raise ValueError(f"prune: {what} with macs, got {got!r}")
         if autocast not in (None, torch.bfloat16):
             # float16 would need its loss scaled
             raise ValueError(f"prune: autocast must be None or torch.bfloat16, got {autocast!r}")
@@ -101,9 +117,11 @@ class Plan:
             sizes={name: weight.numel() for name, weight in weights.items()},
             device=device,
             sparsity=sparsity,
+            macs=macs,
+            alpha=alpha,
             schedule=schedule if isinstance(schedule, str) else getattr(schedule, "__name__", "callable"),
             steps=tuple(schedules.plan(schedule, sparsity, count)),
-            scope=chosen.scope if scope is None else scope,
+            scope=scope,
             structure=structure,
             min_keep=min_keep,
             accumulate=taken,
@@ -127,17 +145,35 @@ class Plan:
         """What must be the same on all ranks, beside what a selection says."""
         return [
             *(("method", self.method.name), ("sparsity", self.sparsity), ("iterations", self.iterations)),
+            *(("macs", self.macs), ("alpha", self.alpha)),
             *(("accumulate", self.accumulate), ("steps", list(self.steps)), ("on_ties", self.on_ties)),
         ]
 
     def __str__(self) -> str:
         batches = f", {self.accumulate} batches a score" if self.accumulate > 1 else ""
         guard = f", at least {self.min_keep} survivors a matrix" if self.min_keep else ""
+        goal = f"{self.sparsity:.2%} of" if self.macs is None else f"{self.macs:.2%} of the multiply-adds of"
         return (
-            f"{self.method.name} to {self.sparsity:.2%} of {sum(self.sizes.values()):,} entries in "
+            f"{self.method.name} to {goal} {sum(self.sizes.values()):,} entries in "
             f"{len(self.sizes)} tensors: {self.iterations} iterations on schedule {self.schedule}{batches}, "
             f"scope {self.scope}, structure {self.structure}{guard}"
         )
+
+
+def _goal(sparsity: float | None, macs: float | None, alpha: float | None) -> tuple[float, float]:
+    """The share that goes, of entries or of multiply-adds, and alpha."""
+    if (sparsity is None) == (macs is None):
+        raise ValueError(f"prune: sparsity or macs must be given, got {'both' if macs else 'neither'}")
+    if macs is None:
+        if alpha is not None:
+            raise ValueError(f"prune: alpha must be None without macs, got {alpha!r}")
+        check_sparsity("prune", sparsity)
+        assert sparsity is not None
+        return sparsity, 0.0
+    check_alpha("prune", alpha := DEFAULT_ALPHA if alpha is None else alpha)
+    if not isinstance(macs, Real) or isinstance(macs, bool) or not 0 < float(macs) <= 1:
+        raise ValueError(f"prune: macs must be a number in (0, 1], got {macs!r}")
+    return 1 - float(macs), float(alpha)
 
 
 def _whole(name: str, value: object) -> int:

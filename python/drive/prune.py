@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import chain
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,6 @@ from ._scoring.feed import endless
 from ._scoring.finite import LateChecks
 from ._scoring.gradients import loss_gradients
 from ._scoring.loss import Batch, ComputeLoss, Loss, LossFn
-from ._scoring.restore import scoring, seeded, undone_on_error
 from ._scoring.sgd import Train, sgd_epoch
 from ._scoring.ties import TieCheck
 from .distributed.placement import is_dtensor
@@ -30,6 +30,9 @@ from .progress import tracked
 from .result import PruneResult
 from .rounds import Selection
 from .targets.choice import Include
+from .targets.costs import Goals
+from .targets.multiply_adds import multiply_adds, samples_of
+from .targets.restore import scoring, seeded, undone_on_error
 from .targets.targets import prunable
 
 _log = logging.getLogger(__name__)
@@ -40,7 +43,9 @@ def prune(
     batches: Iterable[Batch],
     loss_fn: LossFn | None = None,
     *,
-    sparsity: float,
+    sparsity: float | None = None,
+    macs: float | None = None,
+    alpha: float | None = None,
     compute_loss: ComputeLoss | None = None,
     method: str | Method = "drive",
     iterations: int | None = None,
@@ -62,7 +67,7 @@ def prune(
     on_step: Callable[[PruneResult], object] | None = None,
     progress: bool = True,
 ) -> Masks:
-    """Prune a model to `sparsity` in place, by a named method, and return the masks.
+    """Prune a model to `sparsity` or `macs` in place, by a named method, and return the masks.
 
     At iteration n the method scores the surviving weights (most methods on one fresh batch) and an
     exact global selection prunes to the sparsity that the schedule gives for n. The model is scored
@@ -86,7 +91,14 @@ def prune(
         loss_fn: (model(inputs), targets) -> scalar loss. None: the model's own, of batches that are mappings.
         compute_loss: (model, batch) -> scalar loss, in place of `loss_fn`: for every other form of batches.
             As in transformers' Trainer, whose bound method can be given.
-        sparsity: final fraction of zeros over all prunable entries, 0 <= sparsity < 1.
+        sparsity: final fraction of zeros over all prunable entries, 0 <= sparsity < 1; or instead
+        macs: the share of the prunable layers' multiply-adds that is left at most, 0 < macs <= 1. An entry
+            costs the positions or tokens that it is applied to, counted in one forward pass of the first
+            batch (`drive.targets.multiply_adds`); less than one entry's cost is left over. The schedule is
+            then that of the share that goes. With scope "global", structures but N:M. On several ranks each
+            counts in its own first batch, and the mean is what an entry costs.
+        alpha: with `macs`, entries are ranked by their score / cost ** alpha (`fused_drive_prune`): 0 by the
+            score alone, 1 by score per multiply-add. Default: 1.
         method: a name in `drive.methods.names()` or an instance.
         iterations: how often to score and prune. Default: the method's own (DRIVE 100, SNIP 1).
         schedule: "one_shot", "exponential", "linear", "cubic", "halving", or a callable
@@ -141,9 +153,9 @@ def prune(
         shards = team is not None and (team.rows or any(map(is_dtensor, weights.values())))
         plan = Plan.of(
             weights, "one" if team is None else "shards" if shards else "copies",
-            sparsity=sparsity, method=method, iterations=iterations, schedule=schedule, scope=scope,
-            structure=structure, min_keep=min_keep, accumulate=accumulate, seed=seed, autocast=autocast,
-            capture=capture, on_ties=on_ties,
+            sparsity=sparsity, macs=macs, alpha=alpha, method=method, iterations=iterations,
+            schedule=schedule, scope=scope, structure=structure, min_keep=min_keep,
+            accumulate=accumulate, seed=seed, autocast=autocast, capture=capture, on_ties=on_ties,
         )  # fmt: skip
         selection = Selection(
             model, weights, plan.structure, plan.scope, plan.sparsity, plan.min_keep, team, layers
@@ -160,9 +172,7 @@ def prune(
     chosen, device = plan.method, plan.device
     eager = loss_gradients(model, weights, loss, plan.autocast)
     checks = LateChecks(steps_late=1 if device.type == "cuda" else 0)
-    groups = [selection.groups(step) for step in plan.steps]
-    counts = [sum(count for _, count in some) for some in groups]
-    deciding = 1, 1 + counts.index(counts[-1])  # the first iteration, and the last that prunes further
+    feed = together_from(team, endless(batches, device))
     meaning, raises = chosen.zero_means, plan.on_ties == "error"
     with (
         undone_on_error(model, None if plan.trains else weights),
@@ -170,8 +180,28 @@ def prune(
         nullcontext() if plan.trains else scoring(model, weights),  # once for all iterations
         captured(eager, plan.capture, plan.iterations) as gradients_of,
     ):
+        groups: list[Goals]
+        if plan.macs is None:
+            groups = [selection.groups(step) for step in plan.steps]
+        else:
+            first = next(feed)
+            with (
+                scoring(model, weights),
+                seeded(plan.seed, device),
+                together(team, "count multiply-adds"),
+            ):
+                costs = multiply_adds(
+                    model, weights, lambda: loss(model, first), samples_of(first), layers, op="prune"
+                )
+            if team is not None:  # batches of several lengths: the ranks' mean
+                sums = team.sum(torch.tensor(list(costs.values())), "add up multiply-adds").tolist()
+                costs = {name: round(s / team.size) for name, s in zip(costs, sums, strict=True)}
+            feed = chain([first], feed)
+            groups = selection.budgets(costs, plan.steps, plan.macs, plan.alpha)
+        goals = [[goal for _, goal in some] for some in groups]
+        deciding = 1, 1 + goals.index(goals[-1])  # the first iteration, and the last that prunes further
         problem = Problem(
-            model, weights, together_from(team, endless(batches, device)), loss, gradients_of,
+            model, weights, feed, loss, gradients_of,
             train=train or sgd_epoch(batches, loss), accumulate=plan.accumulate, sparsity=plan.sparsity,
             iteration=0, iterations=plan.iterations, masks=masks,
         )  # fmt: skip

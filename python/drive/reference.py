@@ -6,6 +6,7 @@ fast.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -13,14 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from drive_kernels.prune.cost import reference as reference_to_cost
 from drive_kernels.prune.op import KthLargest, kth_by_topk, reference
 
 from ._scoring.loss import LossFn
-from .fused import check_sparsity, prune_step
+from .fused import PruneOps, prune_step
 from .layers import Layers
 from .masks import Masks
 from .result import PruneResult
 from .targets.choice import Include, Target
+from .targets.costs import check_sparsity, goal_of
 from .targets.targets import Tensors, prunable
 
 
@@ -29,13 +32,16 @@ def drive_prune(
     grads: Tensors | None = None,
     mask_grads: Tensors | None = None,
     *,
-    sparsity: float,
+    sparsity: float | None = None,
     masks: Masks | None = None,
     min_keep: int = 0,
     include: Include | None = None,
     exclude: Include | None = None,
     layers: Layers | None = None,
     check_finite: bool = True,
+    costs: Mapping[str, int] | None = None,
+    max_cost: int | None = None,
+    alpha: float = 0.0,
     kth_largest: KthLargest = kth_by_topk,
 ) -> PruneResult:
     """`fused_drive_prune`, term by term in PyTorch: same arguments, same masks, far slower.
@@ -43,10 +49,11 @@ def drive_prune(
     Concatenates every score, selects by `kth_largest` (`drive_kernels.prune.op.kth_by_topk` or
     `kth_by_kthvalue`) and scatters the masks back. Source: arXiv 2404.03687, Eq. 6-7.
     """
+    goal = goal_of("drive_prune", sparsity, costs, max_cost, alpha)
     return prune_step(
-        partial(reference, kth_largest=kth_largest), "drive_prune", target, grads, mask_grads,
-        sparsity=sparsity, masks=masks, min_keep=min_keep, include=include, exclude=exclude, layers=layers,
-        check_finite=check_finite,
+        PruneOps(partial(reference, kth_largest=kth_largest), reference_to_cost), "drive_prune", target,
+        grads, mask_grads, goal=goal, masks=masks, min_keep=min_keep, include=include, exclude=exclude,
+        layers=layers, check_finite=check_finite,
     )  # fmt: skip
 
 

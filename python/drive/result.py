@@ -10,6 +10,8 @@ from torch import Tensor
 
 from ._scoring.finite import FiniteCheck
 from .masks import Masks
+from .targets.costs import Budget
+from .targets.multiply_adds import work
 
 
 class TensorCount(NamedTuple):
@@ -35,11 +37,13 @@ class PruneResult:
         scores: Tensor,
         sizes: Mapping[str, int] | None = None,
         bad_ranks: Sequence[int] | None = None,
+        budget: Budget | None = None,
     ):
         self.masks = masks
         # of plain shards, more than their masks have here
         self._sizes = sizes or {name: mask.numel() for name, mask in masks.items()}
         self._bad_ranks = bad_ranks
+        self._budget = budget
         self._kept = kept  # [T] int64
         self._nonfinite = nonfinite  # [T] int64
         self._scores = scores  # [2] float64
@@ -90,6 +94,14 @@ class PruneResult:
         return self.pruned / self.total if self.total else 0.0
 
     @property
+    def cost_left(self) -> float | None:
+        """Of a step to a budget: what the survivors cost (multiply-adds, say), of what all entries do."""
+        if self._budget is None:
+            return None
+        costs = self._budget.costs
+        return work(costs, {t.name: t.kept for t in self.per_tensor}) / max(work(costs, self._sizes), 1)
+
+    @property
     def threshold(self) -> float:
         """Normalised score z = |S| / sum |S| (Eq. 7) of the weakest survivor; inf if none survives."""
         return float(self._scores[0])
@@ -121,9 +133,13 @@ class PruneResult:
         )
 
     def summary(self) -> str:
-        """A table as text: shape, survivors and density of every tensor, and the totals."""
+        """A table as text: shape, survivors and density of every tensor, and the totals.
+
+        Of a step to a budget also what the survivors cost.
+        """
+        budget = self._budget
         lines = [
-            self.masks.summary(),
+            self.masks._table(budget.costs, budget.unit) if budget else self.masks.summary(),
             f"kept {self.kept:,} of {self.total:,}, threshold z {self.threshold:.3e}, "
             f"score sum {self.score_sum:.6e}",
         ]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from fractions import Fraction
 from functools import partial
+from math import floor
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +15,16 @@ from ._scoring.ties import Competition, TieCheck, Zeros, check_ties
 from .distributed.placement import check_placed, is_dtensor, local
 from .distributed.shards import Shards
 from .distributed.team import Said, Team, together
-from .fused import Step
+from .fused import OPS, Step
 from .holding.zero import zero_pruned_
 from .layers import Layers, Weight
 from .masks import Masks
 from .methods.base import Ranking
 from .result import PruneResult
 from .targets import scopes, structures
-from .targets.matrices import boxes
+from .targets.costs import Budget, Goals, said_of
+from .targets.matrices import boxes, entries
+from .targets.multiply_adds import MULTIPLY_ADDS, work
 from .targets.scopes import Groups
 from .targets.targets import Operands, Prunable, match
 
@@ -86,6 +91,34 @@ class Selection:
         total = sum(shape.numel() for shape in self._shapes.values()) // unit
         return scopes.groups(self.scope, self._shapes, round(sparsity * total), unit)
 
+    def budgets(
+        self, costs: Mapping[str, int], steps: Sequence[float], macs: float, alpha: float
+    ) -> list[Goals]:
+        """The same of work, a share of which goes in each step, and `macs` is left at most in the end.
+
+        Args:
+            costs: of an entry of each tensor.
+
+        Raises:
+            ValueError: `min_keep` costs more than is left in the end.
+        """
+        dense = work(costs, {name: shape.numel() for name, shape in self._shapes.items()})
+        left = [dense - round(step * dense) for step in steps[:-1]]
+        left.append(floor(Fraction(str(macs)) * dense))  # the decimal number that was written
+        unit = 1 if self.structure is None else self.structure.size
+        guard = -(-self.min_keep // unit) * unit
+        guards = {
+            name: sum(min(guard, entries(box)) for box in boxes(shape, self.axes[name]))
+            for name, shape in self._shapes.items()
+            if guard
+        }
+        if (guarded := work(costs, guards)) > left[-1]:
+            raise ValueError(
+                f"{self.op}: min_keep={self.min_keep} asks for {guarded:,} multiply-adds, {left[-1]:,} of "
+                f"{dense:,} are to be left"
+            )
+        return [[(list(self._shapes), Budget(costs, most, alpha, MULTIPLY_ADDS))] for most in left]
+
     def begun(self, masks: Masks) -> Masks:
         """A copy of the masks that pruning goes on from.
 
@@ -100,7 +133,7 @@ class Selection:
         return copies
 
     def step(
-        self, ranking: Ranking, groups: Groups, masks: Masks | None, ties: TieCheck | None = None
+        self, ranking: Ranking, groups: Goals, masks: Masks | None, ties: TieCheck | None = None
     ) -> PruneResult:
         """Prune every group by the ranking: weights and masks in place. The result is not checked yet.
 
@@ -112,16 +145,19 @@ class Selection:
         """
         results: list[PruneResult] = []
         tied: list[Competition] = []
-        for (names, prune), (_, last) in zip(groups, groups if ties is None else ties.last, strict=True):
+        for (names, goal), (_, last) in zip(groups, groups if ties is None else ties.last, strict=True):
             some = {name: self.weights[name] for name in names}
             old = None if masks is None or ranking.revive else Masks({name: masks[name] for name in names})
             before = None if ties is None else self._count_zeros(some, ranking, old)
             if self.structure is None:
-                find = partial(_operands, self.op, some, ranking)
-                results.append(self._take(find, prune, old, self.min_keep))
+                find = partial(_operands, self.op, some, ranking, goal)
+                results.append(self._take(find, _unscaled(goal, ranking), old, self.min_keep))
             else:
-                results.append(self._structured(self.structure, some, ranking, prune, old))
-            if before is not None and self._tied(ranking.signed, before, results[-1]):
+                results.append(self._structured(self.structure, some, ranking, goal, old))
+            if ties is not None and before is not None and self._tied(ranking.signed, before, results[-1]):
+                if isinstance(last, Budget):  # how many entries it leaves is not known before
+                    unit = 1 if self.structure is None else self.structure.size
+                    last = (results[-1].total if ties.first else results[-1].pruned) // unit
                 tied.append(self._competition(before, last, results[-1]))
         if ties is not None:
             check_ties(ties, tied)
@@ -186,10 +222,13 @@ class Selection:
         structure: structures.Structure,
         weights: Mapping[str, Tensor],
         ranking: Ranking,
-        prune: int,
+        goal: int | Budget,
         masks: Masks | None,
     ) -> PruneResult:
-        """The same on units: their scores are computed, safe ones set aside, the rest is selected from."""
+        """The same on units: their scores are computed, safe ones set aside, the rest is selected from.
+
+        Of a budget, none is safe, and all are of as many entries.
+        """
         scores = {name: _entry_scores(self.op, name, weight, ranking) for name, weight in weights.items()}
         alive = masks or Masks({name: torch.ones_like(w, dtype=torch.bool) for name, w in weights.items()})
         bad = torch.stack([(~score.isfinite() & alive[name]).sum() for name, score in scores.items()])
@@ -200,10 +239,14 @@ class Selection:
             safe[name] = structure.safe(score, alive[name], axes)
             open_[name] = (structure.pooled(alive[name].double(), axes) > 0) & ~safe[name]
         guarded = [structure.safe_units(weight.numel()) for weight in weights.values()]
-        ranked = [ordered(unit) if ranking.signed else unit for unit in units.values()]
+        if isinstance(goal, Budget):
+            goal = replace(goal, max_cost=goal.max_cost // structure.size)
+        else:
+            goal += sum(guarded)
+        ranked = _ordered(units, goal) if ranking.signed else list(units.values())
         min_keep = structure.units_to_keep(self.min_keep)
         find = partial(Operands, units, [], [], ranked)
-        result = self._take(find, prune + sum(guarded), Masks(open_), min_keep)
+        result = self._take(find, _unscaled(goal, ranking), Masks(open_), min_keep)
         for name in weights:
             alive[name].copy_(structure.expand(result.masks[name] | safe[name], self.axes[name]))
         zero_pruned_((weight, alive[name]) for name, weight in weights.items())
@@ -211,18 +254,19 @@ class Selection:
         return PruneResult(alive, kept, bad, result._scores)
 
     def _take(
-        self, find: Callable[[], Operands], prune: int, masks: Masks | None, min_keep: int
+        self, find: Callable[[], Operands], goal: int | Budget, masks: Masks | None, min_keep: int
     ) -> PruneResult:
         with together(self.team, "check their scores") as said:
-            step = Step(self.op, find(), masks, min_keep, self.team, self.axes)
-            said += [("entries to prune", prune), *step.said]
-        return step.take(torch.ops.drive.prune_, step.meet(), prune, check_finite=False)
+            found = find()
+            step = Step(self.op, found, masks, min_keep, self.team, self.axes)
+            said += [*said_of("entries to prune", goal, found.weights), *step.said]
+        return step.take(OPS, step.meet(), goal, check_finite=False)
 
 
-def _operands(op: str, weights: dict[str, Tensor], ranking: Ranking) -> Operands:
+def _operands(op: str, weights: dict[str, Tensor], ranking: Ranking, goal: int | Budget) -> Operands:
     if ranking.scores is not None:
-        scores = [_score(op, name, weight, ranking) for name, weight in weights.items()]
-        return Operands(weights, [], [], [ordered(score) for score in scores] if ranking.signed else scores)
+        scores = {name: _score(op, name, weight, ranking) for name, weight in weights.items()}
+        return Operands(weights, [], [], _ordered(scores, goal) if ranking.signed else list(scores.values()))
 
     def matched(argument: str, given: Mapping[str, Tensor] | None) -> list[Tensor]:
         return [] if given is None else match(op, argument, given, weights, weights)
@@ -269,6 +313,18 @@ def _entry_scores(op: str, name: str, weight: Tensor, ranking: Ranking) -> Tenso
         if given is not None:
             score = score * match(op, argument, given, {name: weight}, {name: weight})[0].double()
     return score.abs() ** ranking.power
+
+
+def _ordered(scores: Mapping[str, Tensor], goal: int | Budget) -> list[Tensor]:
+    """`ordered`, by cost before: what comes out are numbers that only have their order."""
+    if isinstance(goal, Budget):
+        scores = {name: score.float() * goal.scale(name, squared=False) for name, score in scores.items()}
+    return [ordered(score) for score in scores.values()]
+
+
+def _unscaled(goal: int | Budget, ranking: Ranking) -> int | Budget:
+    """For scores that `_ordered` has scaled."""
+    return replace(goal, alpha=0.0) if ranking.signed and isinstance(goal, Budget) else goal
 
 
 NEUTRAL = 2.0**31  # what `ordered` makes of 0

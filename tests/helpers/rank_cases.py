@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ from ugly import LAYOUTS, VALUES, laid_out, valued
 from drive import Masks, PruneResult, fused_drive_prune
 from drive.distributed import step as distributed
 from drive.reference import drive_prune
+
+Case = Callable[[int], tuple[dict[str, list[Tensor]], dict[str, Any]]]
 
 
 def case(seed: int) -> tuple[dict[str, list[Tensor]], dict[str, Any]]:
@@ -41,6 +44,23 @@ def case(seed: int) -> tuple[dict[str, list[Tensor]], dict[str, Any]]:
     return tensors, arguments
 
 
+def cost_case(seed: int) -> tuple[dict[str, list[Tensor]], dict[str, Any]]:
+    """The same, to a budget."""
+    tensors, arguments = case(seed)
+    draw, sizes = random.Random(-seed), [w.numel() for w in tensors["weights"]]
+    most = draw.choice((1, 4, 1000, 2**30))
+    costs = [draw.choice((1, most, draw.randint(1, most))) for _ in sizes]
+    total = sum(size * cost for size, cost in zip(sizes, costs, strict=True))
+    max_cost = draw.choice((0, most // 2, total // 10, int(total * draw.random()), total, 2 * total))
+    guarded = sum(min(arguments["min_keep"], size) * c for size, c in zip(sizes, costs, strict=True))
+    return tensors, {
+        "costs": {str(i): cost for i, cost in enumerate(costs)},
+        "max_cost": max_cost,
+        "alpha": draw.choice((0, 0.5, 1, 1.5)),
+        "min_keep": arguments["min_keep"] if guarded <= max_cost else 0,
+    }
+
+
 def placements(dims: int, ndim: int, draw: random.Random) -> list[Any]:
     """For a mesh of so many dimensions, and a tensor."""
     kinds = [Replicate(), *(Shard(d) for d in range(ndim))]
@@ -62,7 +82,7 @@ def check_result(found: PruneResult, oracle: PruneResult) -> None:
     assert found.threshold == pytest.approx(oracle.threshold, rel=1e-12)
 
 
-def dtensor_cases(seeds: range, device: str = "cpu") -> None:
+def dtensor_cases(seeds: range, device: str = "cpu", case: Case = case) -> None:
     """Every tensor placed by chance, on a mesh of one or two dimensions."""
     size = dist.get_world_size()
     meshes = [init_device_mesh(device, (size,))]
@@ -93,7 +113,7 @@ def dtensor_cases(seeds: range, device: str = "cpu") -> None:
         check_result(found, oracle)
 
 
-def row_cases(seeds: range, device: str = "cpu") -> None:
+def row_cases(seeds: range, device: str = "cpu", case: Case = case) -> None:
     """Plain tensors, each rank's rows by chance: none for some."""
     rank, size = dist.get_rank(), dist.get_world_size()
     for seed in seeds:
@@ -120,8 +140,8 @@ def row_cases(seeds: range, device: str = "cpu") -> None:
         check_result(found, oracle)
 
 
-def missed_brackets(seeds: range, device: str = "cpu") -> None:
+def missed_brackets(seeds: range, device: str = "cpu", case: Case = case) -> None:
     """Where the sample misleads, or there is no room for what is inside: the same by whole passes."""
     for sigmas, share in ((-3, 16), (5, 1 << 40)):
         distributed._SIGMAS, distributed._ENTRIES_PER_LISTED, distributed._MIN_SAMPLE = sigmas, share, 64
-        row_cases(seeds, device)
+        row_cases(seeds, device, case)

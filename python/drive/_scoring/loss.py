@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from drive.targets.multiply_adds import tensors_in as all_tensors_in
 
 Batch = Any
 LossFn = Callable[[Any, Any], Tensor]  # outputs, targets -> loss
@@ -118,13 +120,7 @@ class Loss:
 
 def tensors_in(outputs: Any) -> list[Tensor]:
     """All floating-point tensors of nested outputs."""
-    found = []
-    for leaf in tree_leaves(outputs):
-        if _floating(leaf):
-            found.append(leaf)
-        elif isinstance(leaf, Mapping):  # of a type that pytree does not know
-            found += tensors_in(dict(leaf))
-    return found
+    return [tensor for tensor in all_tensors_in(outputs) if tensor.is_floating_point()]
 
 
 def _floating(value: object) -> bool:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from drive.targets.scopes import Groups
+from drive.targets.costs import Goals
 
 _log = logging.getLogger(__name__)
 _warned = WeakTensorKeyDictionary()
@@ -68,7 +68,7 @@ class TieCheck(NamedTuple):
     """
 
     op: str
-    last: Groups
+    last: Goals
     meaning: str
     first: bool
     raises: bool

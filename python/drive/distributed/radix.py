@@ -22,12 +22,14 @@ class Problem:
 
     Attributes:
         up_to_next: any number will do from the one that is wanted to the next larger one, that excluded.
+        larger: the next larger number is wanted: what is left to do, where a round has come by it.
     """
 
     k: int
     low: int
     high: int
     up_to_next: bool = False
+    larger: Problem | None = None
 
 
 # (index of the problem, low, shift, buckets) -> [buckets]: how many numbers lie in low + [b, b + 1) * 2^shift
@@ -70,8 +72,16 @@ def narrow(problem: Problem, shift: int, counts: Tensor) -> None:
     counts[((problem.high - problem.low) >> shift) + 1 :] = 0  # larger ones: they are not in k any more
     at_least = counts.flip(0).cumsum(0).flip(0)  # [b]: numbers in bucket b and those above it
     bucket = max(int((at_least >= problem.k).sum()) - 1, 0)
+    if len(above := counts[bucket + 1 :].nonzero()):
+        larger = bucket + 1 + int(above[0])
+        problem.larger = Problem(int(counts[larger]), *_range(problem, larger, shift))
     problem.k -= int(at_least[bucket] - counts[bucket])
-    problem.low += bucket << shift
-    problem.high = min(problem.high, problem.low + (1 << shift) - 1)
+    problem.low, problem.high = _range(problem, bucket, shift)
     if problem.up_to_next and problem.k == 1:  # the bucket has no larger one
         problem.low = problem.high
+
+
+def _range(problem: Problem, bucket: int, shift: int) -> tuple[int, int]:
+    """Of the numbers in one bucket."""
+    low = problem.low + (bucket << shift)
+    return low, min(problem.high, low + (1 << shift) - 1)

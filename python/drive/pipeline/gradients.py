@@ -7,9 +7,9 @@ from torch import nn
 from drive._scoring.feed import mover
 from drive._scoring.gradients import loss_gradients
 from drive._scoring.loss import Batch, ComputeLoss, Loss, LossFn
-from drive._scoring.restore import scoring, seeded
 from drive.layers import Layers
 from drive.targets.choice import Include
+from drive.targets.restore import scoring, seeded
 from drive.targets.targets import prunable
 
 _OP = "check_gradients"

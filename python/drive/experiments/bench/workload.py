@@ -182,16 +182,16 @@ def _key(start: Tensor, grad: Tensor) -> Tensor:
     return (start.to(torch.float32) * grad.to(torch.float32)).abs_()
 
 
-def implementation(name: str, device: str = "cuda") -> PruneOp:
-    """drive::prune_, `compiled` or in `triton`, for tensors on a device.
+def implementation(name: str, device: str = "cuda", op: str = "prune_") -> PruneOp:
+    """drive::prune_ or drive::prune_to_cost_, `compiled` or in `triton`, for tensors on a device.
 
     Raises:
         ImportError: there is none; the message says why.
     """
-    op = "drive::prune_"
-    served = on_gpu(op, torch.cuda.current_device()) if device == "cuda" else implementations[op][device]
+    full = f"drive::{op}"
+    served = on_gpu(full, torch.cuda.current_device()) if device == "cuda" else implementations[full][device]
     kind = TRITON if name == "triton" else COMPILED[device]
     if wrong := served.get(kind, f"there is no {kind} for {device}"):
         raise ImportError(wrong)
     found = import_module("drive_kernels.prune.triton.launch") if name == "triton" else torch.ops.drive
-    return cast(PruneOp, found.prune_)
+    return cast(PruneOp, getattr(found, op))

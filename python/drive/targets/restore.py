@@ -1,4 +1,4 @@
-"""What scoring must not change, and what a failed run must not leave behind."""
+"""What a pass through a model must not change, and what a failed run must not leave behind."""
 
 from __future__ import annotations
 
