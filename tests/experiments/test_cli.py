@@ -65,6 +65,12 @@ def python(*arguments: str) -> "subprocess.CompletedProcess[str]":
         ("--sparsities 0.9,0.9", "--sparsities must be distinct"),
         ("--sparsities -0.1", "--sparsities must be distinct"),
         ("--sparsities many", "--sparsities must be distinct"),
+        ("--macs 0", "--macs must be distinct numbers in (0, 1], separated by commas, got '0'"),
+        ("--macs 1.5", "--macs must be distinct numbers in (0, 1], separated by commas, got '1.5'"),
+        ("--macs 0.1 --sparsities 0.9", "--macs must be left out with --sparsities, got both"),
+        ("--macs 0.1 --alpha -1", "--alpha must be a finite number >= 0, got '-1'"),
+        ("--alpha 0.5", "--alpha must be left out without --macs, got 0.5"),
+        ("--macs 0.1 --methods snip,rigl", "--methods must rank all layers together with --macs, got rigl"),
         ("--seeds 0", "--seeds must be an integer >= 1, got '0'"),
         ("--seeds 1.5", "--seeds must be an integer >= 1, got '1.5'"),
         ("--epochs zero", "--epochs must be an integer >= 1, got 'zero'"),
@@ -145,7 +151,37 @@ def test_train_dense_then_sparse(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", *TINY, *options, "--out", "sparse"]) == 0
     weights = torch.load("sparse/checkpoint.pt", weights_only=True)["model"]
     assert not any(weights[name][~mask].any() for name, mask in masks.items())
-    assert json.loads(Path("sparse/report.json").read_text())["sparsity"] == masks.sparsity()
+    report = json.loads(Path("sparse/report.json").read_text())
+    assert report["sparsity"] == masks.sparsity()
+    summary = masks.summary(Network("small_cnn", 10, 1, 8).build(), torch.zeros(1, 1, 8, 8))
+    assert summary.endswith(f"{report['macs_left']:.2%}")
+    assert json.loads(Path("dense/report.json").read_text())["macs_left"] == 1
+    assert "% of the multiply-adds left; results in" in " ".join(capsys.readouterr().out.split())
+
+
+@needs_digits
+def test_train_to_a_budget(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--macs", "0.2", "--alpha", "0.5"]
+    assert main(["train", *TINY, *options, "--out", "run"]) == 0
+    report = json.loads(Path("run/report.json").read_text())
+    assert 0.19 < report["macs_left"] <= 0.2
+    masks, before = (
+        drive.Masks.load("run/masks.safetensors"),
+        Path("run/masks.safetensors").stat().st_mtime_ns,
+    )
+    weights = torch.load("run/checkpoint.pt", weights_only=True)["model"]
+    assert not any(weights[name][~mask].any() for name, mask in masks.items())
+    Path(
+        "run/checkpoint.pt"
+    ).unlink()  # as if it had been killed after pruning: trained again, to the same end
+    assert main(["train", "--resume", "--out", "run"]) == 0
+    assert Path("run/masks.safetensors").stat().st_mtime_ns == before
+    again = torch.load("run/checkpoint.pt", weights_only=True)["model"]
+    assert all(torch.equal(weight, again[name]) for name, weight in weights.items())
+    assert rejected(capsys, "train --macs 0.2 --masks m.safetensors").startswith(
+        "--macs must be left out with --masks"
+    )
+    assert rejected(capsys, "train --alpha 1").startswith("--alpha must be left out without --macs")
 
     masks.save("intact")
     Path("broken").write_bytes(Path("intact").read_bytes()[:40])

@@ -58,7 +58,8 @@ def digits() -> Dataset:
 def config(**options: object) -> Config:
     settings = {
         "data": "digits", "data_dir": None, "limit_train": 256, "model": "small_cnn",
-        "methods": ["drive", "snip", "magnitude"], "sparsities": [0.9, 0.98], "seeds": 1, "epochs": 3,
+        "methods": ["drive", "snip", "magnitude"], "sparsities": [0.9, 0.98], "macs": [],
+        "alpha": None, "seeds": 1, "epochs": 3,
         "warmup_epochs": 1, "iterations": 3, "batch_size": 64, "lr": 0.1, "sparse_ops": False,
         "device": "cpu", "threads": 1,
     }  # fmt: skip
@@ -186,7 +187,7 @@ def test_verdict_says_it_plainly(digits: Dataset, tmp_path: Path, drive_right: i
     }
     results = [
         {
-            "seed": cell.seed, "method": cell.variant.name, "sparsity": cell.sparsity, "kept": kept,
+            "seed": cell.seed, "method": cell.variant.name, **cell.goal.as_dict(), "kept": kept,
             "tested": 100, "correct": drive_right if cell.variant.name == "drive" else 80,
             "empty": [], "disconnected": [],
         }

@@ -46,6 +46,7 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "11 of 11 cells are finished, 0 failed" in printed
     for label in ("none", "mask", "init+mask", "init+mask+smooth", "snip", "rigl"):
         assert f"| {label} |" in text
+    assert text.count("| multiply-adds left in % |") == 2 and text.count(" | 10.0 |") == 10  # an MLP's layers
     assert "SNIP, GraSP and SynFlow score in eval mode" in text and "*The learned mask matters most*" in text
     for figure in ("pipeline-digits-mlp-accuracy.png", "pipeline-digits-mlp-layers.png"):
         assert f"({figure})" in text and (tmp_path / figure).stat().st_size > 1000

@@ -165,12 +165,14 @@ def test_full_cells_stand_beside_the_published_numbers() -> None:
                 "warmup_seconds": 5.0, "round_seconds": 215.0 if cell.variant.name == "imp" else 0.0,
                 "prune_seconds": 5.0, "train_seconds": 50.0, "made_with": {"torch": "2.0", "gpu": "one"},
             }  # fmt: skip
+            if cell.variant.name == "drive" and cell.goal.gone > 0.9:
+                found.results[cell]["macs_left"] = 0.25 + 0.1 * cell.seed
     page = tables.against_paper("Table 1", planned, METHODS, found)
     assert "*" not in page and "Scaled" not in page and "Made with torch 2.0, gpu one; float32." in page
     assert "Not pruned: 80.50 ± 0.71 (84.20, -3.70)." in page
     assert "| drive | 80.50 ± 0.71 (86.97, -6.47) | 80.50 ± 0.71 (87.21, -6.71) |" in page
     assert "| snip | 80.00 [1 of 2 seeds] (83.09, -3.09) |" in page
-    assert "| 10.0 (220) |" in page and "| 225.0 (24,000) |" in page
+    assert "| - / 30.0 / 30.0 / 30.0 | 10.0 (220) |" in page and "| - | 225.0 (24,000) |" in page
     assert "IMP prunes 22.5 times as long as DRIVE (published: 109.1)." in page
 
 

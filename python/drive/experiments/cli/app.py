@@ -25,6 +25,7 @@ from drive.files import write_atomic
 from .console import BAD_INPUT, INTERRUPTED, complain, load, open_console
 from .info import facts
 from .options import (
+    Alpha,
     BatchSize,
     ChannelsLast,
     Compile,
@@ -86,6 +87,12 @@ def _comparison(
         option("--sparsities", "fractions of zeros [default: 0.9,0.95,0.98,0.993]",
                inputs.sparsities, "X,Y"),
     ] = None,
+    macs: Annotated[
+        Fractions | None,
+        option("--macs", "instead of sparsities: shares of the multiply-adds that are left",
+               inputs.shares, "X,Y"),
+    ] = None,
+    alpha: Alpha = None,
     seeds: Annotated[
         int | None,
         option("--seeds", "runs with seeds 0..N-1 [default: drive prune: digits 5, else 1; drive compare: 3]",
@@ -110,9 +117,9 @@ def _comparison(
     resume: Resume = False,
 ) -> None:  # fmt: skip
     options = given(
-        data=data, data_dir=data_dir, model=model, methods=methods, sparsities=sparsities, seeds=seeds,
-        epochs=epochs, warmup_epochs=warmup_epochs, iterations=iterations, batch_size=batch_size, lr=lr,
-        sparse_ops=sparse_ops, device=device, limit_train=limit_train,
+        data=data, data_dir=data_dir, model=model, methods=methods, sparsities=sparsities, macs=macs,
+        alpha=alpha, seeds=seeds, epochs=epochs, warmup_epochs=warmup_epochs, iterations=iterations,
+        batch_size=batch_size, lr=lr, sparse_ops=sparse_ops, device=device, limit_train=limit_train,
     )  # fmt: skip
     command = str(context.info_name)
     defaults = {"prune": prune_defaults, "compare": compare_defaults}[command]
@@ -136,8 +143,8 @@ def _comparison(
         report.draw_time(summary, times, folder / "time.png")
         write_atomic(folder / "tables.md", report.markdown(summary, times).encode())
         write_json(folder / "report.json", summary)
-        console.print(report.table(summary))
-        console.print(report.details(summary, times))
+        for table in report.tables(summary, times):
+            console.print(table)
         console.print(summary["verdict"], highlight=False)
         console.print(f"results in {folder}", highlight=False)
 
@@ -150,7 +157,7 @@ app.command(
 
     Without arguments: scikit-learn's handwritten digits and a small CNN, about a minute on a CPU.
     The folder then holds report.json, timing.json, tables.md, accuracy.png, layers.png, time.png, and, of
-    DRIVE's network at the highest sparsity (first seed), checkpoint.pt and masks.safetensors.
+    DRIVE's sparsest network (first seed), checkpoint.pt and masks.safetensors.
 
     Examples:
 
@@ -159,6 +166,8 @@ app.command(
         drive prune --resume
 
         drive prune --data cifar10 --model vgg16_bn --device cuda --seeds 3 --out runs/vgg
+
+        drive prune --macs 0.1,0.05 --alpha 0.5
 
         drive prune --data imagefolder --data-dir photos --sparsities 0.9,0.98 --limit-train 2000
     """,
@@ -191,6 +200,12 @@ def train(
     masks: Annotated[
         Path | None, file("--masks", "masks.safetensors: train this sparse network [default: dense]")
     ] = None,
+    macs: Annotated[
+        float | None,
+        option("--macs", "instead of masks: prune by DRIVE, at first, to this share of the multiply-adds",
+               inputs.share, "X"),
+    ] = None,
+    alpha: Alpha = None,
     init: Annotated[
         Path | None, file("--init", "checkpoint whose weights to start from [default: random ones]")
     ] = None,
@@ -208,8 +223,8 @@ def train(
     tensorboard: TensorBoard = False,
     out: Out = None,
     resume: Resume = False,
-) -> None:
-    """Train one network, dense or with the masks that `drive prune` or `drive.prune` made.
+) -> None:  # fmt: skip
+    """Train one network, dense, with the masks that `drive prune` or `drive.prune` made, or pruned at first.
 
     The folder holds checkpoint.pt and log.csv, whole after every epoch, and at the end report.json.
 
@@ -219,15 +234,17 @@ def train(
 
         drive train --masks runs/prune/masks.safetensors --epochs 30
 
+        drive train --init runs/train/checkpoint.pt --macs 0.1 --out runs/sparse
+
         drive train --data cifar10 --model resnet18 --device cuda --precision bfloat16 --out runs/resnet
 
         drive train --resume --out runs/resnet
     """
     options = given(
-        data=data, data_dir=data_dir, model=model, masks=masks, init=init, epochs=epochs,
-        batch_size=batch_size, lr=lr, precision=precision, channels_last=channels_last, compile=compile,
-        sparse_ops=sparse_ops, seed=seed, device=device, devices=devices, limit_train=limit_train,
-        tensorboard=tensorboard,
+        data=data, data_dir=data_dir, model=model, masks=masks, macs=macs, alpha=alpha, init=init,
+        epochs=epochs, batch_size=batch_size, lr=lr, precision=precision, channels_last=channels_last,
+        compile=compile, sparse_ops=sparse_ops, seed=seed, device=device, devices=devices,
+        limit_train=limit_train, tensorboard=tensorboard,
     )  # fmt: skip
     with open_console("train", out, resume, options, train_defaults) as (folder, settings, console):
         from drive.experiments.training.command import Training
@@ -239,8 +256,9 @@ def train(
         with bars(console) as progress:
             result = training.run(progress)
         console.print(
-            f"{100 * result['accuracy']:.2f} % test accuracy at {100 * result['sparsity']:.2f} % pruned; "
-            f"results in {folder}", highlight=False,
+            f"{100 * result['accuracy']:.2f} % test accuracy at {100 * result['sparsity']:.2f} % pruned, "
+            f"{100 * result['macs_left']:.2f} % of the multiply-adds left; results in {folder}",
+            highlight=False,
         )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from drive.experiments.runs.folder import Options, load_tensors
 from drive.experiments.runs.inputs import InputError
 from drive.experiments.training import networks
 from drive.experiments.training.compute import PRECISIONS
+from drive.plan import DEFAULT_ALPHA
 
 Parsed = TypeVar("Parsed")
 # typer would take an option that is a plain list as one to be given several times
@@ -58,6 +59,13 @@ Model = Annotated[
 Epochs = Annotated[
     int | None, option("--epochs", "epochs in all [default: digits 20, else 30]", inputs.whole_number(1))
 ]
+Alpha = Annotated[
+    float | None,
+    option(
+        "--alpha", f"with --macs, rank by score / cost^alpha [default: {DEFAULT_ALPHA:g}]",
+        inputs.not_negative, "X",
+    ),
+]  # fmt: skip
 BatchSize = Annotated[
     int | None, option("--batch-size", "images in a batch [default: 128]", inputs.whole_number(2))
 ]
@@ -106,18 +114,27 @@ def given(**options: Any) -> Options:
 
 def compare_defaults(options: Options) -> Options:
     """The options of `drive compare`, completed; as `prune_defaults`."""
-    return prune_defaults({"methods": methods.names(), "seeds": 3, **options})
+    able = [name for name in methods.names() if "macs" not in options or _ranks_all(name)]
+    return prune_defaults({"methods": able, "seeds": 3, **options})
+
+
+def _ranks_all(method: str) -> bool:
+    """Together, as a budget needs it."""
+    return methods.get(method).scope == "global"
 
 
 def prune_defaults(options: Options) -> Options:
     """The options of `drive prune`, completed.
 
     Raises:
-        InputError: no epoch is left after the warm-up.
+        InputError: no epoch is left after the warm-up; options that do not go together.
     """
+    to_macs = _to_macs(options, "sparsities")
     complete = _completed({
         "methods": ["drive", "snip", "magnitude"],
-        "sparsities": [0.9, 0.95, 0.98, 0.993],
+        "sparsities": [] if to_macs else [0.9, 0.95, 0.98, 0.993],
+        "macs": [],
+        "alpha": DEFAULT_ALPHA if to_macs else None,
         "seeds": 5 if options.get("data", "digits") == "digits" else 1,
         "warmup_epochs": 5,
         "iterations": 100,
@@ -128,6 +145,9 @@ def prune_defaults(options: Options) -> Options:
             f"--warmup-epochs must be fewer than the {complete['epochs']} epochs, "
             f"got {complete['warmup_epochs']}"
         )
+    unable = [name for name in complete["methods"] if not _ranks_all(name)]
+    if to_macs and unable:
+        raise InputError(f"--methods must rank all layers together with --macs, got {', '.join(unable)}")
     return complete
 
 
@@ -135,16 +155,30 @@ def train_defaults(options: Options) -> Options:
     """The options of `drive train`, completed; the model is that of --init, if there is one.
 
     Raises:
-        InputError: --init is no checkpoint.
+        InputError: --init is no checkpoint; options that do not go together.
     """
     defaults: Options = {
-        "seed": 0, "masks": None, "init": None, "devices": 1, "precision": "float32", "channels_last": False,
+        "seed": 0, "masks": None, "macs": None, "init": None, "devices": 1, "precision": "float32",
+        "alpha": DEFAULT_ALPHA if _to_macs(options, "masks") else None, "channels_last": False,
         "compile": False, "tensorboard": False,
     }  # fmt: skip
     if "init" in options and "model" not in options:
         network = load_tensors(Path(options["init"]), "--init").get("network", {})
         defaults |= {"model": network["name"]} if "name" in network else {}
     return _completed({**defaults, **options})
+
+
+def _to_macs(options: Options, other: str) -> bool:
+    """Is a share of the multiply-adds asked for?
+
+    Raises:
+        InputError: the other option is given too, or --alpha alone.
+    """
+    if "macs" in options and other in options:
+        raise InputError(f"--macs must be left out with --{other}, got both")
+    if "alpha" in options and "macs" not in options:
+        raise InputError(f"--alpha must be left out without --macs, got {options['alpha']:g}")
+    return "macs" in options
 
 
 def _completed(options: Options) -> Options:

@@ -13,12 +13,13 @@ from drive.experiments.training.compute import Compute
 from drive.experiments.training.networks import Network
 from drive.experiments.training.recipe import Recipe
 
+from .goal import Goal
 from .variants import Variant
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One network on one data set, pruned in one way to one sparsity, from one seed.
+    """One network on one data set, pruned in one way to one goal, from one seed.
 
     Attributes:
         scale: fraction of the published epochs and training images that `recipe` and `variant` stand for; the
@@ -29,7 +30,7 @@ class Cell:
     data: str
     model: str
     variant: Variant
-    sparsity: float
+    goal: Goal
     seed: int
     recipe: Recipe
     compute: Compute
@@ -40,13 +41,13 @@ class Cell:
     def name(self) -> str:
         """A folder's name; what it does not say is in the digest, so that different cells never meet."""
         readable = [self.data, self.model, self.variant.name.replace(" ", "-")]
-        sparsity = [f"{self.sparsity:g}"] if self.sparsity else []
-        return "-".join([*readable, *sparsity, f"seed{self.seed}", self._digest()])
+        goal = [self.goal.name] if self.goal.gone else []
+        return "-".join([*readable, *goal, f"seed{self.seed}", self._digest()])
 
     @property
     def title(self) -> str:
         """For people."""
-        to = f" to {100 * self.sparsity:g} %" if self.sparsity else ""
+        to = f" to {self.goal.title}" if self.goal.gone else ""
         return f"{self.model} on {self.data}, {self.variant.name}{to}, seed {self.seed}"
 
     def images(self, data: Dataset) -> Dataset:
@@ -63,10 +64,12 @@ class Cell:
 
     def as_dict(self) -> dict[str, Any]:
         """All that the result depends on, as plain values."""
-        return {
-            **asdict(self), "variant": self.variant.as_dict(), "recipe": self.recipe.as_dict(),
-            "compute": self.compute.as_dict(),
+        found = {
+            **asdict(self), **self.goal.as_dict(), "variant": self.variant.as_dict(),
+            "recipe": self.recipe.as_dict(), "compute": self.compute.as_dict(),
         }  # fmt: skip
+        del found["goal"]
+        return found
 
     def _digest(self) -> str:
         text = json.dumps(self.as_dict(), sort_keys=True)

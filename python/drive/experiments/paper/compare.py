@@ -17,6 +17,7 @@ from drive.experiments.training.recipe import Recipe
 from drive.files import write_atomic
 
 from .cell import Cell
+from .goal import Goal
 from .queue import Experiment
 from .variants import Variant, dense
 from .work import Result
@@ -24,7 +25,11 @@ from .work import Result
 
 @dataclass(frozen=True)
 class Config:
-    """All that the results depend on: the options of `drive prune` and `drive compare`."""
+    """All that the results depend on: the options of `drive prune` and `drive compare`.
+
+    Attributes:
+        sparsities, macs: of one of them there are none.
+    """
 
     data: str
     data_dir: str | None
@@ -32,6 +37,8 @@ class Config:
     model: str
     methods: list[str]
     sparsities: list[float]
+    macs: list[float]
+    alpha: float | None
     seeds: int
     epochs: int
     warmup_epochs: int
@@ -49,6 +56,11 @@ class Config:
             raise InputError("--out must hold a run of this version of drive, got other options in it")
         return cls(**options)
 
+    @property
+    def goals(self) -> list[Goal]:
+        """Of every method, the sparsest last."""
+        return [*map(Goal, self.sparsities), *(Goal(macs=macs, alpha=self.alpha) for macs in self.macs)]
+
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -56,8 +68,8 @@ class Config:
 class Comparison:
     """A run in a folder: `cells/`, then checkpoint and masks of one network.
 
-    `checkpoint.pt` and `masks.safetensors` are of the first seed's network at the highest sparsity,
-    pruned by DRIVE (or the first method, if DRIVE is not among them).
+    `checkpoint.pt` and `masks.safetensors` are of the first seed's sparsest network, pruned by DRIVE (or the
+    first method, if DRIVE is not among them).
 
     Args:
         data: of the run, its images limited already if they are to be.
@@ -71,11 +83,11 @@ class Comparison:
             cell
             for seed in range(config.seeds)
             for cell in (
-                self._cell(dense(config.warmup_epochs), 0.0, seed),
+                self._cell(dense(config.warmup_epochs), Goal(0.0), seed),
                 *(
-                    self._cell(variant_of(name, config), sparsity, seed)
+                    self._cell(variant_of(name, config), goal, seed)
                     for name in config.methods
-                    for sparsity in config.sparsities
+                    for goal in config.goals
                 ),
             )
         ]
@@ -89,7 +101,7 @@ class Comparison:
         """
         config = self.config
         kept = "drive" if "drive" in config.methods else config.methods[0]
-        exported = self._cell(variant_of(kept, config), max(config.sparsities), seed=0)
+        exported = self._cell(variant_of(kept, config), config.goals[-1], seed=0)
         experiment = Experiment(self.folder, self.cells, lambda _: self.data)
         experiment.data(self.cells[0])  # checked even if nothing is left to train
         outcome = experiment.run(progress, keep_going=False, keep_networks=[exported])
@@ -100,10 +112,10 @@ class Comparison:
             write_atomic(self.folder / name, source.read_bytes())
         return [outcome.results[cell] for cell in self.cells]
 
-    def _cell(self, variant: Variant, sparsity: float, seed: int) -> Cell:
+    def _cell(self, variant: Variant, goal: Goal, seed: int) -> Cell:
         config = self.config
         return Cell(
-            config.data, config.model, variant, sparsity, seed,
+            config.data, config.model, variant, goal, seed,
             Recipe(config.epochs, config.lr, config.batch_size),
             Compute(config.device, sparse_ops=config.sparse_ops), limit=config.limit_train,
         )  # fmt: skip

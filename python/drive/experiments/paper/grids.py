@@ -11,6 +11,7 @@ from drive.experiments.runs.inputs import InputError
 from drive.experiments.training.compute import Compute
 
 from .cell import Cell
+from .goal import Goal
 from .published import Row
 from .variants import Variant, dense
 
@@ -74,7 +75,7 @@ class Grid:
                 f"--scale must leave epochs after the dense warm-up, got {self.scale:g} "
                 f"({row.name}: {recipe.epochs} epochs, {variant.warmup} of warm-up)"
             )
-        cell = Cell(row.data, row.model, variant, sparsity, seed, recipe, self.compute, self.scale)
+        cell = Cell(row.data, row.model, variant, Goal(sparsity), seed, recipe, self.compute, self.scale)
         self.cells.append(cell)
         self.groups.setdefault(Key(row.name, variant.name, sparsity), []).append(cell)
 

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from rich.table import Table
 
+from drive.experiments.training import macs
 from drive.figures import figure_of, save_figure
 from drive.targets.targets import prunable
 
 from .compare import Comparison, Config
+from .goal import Goal
+from .tables import head, line
 
 Results = list[dict[str, Any]]  # of the cells, as `Comparison.run` gives them
-HEADLINE = 0.98  # the sparsity at which DRIVE and SNIP are compared in words
+HEADLINE = 0.98  # the sparsity at which DRIVE and SNIP are compared in words; of multiply-adds, the least
 
 
 def summarise(comparison: Comparison, results: Results) -> dict[str, Any]:
     """The report: numbers that depend on the configuration only, no timings and no dates."""
     config, data = comparison.config, comparison.data
     sizes = {name: w.numel() for name, w in prunable(comparison.network.build()).items()}
-    groups = {(m, s): _of(results, m, s) for m in config.methods for s in config.sparsities}
-    dense = _of(results, "dense", 0.0)
+    groups = {(m, goal): _of(results, m, goal) for m in config.methods for goal in config.goals}
+    dense = _of(results, "dense", Goal(0.0))
     return {
         "config": config.as_dict(),
         "images": {
@@ -37,63 +41,45 @@ def summarise(comparison: Comparison, results: Results) -> dict[str, Any]:
         "pruned": [
             {
                 "method": m,
-                "sparsity": s,
+                **goal.as_dict(),
                 **_accuracy(cells),
+                "macs_left": macs.mean_left(cells),
                 "density": _density(cells, sizes),
                 "empty": _named(cells, "empty"),
                 "disconnected": _named(cells, "disconnected"),
             }
-            for (m, s), cells in groups.items()
+            for (m, goal), cells in groups.items()
         ],
-        "verdict": _verdict(groups),
+        "verdict": _verdict(groups, config.goals),
     }
 
 
 def timings(config: Config, results: Results) -> list[dict[str, Any]]:
-    """Mean seconds of warm-up, pruning and training per method and sparsity."""
+    """Mean seconds of warm-up, pruning and training per method and goal."""
+    groups = [("dense", Goal(0.0)), *((m, goal) for m in config.methods for goal in config.goals)]
     return [
         {
             "method": m,
-            "sparsity": s,
-            "warmup_seconds": mean(c["warmup_seconds"] for c in _of(results, m, s)),
-            "prune_seconds": mean(c["prune_seconds"] for c in _of(results, m, s)),
+            **goal.as_dict(),
+            "warmup_seconds": mean(c["warmup_seconds"] for c in cells),
+            "prune_seconds": mean(c["prune_seconds"] for c in cells),
             # methods that train in the course of pruning are charged for it here
-            "train_seconds": mean(c["round_seconds"] + c["train_seconds"] for c in _of(results, m, s)),
+            "train_seconds": mean(c["round_seconds"] + c["train_seconds"] for c in cells),
         }
-        for m, s in [("dense", 0.0), *((m, s) for m in config.methods for s in config.sparsities)]
+        for m, goal in groups
+        for cells in [_of(results, m, goal)]
     ]
 
 
-def details(report: dict[str, Any], times: list[dict[str, Any]]) -> Table:
-    """Seconds of pruning, and layers that collapsed: a row per method, a cell per sparsity."""
-    config = report["config"]
-    result = Table(
-        title="seconds of pruning; layers that lost every weight + layers whose survivors lead nowhere",
-        caption="mean over the seeds; layers: the most over the seeds", min_width=78,
-    )  # fmt: skip
-    result.add_column("weights pruned")
-    for sparsity in config["sparsities"]:
-        result.add_column(f"{100 * sparsity:g} %", justify="right")
-    seconds = {(row["method"], row["sparsity"]): row["prune_seconds"] for row in times}
-    for method in config["methods"]:
-        rows = [row for row in report["pruned"] if row["method"] == method]
-        result.add_row(method, *(
-            f"{seconds[method, row['sparsity']]:.2f} s; {_most(row['empty'])} + {_most(row['disconnected'])}"
-            for row in rows
-        ))  # fmt: skip
-    return result
-
-
 def draw_time(report: dict[str, Any], times: list[dict[str, Any]], path: Path) -> None:
-    """PNG: seconds of warm-up, training and pruning, stacked, a bar per method and sparsity."""
+    """PNG: seconds of warm-up, training and pruning, stacked, a bar per method and goal."""
     config = report["config"]
+    goals = _goals(config)
     figure = figure_of(max(6.0, 0.9 * len(config["methods"])) + 2, 3.8)
     axes = figure.subplots()
-    width = 0.8 / len(config["sparsities"])
-    for index, sparsity in enumerate(config["sparsities"]):
-        rows = [
-            next(r for r in times if (r["method"], r["sparsity"]) == (m, sparsity)) for m in config["methods"]
-        ]
+    width = 0.8 / len(goals)
+    for index in range(len(goals)):
+        rows = [_rows(times, m)[index] for m in config["methods"]]
         places = [i - 0.4 + width * (index + 0.5) for i in range(len(rows))]
         bottom = [0.0] * len(rows)
         for part, color in (("warmup", "C7"), ("train", "C0"), ("prune", "C1")):
@@ -104,14 +90,14 @@ def draw_time(report: dict[str, Any], times: list[dict[str, Any]], path: Path) -
     axes.axhline(_in_all(_dense(times)), color="black", linestyle="--", label="dense")
     axes.set_xticks(range(len(config["methods"])), config["methods"], rotation=30, ha="right")
     axes.set_ylabel("seconds")
-    over = ", ".join(f"{100 * s:g}" for s in config["sparsities"])
-    axes.set_title(f"{config['model']} on {config['data']}; bars: {over} % pruned", fontsize=10)
+    over = ", ".join(goal.percent for goal in goals)
+    axes.set_title(f"{config['model']} on {config['data']}; bars: {goals[0].axis}, {over}", fontsize=10)
     axes.legend(fontsize=8)
     save_figure(figure, path)
 
 
 def _dense(times: list[dict[str, Any]]) -> dict[str, Any]:
-    return next(row for row in times if row["method"] == "dense")
+    return _rows(times, "dense")[0]
 
 
 def _in_all(row: dict[str, Any]) -> float:
@@ -121,54 +107,83 @@ def _in_all(row: dict[str, Any]) -> float:
 def markdown(report: dict[str, Any], times: list[dict[str, Any]]) -> str:
     """The comparison as three tables for a page of results."""
     config, seeds = report["config"], report["config"]["seeds"]
-    heads = "".join(f" {100 * s:g} % |" for s in config["sparsities"])
-    line = "| --- |" + " ---: |" * len(config["sparsities"])
-    seconds = {(row["method"], row["sparsity"]): row for row in times}
     accuracy, cost, end_to_end = [], [], []
     dense = _in_all(_dense(times))
     for method in config["methods"]:
-        rows = [row for row in report["pruned"] if row["method"] == method]
-        accuracy.append(f"| {method} |" + "".join(f" {_shown(row, seeds)} |" for row in rows))
-        cost.append(f"| {method} |" + "".join(
-            f" {seconds[method, row['sparsity']]['prune_seconds']:.2f} / "
-            f"{seconds[method, row['sparsity']]['train_seconds']:.2f}, "
-            f"{_most(row['empty'])} + {_most(row['disconnected'])} |"
-            for row in rows
-        ))  # fmt: skip
-        sums = [_in_all(seconds[method, row["sparsity"]]) for row in rows]
-        end_to_end.append(f"| {method} |" + "".join(f" {s:.1f} ({dense / s:.2f}x) |" for s in sums))
+        rows, seconds = _rows(report["pruned"], method), _rows(times, method)
+        left = macs.shown([row["macs_left"] for row in rows])
+        accuracy.append([method, *(_shown(row, seeds) for row in rows), left])
+        cost.append([
+            method,
+            *(
+                f"{time['prune_seconds']:.2f} / {time['train_seconds']:.2f}, "
+                f"{_most(row['empty'])} + {_most(row['disconnected'])}"
+                for row, time in zip(rows, seconds, strict=True)
+            ),
+            left,
+        ])  # fmt: skip
+        sums = [_in_all(time) for time in seconds]
+        end_to_end.append([method, *(f"{s:.1f} ({dense / s:.2f}x)" for s in sums), left])
     sparse = "on the sparse ops" if config["sparse_ops"] else "dense, with masks"
     return "\n".join([
-        f"Test accuracy in %, {seeds} seeds; the dense network: {_shown(report['dense'], seeds)}.", "",
-        f"| pruned |{heads}", line, *accuracy, "",
+        f"Test accuracy in %, {seeds} seeds; the dense network: {_shown(report['dense'], seeds)}. "
+        f"{macs.NOTE}", "",
+        *_markdown(config, accuracy),
         "Seconds of pruning / training; layers that lost every weight + layers whose survivors lead nowhere "
-        "(most over the seeds).", "", f"| pruned |{heads}", line, *cost, "",
+        "(most over the seeds).", "", *_markdown(config, cost),
         f"Seconds in all - dense warm-up, pruning, training {sparse} - and how many times faster than the "
-        f"dense network's {dense:.1f}.", "", f"| pruned |{heads}", line, *end_to_end, "",
+        f"dense network's {dense:.1f}.", "", *_markdown(config, end_to_end),
     ])  # fmt: skip
 
 
-def table(report: dict[str, Any]) -> Table:
-    """Test accuracy in %, mean and standard deviation over the seeds: a row per method."""
+def _markdown(config: dict[str, Any], rows: list[list[str]]) -> list[str]:
+    goals = _goals(config)
+    heads = [goals[0].axis, *(goal.percent for goal in goals), macs.TITLE]
+    return [*head(heads), *map(line, rows), ""]
+
+
+def tables(report: dict[str, Any], times: list[dict[str, Any]]) -> Iterator[Table]:
+    """Test accuracy; what is left of the multiply-adds; seconds of pruning, and layers that collapsed.
+
+    Each a table, a row per method and a cell per goal, so that they fit into a terminal.
+    """
     config, seeds = report["config"], report["config"]["seeds"]
     over = f"mean ± standard deviation of {seeds} seeds" if seeds > 1 else "one seed"
-    dense = _shown(report["dense"], seeds)
-    result = Table(
-        title=f"{config['model']} on {config['data']}: test accuracy in %, {over}",
-        caption=f"the dense network: {dense}",
-        min_width=78,
+    yield _table(
+        config, f"{config['model']} on {config['data']}: test accuracy in %, {over}",
+        f"the dense network: {_shown(report['dense'], seeds)}",
+        [_shown(row, seeds) for row in report["pruned"]],
+    )  # fmt: skip
+    yield _table(
+        config,
+        macs.TITLE,
+        "mean over the seeds",
+        [macs.shown([row["macs_left"]]) for row in report["pruned"]],
     )
-    result.add_column("weights pruned")
-    for sparsity in config["sparsities"]:
-        result.add_column(f"{100 * sparsity:g} %", justify="right")
-    for method in config["methods"]:
-        rows = [row for row in report["pruned"] if row["method"] == method]
-        result.add_row(method, *(_shown(row, seeds) for row in rows))
+    pruned = [time for time in times if time["method"] != "dense"]
+    yield _table(
+        config, "seconds of pruning; layers that lost every weight + layers whose survivors lead nowhere",
+        "mean over the seeds; layers: the most over the seeds",
+        [
+            f"{time['prune_seconds']:.2f} s; {_most(row['empty'])} + {_most(row['disconnected'])}"
+            for row, time in zip(report["pruned"], pruned, strict=True)
+        ],
+    )  # fmt: skip
+
+
+def _table(config: dict[str, Any], title: str, caption: str, cells: list[str]) -> Table:
+    """`cells`: method by method, and of each goal by goal."""
+    result, goals = Table(title=title, caption=caption, min_width=78), _goals(config)
+    result.add_column(goals[0].axis)
+    for goal in goals:
+        result.add_column(goal.percent, justify="right")
+    for number, method in enumerate(config["methods"]):
+        result.add_row(method, *cells[number * len(goals) : (number + 1) * len(goals)])
     return result
 
 
 def draw_accuracy(report: dict[str, Any], path: Path) -> None:
-    """PNG: accuracy against sparsity, a line per method with a band of one standard deviation.
+    """PNG: accuracy against what is pruned, a line per method with a band of one standard deviation.
 
     Two panels: the whole range, and the few points below the dense network in which methods differ
     while they work.
@@ -176,10 +191,11 @@ def draw_accuracy(report: dict[str, Any], path: Path) -> None:
     config, dense = report["config"], 100 * report["dense"]["mean"]
     figure = figure_of(10.0, 4.2)
     panels = figure.subplots(1, 2)
-    places = list(range(len(config["sparsities"])))  # evenly spaced: the interesting ones crowd near 1
+    goals = _goals(config)
+    places = list(range(len(goals)))  # evenly spaced: the interesting ones crowd at the sparse end
     for axes in panels:
         for index, method in enumerate(config["methods"]):
-            rows = [row for row in report["pruned"] if row["method"] == method]
+            rows = _rows(report["pruned"], method)
             means = [100 * row["mean"] for row in rows]
             low = [100 * (row["mean"] - row["std"]) for row in rows]
             high = [100 * (row["mean"] + row["std"]) for row in rows]
@@ -187,8 +203,8 @@ def draw_accuracy(report: dict[str, Any], path: Path) -> None:
             axes.plot(places, means, line, marker="o", color=f"C{index}", label=method)
             axes.fill_between(places, low, high, color=f"C{index}", alpha=0.18, linewidth=0)
         axes.axhline(dense, color="black", linestyle="--", label="dense")
-        axes.set_xticks(places, [f"{100 * s:g}" for s in config["sparsities"]])
-        axes.set_xlabel("weights pruned in %")
+        axes.set_xticks(places, [f"{100 * goal.share:g}" for goal in goals])
+        axes.set_xlabel(f"{goals[0].axis} in %")
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("top-1 test accuracy in %")
     panels[0].legend(fontsize=8)
@@ -201,10 +217,10 @@ def draw_accuracy(report: dict[str, Any], path: Path) -> None:
 
 
 def draw_layers(report: dict[str, Any], path: Path) -> None:
-    """PNG: the density of every layer, a panel per sparsity; a cross at the bottom: nothing is kept."""
-    names, sparsities = list(report["prunable"]), report["config"]["sparsities"]
-    columns = min(2, len(sparsities))
-    rows = -(-len(sparsities) // columns)
+    """PNG: the density of every layer, a panel per goal; a cross at the bottom: nothing is kept."""
+    names, goals = list(report["prunable"]), _goals(report["config"])
+    columns = min(2, len(goals))
+    rows = -(-len(goals) // columns)
     figure = figure_of(max(4.2, 0.3 * len(names)) * columns, 2.9 * rows + 0.5)
     panels = figure.subplots(rows, columns, sharey=True, squeeze=False).flatten()
     floor = 0.5 * min((d for row in report["pruned"] for d in row["density"].values() if d), default=1)
@@ -213,28 +229,38 @@ def draw_layers(report: dict[str, Any], path: Path) -> None:
     crowded = len(names) > 6
     if not crowded:
         labels = [f"{label}\n{report['prunable'][name]:,}" for label, name in zip(labels, names, strict=True)]
-    for axes, sparsity in zip(panels, sparsities, strict=False):
+    for number, (axes, goal) in enumerate(zip(panels, goals, strict=False)):
         for index, method in enumerate(report["config"]["methods"]):
-            row = next(r for r in report["pruned"] if (r["method"], r["sparsity"]) == (method, sparsity))
-            kept = [row["density"][name] for name in names]
+            density = _rows(report["pruned"], method)[number]["density"]
+            kept = [density[name] for name in names]
             heights = [max(d, floor) for d in kept]
             axes.plot(places, heights, marker="o", markersize=4, color=f"C{index}", label=method)
             empty = [place for place, d in zip(places, kept, strict=True) if not d]
             axes.plot(empty, [floor] * len(empty), "x", markersize=11, color=f"C{index}")
-        axes.axhline(1 - sparsity, color="black", linestyle="--", linewidth=0.9, label="whole network")
+        if goal.macs is None:  # of the multiply-adds, each method's network has its own
+            axes.axhline(1 - goal.gone, color="black", linestyle="--", linewidth=0.9, label="whole network")
         axes.set_yscale("log")
-        axes.set_title(f"{100 * sparsity:g} % pruned", fontsize=10)
+        axes.set_title(f"{goal.axis}: {goal.percent}", fontsize=10)
         axes.set_xticks(places, labels, rotation=90 if crowded else 0, fontsize=8)
         axes.grid(alpha=0.3)
-    for axes in panels[len(sparsities) :]:
+    for axes in panels[len(goals) :]:
         axes.remove()
     figure.supylabel("fraction of the layer's weights that is kept", fontsize=10)
     panels[0].legend(fontsize=8)
     save_figure(figure, path)
 
 
-def _of(results: Results, method: str, sparsity: float) -> Results:
-    return [r for r in results if (r["method"], r["sparsity"]) == (method, sparsity)]
+def _goals(config: dict[str, Any]) -> list[Goal]:
+    return Config.read(config).goals
+
+
+def _rows(rows: list[dict[str, Any]], method: str) -> list[dict[str, Any]]:
+    """Of a report or its timings: a method's, in the order of the goals."""
+    return [row for row in rows if row["method"] == method]
+
+
+def _of(results: Results, method: str, goal: Goal) -> Results:
+    return [r for r in _rows(results, method) if goal.as_dict().items() <= r.items()]
 
 
 def _accuracy(cells: Results) -> dict[str, Any]:
@@ -256,19 +282,18 @@ def _density(cells: Results, sizes: dict[str, int]) -> dict[str, float]:
     return {name: mean(c["kept"][name] for c in cells) / size for name, size in sizes.items()}
 
 
-def _verdict(groups: dict[tuple[str, float], Results]) -> str:
-    """DRIVE against SNIP at the headline sparsity, in words."""
-    drive, snip = groups.get(("drive", HEADLINE)), groups.get(("snip", HEADLINE))
+def _verdict(groups: dict[tuple[str, Goal], Results], goals: list[Goal]) -> str:
+    """DRIVE against SNIP at the headline, in words."""
+    at = Goal(HEADLINE) if goals[-1].macs is None else goals[-1]
+    words = f"{at.title} {'pruned' if at.macs is None else 'left'}"
+    drive, snip = groups.get(("drive", at)), groups.get(("snip", at))
     if not drive or not snip:
-        return f"DRIVE and SNIP were not compared: that takes both of them at {100 * HEADLINE:g} % pruned."
+        return f"DRIVE and SNIP were not compared: that takes both of them at {words}."
     right = [sum(cell["correct"] for cell in cells) for cells in (drive, snip)]
     word = "beats" if right[0] > right[1] else "equals" if right[0] == right[1] else "does not beat"
     figures = [f"{100 * _accuracy(cells)['mean']:.2f} %" for cells in (drive, snip)]
     over = f"in the mean of {len(drive)} seeds" if len(drive) > 1 else "with one seed"
-    return (
-        f"At {100 * HEADLINE:g} % pruned DRIVE {word} SNIP {over}: "
-        f"{figures[0]} against {figures[1]} test accuracy."
-    )
+    return f"At {words} DRIVE {word} SNIP {over}: {figures[0]} against {figures[1]} test accuracy."
 
 
 def _shown(row: dict[str, Any], seeds: int) -> str:

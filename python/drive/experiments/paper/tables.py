@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from statistics import mean, stdev
 
+from drive.experiments.training import macs
 from drive.experiments.training.recipe import Recipe, Steps
 
 from .cell import Cell
@@ -55,6 +56,10 @@ class Numbers:
             text += f" ({published:.2f}, {mean(values) - published:+.2f})"
         return text
 
+    def line(self, names: Sequence[str], keys: Sequence[Key]) -> str:
+        """A row of a table: its names, what is `shown` of each key, and what is left of the multiply-adds."""
+        return line([*names, *map(self.shown, keys), macs.cell(map(self.results, keys))])
+
 
 def against_paper(title: str, grid: Grid, methods: Sequence[str], outcome: Outcome[Cell]) -> str:
     """Methods against each other and against what is published, row by row of the paper."""
@@ -62,7 +67,8 @@ def against_paper(title: str, grid: Grid, methods: Sequence[str], outcome: Outco
     lines += [
         f"Top-1 test accuracy in %, {_over(grid)}; in brackets the "
         "published mean of three runs, and ours minus that. Seconds: all that comes before the sparse "
-        "network is trained (dense warm-up, levels of IMP, scoring), mean over the sparsities.", "",
+        "network is trained (dense warm-up, levels of IMP, scoring), mean over the sparsities. "
+        f"{macs.NOTE}", "",
         *_made_with(grid, outcome),
     ]  # fmt: skip
     for row in grid.rows:
@@ -70,14 +76,15 @@ def against_paper(title: str, grid: Grid, methods: Sequence[str], outcome: Outco
         dense = Key(row.name, "dense", 0.0)
         lines += _heading(row, numbers)
         lines += [f"Not pruned: {numbers.shown(dense, row.unpruned)}.", ""]
-        lines += _head(["method", *map(_percent, sparsities), "seconds of pruning"])
+        lines += head(["method", *map(_percent, sparsities), macs.TITLE, "seconds of pruning"])
         seconds: dict[str, float | None] = {}
         for method in methods:
             published = row.published.get(method)
             keys = [Key(row.name, method, s) for s in sparsities]
             shown = [numbers.shown(k, published and published.accuracy.get(k.sparsity)) for k in keys]
             seconds[method] = numbers.seconds(keys, BEFORE_TRAINING)
-            lines.append(_line([method, *shown, _seconds(seconds[method], published and published.seconds)]))
+            time = _seconds(seconds[method], published and published.seconds)
+            lines.append(line([method, *shown, macs.cell(map(numbers.results, keys)), time]))
         lines += ["", *_ratio(row, seconds)]
     return "\n".join([*lines, *_failures(outcome)])
 
@@ -85,31 +92,33 @@ def against_paper(title: str, grid: Grid, methods: Sequence[str], outcome: Outco
 def ablation_page(grid: Grid, outcome: Outcome[Cell]) -> str:
     """DRIVE taken apart: its steps, warm-up and iterations, terms of the score."""
     numbers, lines = Numbers(grid, outcome), ["# Ablation", "", *_warning(grid)]
-    lines += [f"Top-1 test accuracy in %, {_over(grid)}.", "", *_made_with(grid, outcome)]
+    lines += [f"Top-1 test accuracy in %, {_over(grid)}. {macs.NOTE}", "", *_made_with(grid, outcome)]
     for row in grid.rows:
         sparsities, warmup = grid.sparsities_of(row), grid.warmup_of(row)
         whole = grid_name(warmup, 100)
         lines += _heading(row, numbers)
         lines += [f"Not pruned: {numbers.shown(Key(row.name, 'dense', 0.0))}.", ""]
 
-        def line(name: str, variant: str, row: Row = row, over: tuple[float, ...] = sparsities) -> str:
-            return _line([name, *(numbers.shown(Key(row.name, variant, s)) for s in over)])
+        def variant_line(
+            names: Sequence[str], variant: str, row: Row = row, over: tuple[float, ...] = sparsities
+        ) -> str:
+            return numbers.line(names, [Key(row.name, variant, s) for s in over])
 
-        lines += ["From SNIP to DRIVE:", "", *_head(["", *map(_percent, sparsities)])]
-        lines += [line(name, name) for name in ("SNIP", "iterative SNIP", "warm-up, one-shot SNIP")]
-        lines += [line(f"DRIVE ({warmup} epochs of warm-up, 100 iterations)", whole), ""]
+        heads = [*map(_percent, sparsities), macs.TITLE]
+        lines += ["From SNIP to DRIVE:", "", *head(["", *heads])]
+        lines += [variant_line([name], name) for name in ("SNIP", "iterative SNIP", "warm-up, one-shot SNIP")]
+        lines += [variant_line([f"DRIVE ({warmup} epochs of warm-up, 100 iterations)"], whole), ""]
         for sparsity in sparsities:
             lines += [f"DRIVE to {_percent(sparsity)}: epochs of warm-up against iterations:", ""]
-            lines += _head(["warm-up", *map(str, ITERATIONS)])
+            lines += head(["warm-up", *map(str, ITERATIONS), macs.TITLE])
             for epochs in sorted({*WARMUPS, warmup}):
                 keys = [Key(row.name, grid_name(epochs, n), sparsity) for n in ITERATIONS]
-                lines.append(_line([str(epochs), *map(numbers.shown, keys)]))
+                lines.append(numbers.line([str(epochs)], keys))
             lines.append("")
-        lines += ["The score, abs(theta)^p * abs(G)^q:", "", *_head(["", "p, q", *map(_percent, sparsities)])]
+        lines += ["The score, abs(theta)^p * abs(G)^q:", "", *head(["", "p, q", *heads])]
         for name, (p, q) in POWERS.items():
             variant = whole if (p, q) == (2, 2) else name
-            shown = [numbers.shown(Key(row.name, variant, s)) for s in sparsities]
-            lines.append(_line(["" if name.startswith("p ") else name, f"{p}, {q}", *shown]))
+            lines.append(variant_line(["" if name.startswith("p ") else name, f"{p}, {q}"], variant))
         lines.append("")
     return "\n".join([*lines, *_failures(outcome)])
 
@@ -192,9 +201,11 @@ def _percent(fraction: float) -> str:
     return f"{100 * fraction:g} %"
 
 
-def _head(titles: Sequence[str]) -> list[str]:
-    return [_line(titles), _line(["---", *("---:" for _ in titles[1:])])]
+def head(titles: Sequence[str]) -> list[str]:
+    """The first two lines of a table."""
+    return [line(titles), line(["---", *("---:" for _ in titles[1:])])]
 
 
-def _line(parts: Sequence[str]) -> str:
+def line(parts: Sequence[str]) -> str:
+    """A row of a table."""
     return f"| {' | '.join(parts)} |"

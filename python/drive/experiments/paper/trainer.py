@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from rich.progress import Progress
 from torch import nn
 
-from drive import methods, schedules
+from drive import methods
 from drive.collapse import collapse
 from drive.experiments.data.batches import Batches
 from drive.experiments.data.dataset import Dataset, seed_of
@@ -36,6 +36,7 @@ from drive.prune import prune
 
 from . import work
 from .cell import Cell
+from .goal import Goal
 from .variants import dense
 from .work import CellWork, Result
 
@@ -77,7 +78,7 @@ class CellRun(CellWork[Cell]):
         assert accuracy is not None
         return {
             "method": cell.variant.name,
-            "sparsity": cell.sparsity,
+            **cell.goal.as_dict(),
             "scale": cell.scale,
             "epochs": cell.recipe.epochs,
             "correct": round(accuracy * tested),
@@ -97,7 +98,7 @@ class CellRun(CellWork[Cell]):
             return []
         title = f"{cell.model} on {cell.data}, seed {cell.seed}: dense warm-up"
         with (
-            self.shared(replace(cell, variant=dense(epochs, "warmup"), sparsity=0.0)) as folder,
+            self.shared(replace(cell, variant=dense(epochs, "warmup"), goal=Goal(0.0))) as folder,
             task(self.progress, title, epochs * len(self.batches)) as advance,
         ):
             return train(
@@ -132,12 +133,12 @@ class CellRun(CellWork[Cell]):
     def _levels(self, model: nn.Module, found: Pruned) -> Iterator[Pruned]:
         """Prune step by step, from what is found; only IMP, which trains for long, has several."""
         cell, variant, method = self.cell, self.cell.variant, self.cell.variant.make()
-        iterations = variant.iterations or method.iterations_to(cell.sparsity)
-        recipe, length, targets = cell.recipe, 1, [cell.sparsity]
+        iterations = variant.iterations or method.iterations_to(cell.goal.gone)
+        recipe, length, targets = cell.recipe, 1, [cell.goal]
         if isinstance(method, methods.Imp):
             # level by level the same as in one call: each ends in the initialisation with its masks
             recipe, length = replace(cell.recipe, epochs=variant.rounds), variant.rounds
-            targets, iterations = schedules.plan("exponential", cell.sparsity, iterations), 1
+            targets, iterations = cell.goal.steps(iterations), 1
         trained: list[Epoch] = []
 
         def train_round(model: nn.Module, masks: Masks | None, number: int) -> None:
@@ -154,7 +155,7 @@ class CellRun(CellWork[Cell]):
                 began = time.monotonic()
                 masks = prune(
                     model, self.batches.endless("prune", on_batch=advance), F.cross_entropy, method=method,
-                    sparsity=target, iterations=iterations, masks=found.masks, train=train_round,
+                    **target.as_dict(), iterations=iterations, masks=found.masks, train=train_round,
                     seed=seed_of(cell.seed, "prune"), autocast=cell.compute.autocast_dtype, progress=False,
                     on_ties="index",  # that a network has collapsed is a result, too
                 )  # fmt: skip

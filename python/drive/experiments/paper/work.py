@@ -18,6 +18,7 @@ from drive.experiments.runs.folder import made_with, save_tensors, write_json
 from drive.experiments.runs.locks import locked
 from drive.experiments.training.compute import Compute
 from drive.experiments.training.loop import Checkpoint
+from drive.experiments.training.macs import macs_left
 from drive.experiments.training.networks import Network
 from drive.masks import Masks
 
@@ -100,6 +101,7 @@ class CellWork(ABC, Generic[C]):
             "train_images": len(self.images.train_y),
             "tested": len(self.images.test_y),
             "kept": {name: int(mask.sum()) for name, mask in (masks or {}).items()},
+            "macs_left": macs_left(model, masks, self.images.train_x),
             **found,
             "made_with": {**made_with(cell.compute.device), "threads": torch.get_num_threads()},
         }

@@ -7,6 +7,7 @@ from statistics import mean, stdev
 from typing import NamedTuple
 
 from drive.experiments.paper.cell import Cell
+from drive.experiments.paper.goal import Goal
 from drive.experiments.paper.queue import Outcome
 from drive.experiments.paper.variants import dense
 from drive.experiments.paper.work import Result
@@ -54,15 +55,15 @@ class PipelineGrid:
         return list(dict.fromkeys(order))
 
     def _add_row(self, row: Row, seed: int) -> None:
-        whole = Cell(row.data, row.model, dense(), 0.0, seed, row.whole, self.compute, limit=row.limit)
+        whole = Cell(row.data, row.model, dense(), Goal(0.0), seed, row.whole, self.compute, limit=row.limit)
         self._add(Key(row.name, "dense", 1.0), whole)
         for stages in row.stages:
             self._add_pipeline(row, stages.name, stages, self.options, seed)
         for method in row.baselines:
             for keep in row.keep:
                 cell = Cell(
-                    row.data, row.model, row.variant(method), round(1 - keep, 6), seed, row.whole,
-                    self.compute, limit=row.limit,
+                    row.data, row.model, row.variant(method), Goal(round(1 - keep, 6)), seed,
+                    row.whole, self.compute, limit=row.limit,
                 )  # fmt: skip
                 self._add(Key(row.name, method, keep), cell)
         if self.forwards and row.small:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from statistics import mean
 
-from drive.experiments.paper.tables import describe
+from drive.experiments.paper.tables import describe, head, line
+from drive.experiments.training import macs
 from drive.experiments.training.recipe import Recipe
 
 from .grid import Key, Numbers, spread
@@ -132,7 +133,7 @@ def _intro(numbers: Numbers) -> list[str]:
         "numbers "
         "are made by `drive pipeline`; what the source leaves open are its options. ZerO draws no random "
         "numbers: its seeds differ in the order of the images alone, so that it deviates less. Test accuracy "
-        f"in %, {seeds}; in brackets right after pruning, before the second training.", "",
+        f"in %, {seeds}; in brackets right after pruning, before the second training. {macs.NOTE}", "",
         f"Made with: {where or 'nothing yet'}.", "",
     ]  # fmt: skip
 
@@ -158,20 +159,20 @@ def _setting(row: Row, numbers: Numbers) -> list[str]:
     ]  # fmt: skip
 
 
-def _table(head: str, labels: Sequence[str], row: Row, numbers: Numbers) -> list[str]:
-    lines = [_line([head, *(f"{100 * keep:g} % kept" for keep in row.keep)]), _rule(len(row.keep))]
-    lines += [
-        _line([label, *(numbers.shown(Key(row.name, label, keep)) for keep in row.keep)]) for label in labels
-    ]
+def _table(first: str, labels: Sequence[str], row: Row, numbers: Numbers) -> list[str]:
+    lines = head([first, *_columns(row), macs.TITLE])
+    for label in labels:
+        keys = [Key(row.name, label, keep) for keep in row.keep]
+        lines.append(line([label, *map(numbers.shown, keys), macs.cell(map(numbers.results, keys))]))
     return [*lines, ""]
 
 
 def _effects(row: Row, numbers: Numbers) -> list[str]:
     lines = ["What a stage changes, in points: mean ± deviation of all pairs that differ in it alone.", ""]
-    lines += [_line(["stage", *(f"{100 * keep:g} % kept" for keep in row.keep)]), _rule(len(row.keep))]
+    lines += head(["stage", *_columns(row)])
     for stage, title in STAGES.items():
         found = [numbers.effects(row, stage, keep) for keep in row.keep]
-        lines.append(_line([title, *(spread(values, "+") if values else "-" for values in found)]))
+        lines.append(line([title, *(spread(values, "+") if values else "-" for values in found)]))
     return [*lines, ""]
 
 
@@ -188,9 +189,5 @@ def _at(row: Row, keep: float) -> str:
     return f"{row.model} on {row.data} at {100 * keep:g} % kept"
 
 
-def _line(parts: Sequence[str]) -> str:
-    return f"| {' | '.join(parts)} |"
-
-
-def _rule(columns: int) -> str:
-    return _line(["---", *["---:"] * columns])
+def _columns(row: Row) -> list[str]:
+    return [f"{100 * keep:g} % kept" for keep in row.keep]

@@ -104,10 +104,20 @@ def fraction(text: str) -> float:
 
 def sparsities(text: str) -> list[float]:
     """Distinct fractions in [0, 1), separated by commas, in rising order."""
-    values = [_number(part) for part in text.split(",")]
-    if not all(0 <= value < 1 for value in values) or len(set(values)) < len(values):
-        raise InputError(f"must be distinct numbers in [0, 1), separated by commas, got {text!r}")
-    return sorted(values)
+    return sorted(_distinct(text, "[0, 1)", lambda value: 0 <= value < 1))
+
+
+def share(text: str) -> float:
+    """A fraction in (0, 1]."""
+    value = _number(text)
+    if not 0 < value <= 1:
+        raise InputError(f"must be a fraction in (0, 1], got {text!r}")
+    return value
+
+
+def shares(text: str) -> list[float]:
+    """Distinct fractions in (0, 1], separated by commas, in falling order."""
+    return sorted(_distinct(text, "(0, 1]", lambda value: 0 < value <= 1), reverse=True)
 
 
 def device(text: str) -> str:
@@ -119,6 +129,13 @@ def device(text: str) -> str:
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"must be a device of this machine, got {text!r} ({_one_line(error)})") from error
     return text
+
+
+def _distinct(text: str, interval: str, inside: Callable[[float], bool]) -> list[float]:
+    values = [_number(part) for part in text.split(",")]
+    if not all(map(inside, values)) or len(set(values)) < len(values):
+        raise InputError(f"must be distinct numbers in {interval}, separated by commas, got {text!r}")
+    return values
 
 
 def _number(text: str) -> float:

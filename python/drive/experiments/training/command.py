@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from rich.progress import Progress
 
 from drive.experiments.data.batches import Batches
@@ -14,10 +15,12 @@ from drive.experiments.data.dataset import Dataset, seed_of
 from drive.experiments.runs.folder import Options, load_tensors, write_json
 from drive.experiments.runs.inputs import InputError
 from drive.masks import Masks
+from drive.prune import prune
 
 from .compute import Compute
 from .history import Log
 from .loop import Checkpoint, evaluate, train
+from .macs import macs_left
 from .networks import Network
 from .recipe import Recipe
 
@@ -29,7 +32,7 @@ class Training:
         """Build the network, load weights and masks.
 
         Args:
-            options: of `drive train`; init and masks are paths or None.
+            options: of `drive train`; init and masks are paths or None, macs a share or None.
             data: the images.
             folder: of the run.
 
@@ -48,16 +51,19 @@ class Training:
         self.compute.place(self.model)
 
     def run(self, progress: Progress) -> dict[str, Any]:
-        """Train, or go on from the checkpoint.
+        """Prune, if it is to be; train, or go on from the checkpoint.
 
         Returns:
-            The report: the options, the loss of every epoch, test accuracy and sparsity.
+            The report: the options, the loss of every epoch, test accuracy, sparsity, and what is left of the
+            multiply-adds.
 
         Raises:
             InputError: training diverges.
         """
         batches = Batches(self.data, self.options["batch_size"], self.options["seed"])
         epochs = self.options["epochs"]
+        if self.options["macs"] is not None:
+            self.masks = self._prune(batches)
         bar = progress.add_task(f"training {self.network.name}", total=epochs * len(batches))
         history = train(
             self.model, batches, Recipe(epochs, self.options["lr"], self.options["batch_size"]),
@@ -72,9 +78,23 @@ class Training:
             "losses": [epoch.loss for epoch in history],
             "accuracy": evaluate(self.model, batches, self.compute) / len(self.data.test_y),
             "sparsity": self.masks.sparsity() if self.masks else 0.0,
+            "macs_left": macs_left(self.model, self.masks, self.data.train_x),
         }
         write_json(self.folder / "report.json", report)
         return report
+
+    def _prune(self, batches: Batches) -> Masks:
+        """By DRIVE, or as the run has been pruned before."""
+        path = self.folder / "masks.safetensors"
+        if path.exists():
+            return Masks.load(path).apply_(self.model).to(self.device)
+        masks = prune(
+            self.model, batches.endless("prune", on_batch=lambda: None), F.cross_entropy,
+            macs=self.options["macs"], alpha=self.options["alpha"],
+            seed=seed_of(self.options["seed"], "prune"), autocast=self.compute.autocast_dtype,
+        )  # fmt: skip
+        masks.save(path)
+        return masks
 
     def _load_weights(self) -> None:
         path = self.options["init"]
