@@ -16,17 +16,21 @@ from drive.experiments.data.dataset import Dataset
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few images, iterations and levels of one network; two turns a measurement."""
-    levels = {"dense": (1.0,), "alpha 1": (0.2, 0.1), "uniform": (0.1,)}
-    numbers = {"ITERATIONS": 2, "WARMUP": 1, "EPOCHS": 2, "BATCH": 16}
-    images = {"TRAINED": 32, "HELD_OUT": 16, "TESTED": 16}
+    macs = (0.2, 0.1)
+    changed = {
+        "ITERATIONS": 2, "WARMUP": 1, "EPOCHS": 2, "BATCH": 16, "TRAINED": 32, "HELD_OUT": 16, "TESTED": 16,
+        "NETWORKS": ("cnn4",), "MACS": macs, "ALPHAS": {"alpha 1": 1.0},
+        "LEVELS": {"dense": (1.0,), "alpha 1": macs, "uniform": (0.1,)},
+    }  # fmt: skip
     for module in (cells, speeds, page):
-        for name, value in {**numbers, **images, "LEVELS": levels, "NETWORKS": ("cnn4",)}.items():
+        for name, value in changed.items():
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, value)
     for module in (speeds, page):
         monkeypatch.setattr(module, "UNTRAINED", "mlp")
         monkeypatch.setattr(module, "UNTRAINED_BATCH", 16)
     monkeypatch.setattr("drive.sparse.measure.MODEL_SECONDS", 0.0)
+    monkeypatch.setattr("drive.sparse.measure.SECONDS", 0.0)
     monkeypatch.setattr("drive.sparse.measure._LEAST", 2)
     generator = torch.Generator().manual_seed(0)
     shown, tested = (torch.randint(256, (n, 3, 32, 32), generator=generator).byte() for n in (64, 16))
@@ -34,6 +38,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cells, "load", lambda *_: data)
 
 
+@pytest.mark.slow
 def test_cells_speeds_page(small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     threads, folder = torch.get_num_threads(), tmp_path / "runs"
     try:
@@ -57,7 +62,7 @@ def test_cells_speeds_page(small: None, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(sys, "argv", ["page", str(folder), str(tmp_path / "budget.md")])
     page.main()
     text = (tmp_path / "budget.md").read_text()
-    assert text.count("| alpha 1 |") == 2 + 1 + 1 and "## cnn4" in text and "nan" not in text
+    assert text.count("| alpha 1 |") == 2 + 1 + 1 + 1 and "## cnn4" in text and "nan" not in text
     assert text.count("| resnet18 | 11.7 M |") == 2
     assert (tmp_path / "budget.png").stat().st_size > 1000
     kept = json.loads((tmp_path / "budget.json").read_text())

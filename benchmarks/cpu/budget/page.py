@@ -26,6 +26,7 @@ from benchmarks.cpu.budget.cells import (
     HELD_OUT,
     ITERATIONS,
     LEVELS,
+    MACS,
     NETWORKS,
     TESTED,
     TRAINED,
@@ -51,7 +52,7 @@ on {held_out:,} of the training set that were in no batch, by which alpha is cho
 standard deviation. "{count}" prunes to a sparsity, "alpha" to a share of the multiply-adds
 (`drive.prune(macs=...)`), uniform and ERK to a sparsity with the classifier left dense. Speed: times as fast
 as the better of contiguous and channels_last, all networks of a kind in the same turns,
-`drive.sparse.convert(deterministic=True)`, batch {batch}, two threads.
+`drive.sparse.convert` for this batch, two threads.
 
 {tables}
 
@@ -60,6 +61,12 @@ as the better of contiguous and channels_last, all networks of a kind in the sam
 By straight lines between neighbouring levels, over the logarithm of the speed. A dash: no level on one side.
 
 {targets}
+
+## By which alpha
+
+Accuracy on the images held out, mean of networks and seeds, by the share of the multiply-adds that is left.
+
+{alphas}
 
 ## The same speed on a larger network
 
@@ -150,6 +157,15 @@ def at_target(found: list[Row]) -> str:
     )
 
 
+def by_alpha(found: list[Row]) -> str:
+    """Held-out accuracy by alpha, a column a level."""
+    lines = []
+    for way in ALPHAS:
+        means = [mean(mean(r.held_out) for r in found if (r.way, r.level) == (way, m)) for m in LEVELS[way]]
+        lines.append([way, *(f"{m:.1%}" for m in means), f"{mean(means):.1%}"])
+    return markdown(["", *(f"{m:.0%}" for m in MACS), "mean"], lines)
+
+
 def draw(found: list[Row], path: Path) -> None:
     figure = figure_of(10.0, 4.2 * len(MODES))
     every = [(mode, network) for mode in MODES for network in NETWORKS]
@@ -183,6 +199,7 @@ def main() -> None:
         warmup=WARMUP, iterations=ITERATIONS, rest=EPOCHS - WARMUP, count=COUNT, target=TARGET,
         tables="\n\n".join(f"## {n}\n\n{levels([r for r in found if r.network == n])}" for n in NETWORKS),
         targets=at_target(found),
+        alphas=by_alpha(found),
         level=LEVEL, untrained_batch=UNTRAINED_BATCH,
         untrained=markdown(
             ["", *LEFT, *MODES],
