@@ -19,8 +19,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     macs = (0.2, 0.1)
     changed = {
         "ITERATIONS": 2, "WARMUP": 1, "EPOCHS": 2, "BATCH": 16, "TRAINED": 32, "HELD_OUT": 16, "TESTED": 16,
-        "NETWORKS": ("cnn4",), "MACS": macs, "ALPHAS": {"alpha 1": 1.0},
-        "LEVELS": {"dense": (1.0,), "alpha 1": macs, "uniform": (0.1,)},
+        "NETWORKS": ("cnn4",), "MACS": macs, "ALPHAS": {"alpha 0": 0.0, "alpha 1": 1.0},
+        "LEVELS": {"dense": (1.0,), "alpha 0": macs, "alpha 1": macs, "uniform": (0.1,)},
     }  # fmt: skip
     for module in (cells, speeds, page):
         for name, value in changed.items():
@@ -45,9 +45,9 @@ def test_cells_speeds_page(small: None, tmp_path: Path, monkeypatch: pytest.Monk
         monkeypatch.setattr(sys, "argv", ["cells", "--data-dir", "", "--out", str(folder), "--seeds", "0,1"])
         cells.main()
         found = [json.loads(path.read_text()) for path in folder.glob("cnn4-*.json")]
-        assert len(found) == 2 * 4
+        assert len(found) == 2 * 6
         for cell in found:
-            if cell["way"] == "alpha 1":
+            if cell["way"].startswith("alpha"):
                 assert 0.9 * cell["level"] < cell["macs"] <= cell["level"]
             assert 0 <= cell["accuracy"] <= 1 and 0 <= cell["held out"] <= 1
         monkeypatch.setattr(cells, "run", None)
@@ -66,14 +66,11 @@ def test_cells_speeds_page(small: None, tmp_path: Path, monkeypatch: pytest.Monk
     assert text.count("| resnet18 | 11.7 M |") == 2
     assert (tmp_path / "budget.png").stat().st_size > 1000
     kept = json.loads((tmp_path / "budget.json").read_text())
-    assert len(kept["cells"]) == 8
-    assert [row["way"] for row in kept["speeds"]["mlp"]] == ["alpha 1", "uniform"]
+    assert len(kept["cells"]) == 12
+    assert [row["way"] for row in kept["speeds"]["mlp"]] == ["alpha 0", "alpha 1", "uniform"]
 
 
 def test_accuracy_at_a_speed_lies_between_its_neighbours() -> None:
-    def row(speed: float, accuracy: float) -> page.Row:
-        return page.Row("cnn4", "uniform", 0.1, 0.1, 0.1, [], [accuracy], {"inference": speed})
-
-    some = [row(2.0, 0.8), row(8.0, 0.6), row(16.0, 0.1)]
-    assert page.at(4.0, some, "inference") == pytest.approx(0.7)
-    assert page.at(32.0, some, "inference") is None and page.at(1.0, some, "inference") is None
+    points = [(8.0, 0.6), (2.0, 0.8), (16.0, 0.1)]
+    assert page.at(4.0, points) == pytest.approx(0.7)
+    assert page.at(32.0, points) is None and page.at(1.0, points) is None

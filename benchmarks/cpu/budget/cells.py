@@ -41,13 +41,13 @@ TRAINED, HELD_OUT, TESTED = (
 
 COUNT, UNIFORM, ERK, DENSE = "by count", "uniform", "ERK", "dense"
 ALPHAS = {f"alpha {alpha:g}": alpha for alpha in (0.0, 0.5, 1.0, 1.5)}
-MACS = 0.05, 0.02, 0.01
+MACS = 0.2, 0.05, 0.02, 0.01
 LEVELS = {  # of each way: of multiply-adds that are left, or of weights
     DENSE: (1.0,),
-    COUNT: (0.02, 0.007, 0.003),
+    COUNT: (0.1, 0.02, 0.007, 0.003),
     **dict.fromkeys(ALPHAS, MACS),
     UNIFORM: MACS,
-    ERK: (0.02, 0.01, 0.005),
+    ERK: (0.1, 0.02, 0.01, 0.005),
 }
 
 
