@@ -52,6 +52,8 @@ struct PruneArguments {
     return wide;
   }
 
+  float scale(size_t i) const { return scales.empty() ? 1 : static_cast<float>(scales[i]); }
+
   // Is |S| the square of the score that is ranked? (With G, that is |theta * G|.)
   bool squared() const { return !grads.empty() && mask_grads.empty(); }
 

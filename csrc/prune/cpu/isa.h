@@ -35,8 +35,7 @@ struct Entries {
   const void* grad;
   const void* mask_grad;
   const uint8_t* mask;
-  float scale;
-  bool scaled_grad, scaled_product;  // what is multiplied by it: the gradient of two operands, the product of others
+  float grad_scale, product_scale;  // of the gradient of two operands, of the product of others; else 1
 };
 
 // Between which keys a threshold is looked for.

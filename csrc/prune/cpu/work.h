@@ -45,8 +45,8 @@ struct Item {
         logical(tensors[kWeight].is_contiguous()),
         fresh(arguments.fresh),
         cost(arguments.costs.empty() ? 1 : arguments.costs[i]),
-        scale(arguments.scales.empty() ? 1 : static_cast<float>(arguments.scales[i])),
-        squared(arguments.squared()) {
+        grad_scale(arguments.squared() ? arguments.scale(i) : 1),
+        product_scale(arguments.squared() ? 1 : arguments.scale(i)) {
     for (size_t o = 0; o < tensors.size(); ++o) {
       if (o != kGrad || !arguments.grads.empty()) data[o] = static_cast<char*>(tensors[o].data_ptr());
     }
@@ -72,12 +72,10 @@ struct Item {
   bool rewalked = false;  // has it not, at first?
   bool fresh;
   int64_t cost;  // of an entry
-  float scale;
-  bool squared;  // is |S| the square of what is ranked?
+  float grad_scale, product_scale;
 
   Entries entries(const void* weight, const void* grad, const void* mask_grad, const void* mask) const {
-    return {weight, grad, mask_grad, static_cast<const uint8_t*>(mask), scale, scale != 1 && squared,
-            scale != 1 && !squared};
+    return {weight, grad, mask_grad, static_cast<const uint8_t*>(mask), grad_scale, product_scale};
   }
 
  private:
