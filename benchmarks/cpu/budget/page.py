@@ -52,7 +52,8 @@ on {held_out:,} of the training set that were in no batch, by which alpha is cho
 standard deviation. "{count}" prunes to a sparsity, "alpha" to a share of the multiply-adds
 (`drive.prune(macs=...)`), uniform and ERK to a sparsity with the classifier left dense. Speed: times as fast
 as the better of contiguous and channels_last, all networks of a kind in the same turns,
-`drive.sparse.convert` for this batch, two threads.
+`drive.sparse.convert` for this batch, two threads. It measures what it chooses from, and on a shared machine
+now and then chooses badly: a point far off its line is one of these.
 
 {tables}
 
@@ -197,7 +198,11 @@ def draw(found: list[Row], path: Path) -> None:
                 line = "-" if way in ALPHAS else "--"
                 axes.plot([x for x, _ in points], [100 * y for _, y in points], f"o{line}", label=way)
         axes.set(xscale="log", xlabel=f"{mode}: times as fast as dense", ylabel="accuracy, %", title=network)
-        axes.grid(alpha=0.3, which="both")
+        low, high = axes.get_xlim()
+        ticks = [tick for tick in (1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 8, 10) if low <= tick <= high]
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.set_xticks([], minor=True)
+        axes.grid(alpha=0.3)
     axes.legend()
     save_figure(figure, path)
 
