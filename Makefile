@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # A build with that choice of kernels; .built is any build, with which a `make` that chooses nothing is content.
 BUILT := $(VENV)/.built$(DRIVE_CUDA)
 BUILD_TOOLS := setuptools ninja wheel
-EVERYTHING := ".[vision,experiments,dev]"
+EVERYTHING := ".[vision,experiments,structured,dev]"
 
 .PHONY: demo test test-slow test-all bench results paper pipeline gpu-smoke gpu gpu-table1 spills lint sanitize wheel clean
 

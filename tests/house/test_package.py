@@ -87,7 +87,7 @@ def test_extras(metadata: Message):
     assert set(metadata.get_all("Provides-Extra")) == {*EXTRAS, "dev"}
     required = "\n".join(metadata.get_all("Requires-Dist"))
     for extra, modules in EXTRAS.items():
-        module = modules[0].replace("sklearn", "scikit-learn")
+        module = modules[0].replace("sklearn", "scikit-learn").replace("_", "-")
         assert re.search(rf"^{module}; extra == .{extra}.$", required, re.M), required
     core = re.findall(r"^(\w+)[^;\n]*(?:; sys_platform == .linux.)?$", required, re.M)
     assert sorted(core) == ["numpy", "safetensors", "torch", "triton"]

@@ -95,6 +95,14 @@ class Attachment:
         return [hold for reference in self._holds if (hold := reference()) is not None]
 
 
+def let_go(model: nn.Module) -> None:
+    """Hold nothing in a model any more, whatever was attached to it: its parameters are to be replaced."""
+    for module in model.modules():
+        for hold in list(module.__dict__.get(_HOLDS, ())):
+            hold.release()
+            _let_go(module, hold)
+
+
 def innermost(optimizer: object) -> Optimizer:
     """The optimizer that takes the steps: what accelerate, Lightning and others wrap is in their `optimizer`.
 

@@ -14,6 +14,7 @@ import torch
 EXTRAS = {
     "cli": ("typer", "rich"),
     "vision": ("torchvision", "PIL"),
+    "structured": ("torch_pruning",),
     "experiments": ("sklearn", "matplotlib", "lightning", "tensorboard"),
 }
 
@@ -105,6 +106,14 @@ def fraction(text: str) -> float:
 def sparsities(text: str) -> list[float]:
     """Distinct fractions in [0, 1), separated by commas, in rising order."""
     return sorted(_distinct(text, "[0, 1)", lambda value: 0 <= value < 1))
+
+
+def sparsity(text: str) -> float:
+    """A fraction in [0, 1)."""
+    value = _number(text)
+    if not 0 <= value < 1:
+        raise InputError(f"must be a fraction in [0, 1), got {text!r}")
+    return value
 
 
 def share(text: str) -> float:

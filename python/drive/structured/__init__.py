@@ -1,0 +1,1 @@
+"""Structured pruning: channels and heads that go as a whole, and the smaller models without them."""

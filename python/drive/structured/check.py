@@ -1,0 +1,131 @@
+"""Are the couplings right? Removing some units must be the same as setting them to 0."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from drive.layers import Layers
+from drive.targets.multiply_adds import samples_of, tensors_in
+from drive.targets.restore import seeded
+
+from .cut import cut, named_tensors
+from .groups import Group, kept_entries
+
+Pass = Callable[[nn.Module, Any], Any]  # model, batch -> outputs, of a copy in float64
+SAMPLES = 2  # of a batch, which are enough
+_SHARE = 0.25  # of the units are removed: of more, what is left of the outputs may be next to nothing
+# Of the largest output. In float64 what differs is rounding, but for models that compute in float32 within;
+# wrong couplings differ by some percent.
+TOLERANCE = 1e-5
+
+
+def wrong(
+    model: nn.Module, groups: Sequence[Group], run: Pass, batch: Any, layers: Layers | None = None
+) -> list[Group]:
+    """Those of the groups whose units are not what is said, found by removing some in a copy."""
+    chosen = {group: _some(group) for group in groups}
+    if not groups or same(model, chosen, run, batch, layers):
+        return []
+    if len(groups) == 1:
+        return list(groups)
+    half = len(groups) // 2
+    found = [bad for part in (groups[:half], groups[half:]) for bad in wrong(model, part, run, batch, layers)]
+    return found or list(groups)  # wrong together only
+
+
+def same(
+    model: nn.Module,
+    units: Mapping[Group, Tensor],
+    run: Pass,
+    batch: Any,
+    layers: Layers | None = None,
+) -> bool:
+    """Whether a model without these units, and one in which what makes them is 0, have the same outputs.
+
+    In float64 and eval mode, on a copy in which no parameter is next to 0: zero-initialised layers and
+    scales of 1e-6 would hide everything behind them.
+
+    Args:
+        units: those that stay, [units] bool.
+        batch: is cut to `SAMPLES` samples if that can be done.
+    """
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    small = copy.deepcopy(model).double().eval()
+    for parameter in small.parameters():
+        parameter.grad = None
+    _make_generic(small)
+    batch = _few(batch)
+    with torch.no_grad(), seeded(0, device):
+        zero(small, units)
+        expected = _outputs(run(small, batch))
+        shapes = {name: tensor.shape for name, tensor in named_tensors(small).items()}
+        try:
+            cut(small, kept_entries(units, shapes), layers)
+            got = _outputs(run(small, batch))
+        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError):
+            return False  # sizes do not fit together
+    if [x.shape for x in got] != [x.shape for x in expected]:
+        return False
+    return all(_close(x, y) for x, y in zip(got, expected, strict=True))
+
+
+@torch.no_grad()
+def zero(model: nn.Module, units: Mapping[Group, Tensor]) -> None:
+    """Set what makes the units that do not stay to 0: weights, biases, parameters of norms."""
+    tensors = named_tensors(model)
+    for group, stays in units.items():
+        gone = (~stays).nonzero().flatten()
+        for place in group.made:
+            tensor = tensors[place.tensor]
+            if isinstance(tensor, nn.Parameter):  # buffers are statistics
+                tensor.index_fill_(place.axis, place.indices[gone].flatten().to(tensor.device), 0)
+
+
+@torch.no_grad()
+def _make_generic(model: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.numel() and float(parameter.abs().max()) < 1e-2:
+            random = torch.rand(parameter.shape, dtype=parameter.dtype, generator=generator) + 0.5
+            inputs = parameter[0].numel() if parameter.dim() > 1 else 1
+            parameter.copy_((random - 1) * 2 / inputs**0.5 if inputs > 1 else random)
+
+
+def _few(batch: Any) -> Any:
+    """Its first samples, in float64; all of it where its tensors are not [samples, ...]."""
+    tensors, count = tensors_in(batch), samples_of(batch)
+    sliced = all(tensor.dim() and len(tensor) == count for tensor in tensors)
+
+    def change(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        leaf = leaf[:SAMPLES] if sliced else leaf
+        return leaf.double() if leaf.is_floating_point() else leaf
+
+    return tree_map(change, batch)
+
+
+def _some(group: Group) -> Tensor:
+    """Units that stay: all but some, chosen by a generator of its own."""
+    gone = max(1, round(_SHARE * group.units)) if group.units > 1 else 0
+    order = torch.randperm(group.units, generator=torch.Generator().manual_seed(0))
+    stays = torch.ones(group.units, dtype=torch.bool)
+    stays[order[:gone]] = False
+    return stays
+
+
+def _outputs(outputs: Any) -> list[Tensor]:
+    return [tensor for tensor in tensors_in(outputs) if tensor.is_floating_point()]
+
+
+def _close(got: Tensor, expected: Tensor) -> bool:
+    largest = expected.abs().max() if expected.numel() else torch.tensor(0.0)
+    if not bool(largest.isfinite()):
+        return bool(torch.equal(got.isfinite(), expected.isfinite()))
+    return bool(((got - expected).abs() <= TOLERANCE * largest).all())

@@ -1,0 +1,290 @@
+"""drive.shrink: a model without the channels and heads that masks have emptied, and back from a file."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from drive.files import write_atomic
+from drive.layers import Layers
+from drive.masks import Masks
+from drive.targets.candidates import candidates
+from drive.targets.multiply_adds import dense_work, multiply_adds_on, tensors_in
+from drive.targets.restore import scoring
+from drive.targets.wrappers import look_up
+
+from .check import TOLERANCE, same
+from .couplings import couplings
+from .cut import cut, named_tensors
+from .groups import Group, Kept, kept_entries
+from .removable import check_bare
+
+_log = logging.getLogger(__name__)
+_FORMAT = "drive-shrunk-1"
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a model is.
+
+    Attributes:
+        nodes: units that could be removed: channels, heads.
+        parameters: their entries, tied ones once.
+        multiply_adds: of the layers' weights, for one sample.
+        bytes: of parameters and buffers.
+    """
+
+    nodes: int
+    parameters: int
+    multiply_adds: int
+    bytes: int
+
+    @classmethod
+    def of(cls, model: nn.Module, nodes: int, inputs: Any, layers: Layers | None) -> Size:
+        weights = {c.name: c.tensor for c in candidates(model, layers) if c.weight is not None}
+        costs = multiply_adds_on(model, weights, inputs, layers, op="shrink")
+        tensors = [*model.parameters(), *model.buffers()]
+        return cls(
+            nodes,
+            sum(parameter.numel() for parameter in model.parameters()),
+            dense_work(costs, weights),
+            sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+        )
+
+
+@dataclass(frozen=True)
+class Shrunk:
+    """A smaller model.
+
+    Attributes:
+        model: it.
+        kept: by the names of all modules whose outputs were cut, the indices of those that stay.
+        masks: what the masks said of the entries that stay.
+        before, after: sizes.
+    """
+
+    model: nn.Module
+    kept: Mapping[str, Tensor]
+    masks: Masks
+    before: Size
+    after: Size
+    _cut: Kept
+
+    def summary(self) -> str:
+        """A table as text: nodes, parameters, multiply-adds and bytes, before and after."""
+        lines = [f"{'':<14}{'before':>18}{'after':>18}{'left':>9}"]
+        for what in ("nodes", "parameters", "multiply_adds", "bytes"):
+            before, after = getattr(self.before, what), getattr(self.after, what)
+            left = f"{after / max(before, 1):.1%}"
+            lines.append(f"{what.replace('_', '-'):<14}{before:>18,}{after:>18,}{left:>9}")
+        return "\n".join(lines)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the weights and what was cut as a safetensors file, for `drive.rebuild`.
+
+        A crash leaves the old file or the new one.
+        """
+        tensors = {f"weights.{name}": t.detach().contiguous() for name, t in self.model.state_dict().items()}
+        for number, stays in enumerate(self._cut.values()):
+            tensors[f"kept.{number}"] = stays
+        apart = {name: tensor.clone() for name, tensor in tensors.items()}  # tied ones share memory
+        # one entry, for several are written in any order
+        content = safetensors.torch.save(apart, {_FORMAT: json.dumps(list(self._cut))})
+        write_atomic(Path(path), content)
+
+
+def shrink(
+    model: nn.Module, masks: Mapping[str, Tensor], example_inputs: Any, *, layers: Layers | None = None
+) -> Shrunk:
+    """A new, smaller model without the units that the masks have emptied; the given one is unchanged.
+
+    A channel, or a head of an attention, goes where all rows that make it are pruned in all the layers that
+    are coupled by it (sums, products, depthwise convolutions); of each such group one unit stays at least.
+    The result equals the given model with the weights, the biases and the parameters of the norms of what
+    is removed set to 0, which is checked on the example. (A channel without weights still gives what its
+    bias and its norm add, so a network that was trained with its masks held loses these.)
+
+    Args:
+        model: not wrapped, not compiled.
+        masks: of `drive.prune(structure="channels")`, or any whose rows are all False here and there.
+        example_inputs: one batch of the model's: its only argument, a tuple of the positional ones, or a
+            mapping of the named ones.
+        layers: of `drive.prune`.
+
+    Raises:
+        ImportError: torch-pruning is not installed.
+        ValueError: the masks are of another model; the model has no channels that can be removed, with the
+            reasons; the smaller one would compute something else.
+    """
+    check_bare("shrink", model)
+    masks = masks if isinstance(masks, Masks) else Masks(masks)
+    for name, weight in look_up("shrink", model, masks).items():
+        if weight.shape != masks[name].shape:
+            raise ValueError(
+                f"shrink: masks[{name}] must have shape {tuple(weight.shape)}, got {tuple(masks[name].shape)}"
+            )
+    found = couplings(model, masks.keys(), lambda: _outputs(model, example_inputs), layers, op="shrink")
+    if not found.groups:
+        raise ValueError(f"shrink: there are no channels to remove in this model: {found.reasons()}")
+    if found.whole:
+        _log.info("shrink: %d groups of channels; whole stay %s", len(found.groups), found.reasons())
+    units = {group: _stay(group, masks) for group in found.groups}
+    units = _right(model, units, example_inputs, layers)
+    return _shrunk(model, masks, units, example_inputs, layers)
+
+
+def rebuild(
+    fresh_model: nn.Module,
+    path: str | os.PathLike[str],
+    example_inputs: Any,
+    *,
+    layers: Layers | None = None,
+) -> nn.Module:
+    """The small model that `Shrunk.save` wrote, from a full one that was built anew; that is unchanged.
+
+    Does not need torch-pruning.
+
+    Args:
+        fresh_model: of the same architecture, whatever its weights.
+        example_inputs: one batch, as of `shrink`: the result is run on it once.
+        layers: of `drive.prune`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is none of these, or of another architecture.
+    """
+    check_bare("rebuild", fresh_model)
+    weights, kept = _read(path)
+    tensors = named_tensors(fresh_model)
+    for (name, axis), stays in kept.items():
+        if name not in tensors or tensors[name].dim() <= axis or tensors[name].shape[axis] != len(stays):
+            got = tuple(tensors[name].shape) if name in tensors else "no such tensor"
+            raise ValueError(
+                f"rebuild: {path} must be of this architecture: {name} must have {len(stays)} entries along "
+                f"axis {axis}, got {got}"
+            )
+    small = copy.deepcopy(fresh_model)
+    device = next((parameter.device for parameter in small.parameters()), torch.device("cpu"))
+    cut(small, kept, layers)
+    state, names = small.state_dict(keep_vars=True), weights.keys()
+    if (wrong := next(iter(state.keys() ^ names), None)) or (
+        wrong := next((name for name, tensor in state.items() if tensor.shape != weights[name].shape), None)
+    ):
+        raise ValueError(f"rebuild: {path} must be of this architecture: {wrong} is not as it is there")
+    for name, tensor in state.items():
+        tensor.data = weights[name].to(device, copy=True)  # aligned, where the file is not: rounds as before
+    with torch.no_grad(), scoring(small, {}):
+        _outputs(small.eval(), example_inputs)
+    return small
+
+
+def _stay(group: Group, masks: Masks) -> Tensor:
+    """Units of which some row survives somewhere; one at least."""
+    stays = torch.zeros(group.units, dtype=torch.bool)
+    for place in group.rows:
+        mask = masks[place.tensor]
+        rows = mask.movedim(place.axis, 0).flatten(1).any(1).cpu()
+        stays |= rows[place.indices].any(1)
+    if not stays.any():
+        stays[0] = True
+    return stays
+
+
+def _right(
+    model: nn.Module, units: Mapping[Group, Tensor], inputs: Any, layers: Layers | None
+) -> dict[Group, Tensor]:
+    """These groups, those whose removal is more than setting them to 0 left whole, with a warning."""
+    if same(model, units, _outputs, inputs, layers):
+        return dict(units)
+    bad = [
+        group
+        for group, stays in units.items()
+        if not stays.all() and not same(model, {group: stays}, _outputs, inputs, layers)
+    ]
+    left = {group: torch.ones_like(stays) if group in bad else stays for group, stays in units.items()}
+    names = ", ".join(group.name for group in bad)
+    if not bad or not same(model, left, _outputs, inputs, layers):
+        raise ValueError(
+            "shrink: the smaller model must compute what the given one does with these channels set to 0, "
+            f"to {TOLERANCE:g}, got something else{f' in {names}, for one' if bad else ''}: channels are "
+            "coupled in a way that is not seen"
+        )
+    _log.warning(
+        "shrink: pruned outputs of these layers stay, for to remove them would change more than to set "
+        "them to 0: %s", names,
+    )  # fmt: skip
+    return left
+
+
+def _shrunk(
+    model: nn.Module, masks: Masks, units: Mapping[Group, Tensor], inputs: Any, layers: Layers | None
+) -> Shrunk:
+    tensors = named_tensors(model)
+    kept = kept_entries(units, {name: tensor.shape for name, tensor in tensors.items()})
+    small = copy.deepcopy(model)
+    for parameter in small.parameters():
+        parameter.grad = None
+    cut(small, kept, layers)
+    rest = {}
+    for name, mask in masks.items():
+        for axis in range(mask.dim()):
+            if (stays := kept.get((name, axis))) is not None:
+                mask = mask.index_select(axis, stays.nonzero().flatten().to(mask.device))
+        rest[name] = mask.clone()
+    nodes = sum(group.units for group in units), sum(int(stays.sum()) for stays in units.values())
+    left = sum(parameter.numel() for parameter in small.parameters())
+    return Shrunk(
+        small,
+        _kept_outputs(units, kept),
+        Masks(rest, left),
+        Size.of(model, nodes[0], inputs, layers),
+        Size.of(small, nodes[1], inputs, layers),
+        kept,
+    )
+
+
+def _kept_outputs(units: Mapping[Group, Tensor], kept: Kept) -> dict[str, Tensor]:
+    """By module: the indices of its outputs, or of the entries of its vectors, that stay."""
+    found: dict[str, Tensor] = {}
+    for group in units:
+        for place in group.made:
+            if (stays := kept.get((place.tensor, place.axis))) is not None:
+                found.setdefault(place.tensor.rpartition(".")[0], stays.nonzero().flatten())
+    return found
+
+
+def _outputs(model: nn.Module, inputs: Any) -> Any:
+    if isinstance(inputs, Mapping):
+        outputs = model(**inputs)
+    else:
+        outputs = model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+    return [tensor for tensor in tensors_in(outputs) if tensor.is_floating_point()]
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Kept]:
+    try:
+        with safetensors.safe_open(os.fspath(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            if _FORMAT not in metadata:
+                raise ValueError(f"its metadata have {', '.join(metadata) or 'nothing'}, not {_FORMAT}")
+            cuts = json.loads(metadata[_FORMAT])
+            kept = {(name, axis): file.get_tensor(f"kept.{n}") for n, (name, axis) in enumerate(cuts)}
+            weights = {
+                key.removeprefix("weights."): file.get_tensor(key)
+                for key in file.keys()  # noqa: SIM118 (it is no mapping)
+                if key.startswith("weights.")
+            }
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"rebuild: {path} is not a readable file of a shrunk model: {error}") from error
+    return weights, kept
