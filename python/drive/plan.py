@@ -15,6 +15,7 @@ from ._scoring.capture import Capture, check_capture
 from .distributed.team import Said
 from .methods.base import Method
 from .targets.costs import check_alpha, check_sparsity
+from .targets.structures import CHANNELS
 
 DEFAULT_ALPHA = 1.0
 OnTies = Literal["error", "index"]
@@ -68,7 +69,7 @@ class Plan:
         schedule: str | schedules.Schedule | None = None,
         scope: str | None = None,
         structure: str = "unstructured",
-        min_keep: int = 0,
+        min_keep: int | None = None,
         accumulate: int | None = None,
         seed: int = 0,
         autocast: torch.dtype | None = None,
@@ -82,7 +83,9 @@ class Plan:
         """
         sparsity, alpha = _goal(sparsity, macs, alpha)
         chosen = methods.get(method)
-        count = _whole("iterations", chosen.iterations_to(sparsity) if iterations is None else iterations)
+        by_outputs = structure == CHANNELS
+        own = chosen.iterations_to(sparsity, by_outputs)
+        count = _whole("iterations", own if iterations is None else iterations)
         taken = _whole("accumulate", chosen.accumulate if accumulate is None else accumulate)
         if ranks != "one" and chosen.spread not in (ranks, "shards"):
             raise ValueError(f"prune: method must be one for {ranks} of a model, got {chosen.name!r}")
@@ -98,11 +101,30 @@ class Plan:
         for what, holds in against.items():
             if holds and capture is True:
                 raise ValueError(f"prune: capture must be 'auto' or False for {what}, got True")
-        scope = chosen.scope if scope is None else scope
+        if scope is None:
+            scope = "global" if by_outputs else chosen.scope
+        if min_keep is None:
+            min_keep = 1 if by_outputs else 0
+        if by_outputs:
+            if ranks != "one":
+                raise ValueError(
+                    "prune: structure must be 'unstructured' for a model on several ranks, got 'channels'"
+                )
+            if scope == "erk":
+                raise ValueError(
+                    "prune: scope must be 'global' or 'uniform' for structure 'channels', got 'erk'"
+                )
+            if not isinstance(min_keep, int) or isinstance(min_keep, bool) or min_keep < 1:
+                raise ValueError(
+                    f"prune: min_keep must be an integer >= 1 for structure 'channels', got {min_keep!r}"
+                )
         if macs is not None:
             needs = {
                 "scope must be 'global'": (scope, scope == "global"),
-                "structure must be 'unstructured' or 'ROWSxCOLUMNS'": (structure, ":" not in structure),
+                "structure must be 'unstructured', 'channels' or 'ROWSxCOLUMNS'": (
+                    structure,
+                    ":" not in structure,
+                ),
             }
             for what, (got, holds) in needs.items():
                 if not holds:
@@ -136,6 +158,11 @@ class Plan:
         return len(self.steps)
 
     @property
+    def by_outputs(self) -> bool:
+        """Are outputs of layers pruned as a whole?"""
+        return self.structure == CHANNELS
+
+    @property
     def trains(self) -> bool:
         """Does the method train the model in the course of pruning it?"""
         return self.method.stage == "training"
@@ -151,7 +178,8 @@ class Plan:
 
     def __str__(self) -> str:
         batches = f", {self.accumulate} batches a score" if self.accumulate > 1 else ""
-        guard = f", at least {self.min_keep} survivors a matrix" if self.min_keep else ""
+        guard = f", at least {self.min_keep} survivors a {'group' if self.by_outputs else 'matrix'}"
+        guard = guard if self.min_keep else ""
         goal = f"{self.sparsity:.2%} of" if self.macs is None else f"{self.macs:.2%} of the multiply-adds of"
         return (
             f"{self.method.name} to {goal} {sum(self.sizes.values()):,} entries in "

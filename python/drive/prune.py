@@ -21,7 +21,7 @@ from ._scoring.loss import Batch, ComputeLoss, Loss, LossFn
 from ._scoring.sgd import Train, sgd_epoch
 from ._scoring.ties import TieCheck
 from .distributed.placement import is_dtensor
-from .distributed.team import team_of, together, together_from
+from .distributed.team import Team, team_of, together, together_from
 from .layers import Layers
 from .masks import Masks
 from .methods.base import Method, Problem
@@ -29,11 +29,14 @@ from .plan import OnTies, Plan
 from .progress import tracked
 from .result import PruneResult
 from .rounds import Selection
+from .structured.removable import check_bare, removable
+from .structured.selection import ChannelSelection
 from .targets.choice import Include
 from .targets.costs import Goals
 from .targets.multiply_adds import multiply_adds, samples_of
 from .targets.restore import scoring, seeded, undone_on_error
-from .targets.targets import prunable
+from .targets.structures import CHANNELS
+from .targets.targets import Prunable, prunable
 
 _log = logging.getLogger(__name__)
 
@@ -52,7 +55,7 @@ def prune(
     schedule: str | schedules.Schedule | None = None,
     scope: str | None = None,
     structure: str = "unstructured",
-    min_keep: int = 0,
+    min_keep: int | None = None,
     masks: Masks | None = None,
     include: Include | None = None,
     exclude: Include | None = None,
@@ -109,8 +112,14 @@ def prune(
             exact. Default: the method's own, global but for RigL.
         structure: "unstructured"; "N:M" ("2:4", say): N survivors in every M neighbours along the
             inputs, whose sparsity is 1 - N / M; "RxC" ("4x4"): blocks of so many outputs and inputs,
-            by the sum of their scores, `round(sparsity * blocks)` of them (`drive.targets.structures`).
-        min_keep: survivors that every matrix of every tensor keeps at least, as in `fused_drive_prune`.
+            by the sum of their scores, `round(sparsity * blocks)` of them (`drive.targets.structures`);
+            "channels": outputs of layers, and heads of attentions, for `drive.shrink`: one candidate is what
+            coupled layers can lose only together, by the sum of the scores of its rows,
+            `round(sparsity * candidates)` of them; never the network's outputs, and no units that a norm
+            over channels or a tensor that is not pruned has a part in (docs/structured.md). Needs
+            torch-pruning, and the model as it is before anything wraps it.
+        min_keep: survivors that every matrix of every tensor keeps at least, as in `fused_drive_prune`; of
+            structure "channels", units that every group of coupled layers keeps, 1 by default.
         masks: masks to start from, of a model pruned before; they are not changed.
         include, exclude, layers: which parameters to prune, as in `fused_drive_prune`.
         process_group: as in `fused_drive_prune`: of a model whose weights are plain tensors, each this rank's
@@ -151,22 +160,27 @@ def prune(
     with together(team, "check their arguments") as said:
         weights = prunable(model, include, exclude, layers, op="prune")
         shards = team is not None and (team.rows or any(map(is_dtensor, weights.values())))
+        if structure == CHANNELS:
+            check_bare("prune", model)
         plan = Plan.of(
             weights, "one" if team is None else "shards" if shards else "copies",
             sparsity=sparsity, macs=macs, alpha=alpha, method=method, iterations=iterations,
             schedule=schedule, scope=scope, structure=structure, min_keep=min_keep,
             accumulate=accumulate, seed=seed, autocast=autocast, capture=capture, on_ties=on_ties,
         )  # fmt: skip
-        selection = Selection(
-            model, weights, plan.structure, plan.scope, plan.sparsity, plan.min_keep, team, layers
-        )
-        if masks is not None:
-            masks = selection.begun(masks)
+        entries: Selection | None = None
+        if not plan.by_outputs:
+            entries = Selection(
+                model, weights, plan.structure, plan.scope, plan.sparsity, plan.min_keep, team, layers
+            )
+            said += entries.said
+            masks = masks if masks is None else entries.begun(masks)
         loss = Loss(loss_fn, compute_loss)
         if on_step is not None and not callable(on_step):
             raise TypeError(f"prune: on_step must be callable, got {type(on_step).__name__}")
-        said += [*plan.said, *selection.said, ("on_step", None if on_step is None else "a function")]
-    selection.meet()
+        said += [*plan.said, ("on_step", None if on_step is None else "a function")]
+    if entries is not None:
+        entries.meet()
     _log.info("%s", plan)
 
     chosen, device = plan.method, plan.device
@@ -180,30 +194,29 @@ def prune(
         nullcontext() if plan.trains else scoring(model, weights),  # once for all iterations
         captured(eager, plan.capture, plan.iterations) as gradients_of,
     ):
+        if plan.macs is not None or plan.by_outputs:
+            first = next(feed)
+            feed = chain([first], feed)
+        selection: Selection | ChannelSelection
+        if entries is not None:
+            selection = entries
+        else:
+            found = removable(model, weights, loss, first, layers, op="prune")
+            selection = ChannelSelection(model, weights, found, plan.scope, plan.min_keep, layers)
+            masks = masks if masks is None else selection.begun(masks)
         groups: list[Goals]
         if plan.macs is None:
             groups = [selection.groups(step) for step in plan.steps]
         else:
-            first = next(feed)
-            with (
-                scoring(model, weights),
-                seeded(plan.seed, device),
-                together(team, "count multiply-adds"),
-            ):
-                costs = multiply_adds(
-                    model, weights, lambda: loss(model, first), samples_of(first), layers, op="prune"
-                )
-            if team is not None:  # batches of several lengths: the ranks' mean
-                sums = team.sum(torch.tensor(list(costs.values())), "add up multiply-adds").tolist()
-                costs = {name: round(s / team.size) for name, s in zip(costs, sums, strict=True)}
-            feed = chain([first], feed)
+            with scoring(model, weights), seeded(plan.seed, device):
+                costs = _costs(model, weights, loss, first, layers, team)
             groups = selection.budgets(costs, plan.steps, plan.macs, plan.alpha)
         goals = [[goal for _, goal in some] for some in groups]
         deciding = 1, 1 + goals.index(goals[-1])  # the first iteration, and the last that prunes further
         problem = Problem(
             model, weights, feed, loss, gradients_of,
             train=train or sgd_epoch(batches, loss), accumulate=plan.accumulate, sparsity=plan.sparsity,
-            iteration=0, iterations=plan.iterations, masks=masks,
+            iteration=0, iterations=plan.iterations, by_outputs=plan.by_outputs, masks=masks,
         )  # fmt: skip
         shown = tracked(groups, f"{chosen.name} to {plan.sparsity:.2%}") if progress else groups
         for number, some in enumerate(shown, start=1):
@@ -226,3 +239,22 @@ def prune(
         for mask in result.masks.values():  # they may be of the graph's stream
             mask.record_stream(torch.cuda.current_stream(device))
     return result.masks
+
+
+def _costs(
+    model: nn.Module,
+    weights: Prunable,
+    loss: Loss,
+    batch: Batch,
+    layers: Layers | None,
+    team: Team | None,
+) -> dict[str, int]:
+    """Multiply-adds of an entry of each weight, on several ranks the mean over their batches."""
+    with together(team, "count multiply-adds"):
+        costs = multiply_adds(
+            model, weights, lambda: loss(model, batch), samples_of(batch), layers, op="prune"
+        )
+    if team is None:
+        return costs
+    sums = team.sum(torch.tensor(list(costs.values())), "add up multiply-adds").tolist()
+    return {name: round(s / team.size) for name, s in zip(costs, sums, strict=True)}

@@ -182,7 +182,7 @@ class Selection:
             if self.structure is None:
                 keys, unit = _keys(self.op, name, weight, ranking, wide), 1
             else:
-                score = torch.where(alive, _entry_scores(self.op, name, weight, ranking), 0.0)
+                score = torch.where(alive, entry_scores(self.op, name, weight, ranking), 0.0)
                 keys, unit = self.structure.pooled(score, self.axes[name]), self.structure.size
                 alive = self.structure.pooled(alive.double(), self.axes[name]) > 0
             zeros = alive & (keys == 0)
@@ -229,7 +229,7 @@ class Selection:
 
         Of a budget, none is safe, and all are of as many entries.
         """
-        scores = {name: _entry_scores(self.op, name, weight, ranking) for name, weight in weights.items()}
+        scores = {name: entry_scores(self.op, name, weight, ranking) for name, weight in weights.items()}
         alive = masks or Masks({name: torch.ones_like(w, dtype=torch.bool) for name, w in weights.items()})
         bad = torch.stack([(~score.isfinite() & alive[name]).sum() for name, score in scores.items()])
         units, safe, open_ = {}, {}, {}
@@ -302,7 +302,7 @@ def _keys(op: str, name: str, weight: Tensor, ranking: Ranking, wide: bool) -> T
 
 
 @torch.no_grad()
-def _entry_scores(op: str, name: str, weight: Tensor, ranking: Ranking) -> Tensor:
+def entry_scores(op: str, name: str, weight: Tensor, ranking: Ranking) -> Tensor:
     """The scores themselves, float64, of the weight's shape."""
     if ranking.scores is not None:
         score = _score(op, name, weight, ranking).double()

@@ -162,7 +162,7 @@ def test_blocks(method: str, min_keep: int):
         ({"macs": 0.5, "scope": "uniform"}, "scope must be 'global' with macs, got 'uniform'"),
         (
             {"macs": 0.5, "structure": "2:4"},
-            "structure must be 'unstructured' or 'ROWSxCOLUMNS' with macs, got '2:4'",
+            "structure must be 'unstructured', 'channels' or 'ROWSxCOLUMNS' with macs, got '2:4'",
         ),
         ({"macs": 0.01, "min_keep": 200}, "min_keep=200 asks for"),
     ],

@@ -176,6 +176,27 @@ def test_early_crop_waits_for_the_weights_to_settle(sparsity: float, rounds: int
     assert moves.calls == rounds
 
 
+@pytest.mark.parametrize(
+    ("sparsity", "floor", "rounds"),
+    (
+        (0.5, 0.01, 4),  # 0.1 < 0.4 * 0.4
+        (0.88, 0.01, 7),  # never below 0.02 * 0.4
+        (0.88, 0.2, 5),  # 0.05 < 0.2 * 0.4
+        (0.95, 0.01, 7),
+        (0.95, 0.13, 5),  # 0.05 < 0.13 * 0.4, where the published rule never fires
+    ),
+)
+def test_early_crop_for_channels_has_a_floor(sparsity: float, floor: float, rounds: int):
+    pytest.importorskip("torch_pruning")
+    moves = Moves(0.4, 0.7, 0.8, 0.85, 0.9, 0.95)
+    model = nn.Sequential(nn.Conv2d(1, 20, 3), nn.ReLU(), nn.Flatten(), nn.Linear(720, 10))
+    drive.prune(
+        model.double(), [(x.double(), y) for x, y in batches()], LOSS, sparsity=sparsity,
+        structure="channels", method=methods.EarlyCrop(latest=7, floor=floor), train=moves, progress=False,
+    )  # fmt: skip
+    assert moves.calls == rounds
+
+
 def test_distance_and_rule():
     one, two = (
         [torch.tensor([3.0, 0.0]), torch.tensor([4.0])],

@@ -32,6 +32,7 @@ class Problem:
         accumulate: batches that one score takes.
         sparsity: the final one.
         iteration, iterations: this one, from 1, and how many there are.
+        by_outputs: are outputs of layers pruned as a whole (structure "channels")?
         masks: those of the iterations before; None at the first one, if the caller gave none.
         notes: empty at first: what a method wants to remember from one iteration to the next goes here, and
             not on its instance, of which several runs may make use.
@@ -47,6 +48,7 @@ class Problem:
     sparsity: float
     iteration: int
     iterations: int
+    by_outputs: bool = False
     masks: Masks | None = None
     notes: dict[str, Any] = field(default_factory=dict)
 
@@ -73,7 +75,9 @@ class Problem:
             if reuse or not self.gradients_of.overwrites:
                 return found
             return {name: grad.clone() for name, grad in found.items()}
-        names, total = list(found), [grad.clone() for grad in found.values()]
+        names, overwrites = list(found), self.gradients_of.overwrites
+        total = [grad.clone() if overwrites else grad for grad in found.values()]
+        del found  # of a model that hardly fits, each copy counts
         for _ in range(self.accumulate - 1):
             more = self.gradients_of(next(self.batches))
             torch._foreach_add_(total, [more[name] for name in names])
@@ -88,6 +92,8 @@ class Ranking:
     gradients: |theta * gradient|; with mask_gradients |theta * mask_gradient * gradient|, in float64. Of the
         weights' dtype, any strides. These scores are never in memory.
     scores: |score|, or with signed=True the score itself (in float32). Any floating dtype; overwritten.
+    gates: [outputs] of each weight, float64: of structure "channels", whose units have |the sum over their
+        outputs|.
     None of them: |theta|.
 
     power: the score is this power of what is ranked, which matters where scores are summed (blocks).
@@ -97,6 +103,7 @@ class Ranking:
     gradients: Mapping[str, Tensor] | None = None
     mask_gradients: Mapping[str, Tensor] | None = None
     scores: Mapping[str, Tensor] | None = None
+    gates: Mapping[str, Tensor] | None = None
     signed: bool = False
     power: int = 1
     revive: bool = False
@@ -126,8 +133,8 @@ class Method(ABC):
     scope: str = "global"
     accumulate: int = 1
 
-    def iterations_to(self, sparsity: float) -> int:
-        """How many iterations it takes to a final sparsity."""
+    def iterations_to(self, sparsity: float, by_outputs: bool = False) -> int:
+        """How many iterations it takes to a final sparsity, of entries or of outputs."""
         return self.iterations
 
     def before(self, problem: Problem) -> None:  # noqa: B027 (most methods do not train)

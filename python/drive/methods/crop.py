@@ -1,7 +1,7 @@
 """CroP (Rachwan et al., ICML 2022, arXiv 2206.10451)."""
 
 from .base import Method, Problem, Ranking
-from .second_order import hessian_times_gradient
+from .second_order import gate_sensitivities, hessian_times_gradient
 
 
 class Crop(Method):
@@ -10,6 +10,10 @@ class Crop(Method):
     Keeps the gradient flow as it is. In 102 steps that halve the distance to the final sparsity, scored
     again at each on 5 batches (`accumulate`), in eval mode. The published code scores on the test data; this
     one on the batches that it is given.
+
+    Of structure "channels", a unit has the score |d<g, dL/dtheta>/dc|, g held fixed, c a gate of value 1 that
+    is multiplied to all of its outputs, after the biases and before any norm (Sec. 3.3), and the published
+    code takes one step: `iterations=1`.
     """
 
     name = "crop"
@@ -19,6 +23,11 @@ class Crop(Method):
     schedule = "halving"
     accumulate = 5
 
+    def iterations_to(self, sparsity: float, by_outputs: bool = False) -> int:
+        return 1 if by_outputs else self.iterations
+
     def rank(self, problem: Problem) -> Ranking:
         problem.model.eval()  # drive.prune puts the mode back
+        if problem.by_outputs:
+            return Ranking(gates=gate_sensitivities(self.name, problem, problem.take()))
         return Ranking(hessian_times_gradient(self.name, problem, problem.take()))

@@ -16,21 +16,31 @@ class EarlyCrop(Crop):
     Prunes at the first t with |d_t - d_(t-1)| < d_2 (1 - sparsity): the higher the sparsity, the later. The
     caller trains on, with a fresh learning rate; nothing is rewound.
 
+    Of structure "channels" (EarlyCroP-S) the right hand side is d_2 (1 - sparsity - 0.1), in which the
+    sparsity is of nodes: nothing from 0.9 on, so that the published code prunes at its latest epoch there.
+    Here it is never less than d_2 * floor.
+
     Args:
         latest: round after which it prunes in any case.
+        floor: of the rule for channels.
     """
 
     name = "early_crop"
     stage = "training"
 
-    def __init__(self, latest: int = 30):
+    def __init__(self, latest: int = 30, floor: float = 0.01):
         if latest < 1:
             raise ValueError(f"EarlyCrop: latest must be >= 1, got {latest}")
-        self.latest = latest
+        if not floor >= 0:
+            raise ValueError(f"EarlyCrop: floor must be >= 0, got {floor}")
+        self.latest, self.floor = latest, floor
 
     def before(self, problem: Problem) -> None:
         if problem.iteration > 1:
             return
+        share = 1 - problem.sparsity
+        if problem.by_outputs:
+            share = max(share - 0.1, self.floor)
         reference: list[Tensor] = []
         distances: list[float] = []
         for number in range(self.latest):
@@ -40,7 +50,7 @@ class EarlyCrop(Crop):
                 reference = [w.clone() for w in weights]
                 continue
             distances.append(distance(weights, reference))
-            if settled(distances, problem.sparsity):
+            if settled(distances, share):
                 return
 
 
@@ -53,6 +63,6 @@ def distance(weights: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
     return float((moved.sum() / length.sum()).sqrt())
 
 
-def settled(distances: Sequence[float], sparsity: float) -> bool:
-    """Whether to prune now, by the distances d_2, d_3, ... so far."""
-    return len(distances) > 1 and abs(distances[-1] - distances[-2]) < distances[0] * (1 - sparsity)
+def settled(distances: Sequence[float], share: float) -> bool:
+    """Whether to prune now, by the distances d_2, d_3, ...: the last step is less than a share of d_2."""
+    return len(distances) > 1 and abs(distances[-1] - distances[-2]) < distances[0] * share

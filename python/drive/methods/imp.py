@@ -36,7 +36,7 @@ class Imp(Method):
             raise ValueError(f"Imp: rewind must be in [0, rounds), got {rewind} of {rounds}")
         self.fraction, self.rounds, self.rewind = fraction, rounds, rewind
 
-    def iterations_to(self, sparsity: float) -> int:
+    def iterations_to(self, sparsity: float, by_outputs: bool = False) -> int:
         return max(1, ceil(log(1 - sparsity) / log(1 - self.fraction) - 1e-9))
 
     def before(self, problem: Problem) -> None:

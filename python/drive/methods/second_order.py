@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from drive._scoring.gradients import checked
 from drive._scoring.loss import Batch, tensors_in
+from drive.targets.outputs import rows_of
 from drive.targets.wrappers import named_modules, uncompiled
 
 from .base import Problem
@@ -31,8 +32,40 @@ def hessian_times_gradient(
         ValueError: a prunable weight has no part in the loss; an operation of the model has no second
             derivative.
     """
+    _, product = _products(op, problem, batches, temperature)
+    return dict(zip(problem.weights, product, strict=True))
+
+
+def gate_sensitivities(op: str, problem: Problem, batches: Sequence[Batch]) -> dict[str, Tensor]:
+    """d<g, dL/dtheta>/dc of gates c = 1 on the outputs of each prunable weight, after its bias: [outputs].
+
+    g is dL/dtheta of the prunable weights summed over the batches, held fixed. A gate multiplies its row of
+    the weight, and its bias b, so that it is the sum over the row of g dL/dtheta + theta H g, and b d<g,
+    dL/dtheta>/db. In float64.
+
+    Raises:
+        ValueError: as `hessian_times_gradient`.
+    """
+    rows = rows_of(problem.model, problem.weights)
+    biases = {name: row.bias for name, row in rows.items() if row.bias is not None}
+    gradient, product = _products(op, problem, batches, 1.0, list(biases.values()))
+    of_biases = dict(zip(biases, product[len(rows) :], strict=True))
+    found = {}
+    for (name, row), g, hg in zip(rows.items(), gradient, product, strict=False):
+        weight = problem.weights[name].detach().double()
+        entries = g.double().square() + weight * hg.double()
+        found[name] = entries.movedim(row.axis, 0).flatten(1).sum(1)
+        if row.bias is not None:
+            found[name] += row.bias.detach().double() * of_biases[name].double()
+    return found
+
+
+def _products(
+    op: str, problem: Problem, batches: Sequence[Batch], temperature: float, beside: Sequence[Tensor] = ()
+) -> tuple[list[Tensor], list[Tensor]]:
+    """g, and the derivatives of <g, dL/dtheta> by the weights and by what is given beside them."""
     try:
-        return _hessian_times_gradient(problem, batches, temperature)
+        return _twice(problem, batches, temperature, beside)
     except RuntimeError as error:
         if not (missing := _NO_SECOND.search(str(error))):
             raise
@@ -98,9 +131,9 @@ def _graph(tensors: Sequence[Tensor], seen: set[object]) -> Iterator[Any]:
             yield node
 
 
-def _hessian_times_gradient(
-    problem: Problem, batches: Sequence[Batch], temperature: float
-) -> dict[str, Tensor]:
+def _twice(
+    problem: Problem, batches: Sequence[Batch], temperature: float, beside: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
     weights = list(problem.weights.values())
 
     def gradients(batch: Batch, create_graph: bool) -> list[Tensor]:
@@ -118,7 +151,8 @@ def _hessian_times_gradient(
         total: list[Tensor] = [torch.zeros_like(w) for w in weights]
         for batch in batches:
             total = [sum_ + grad for sum_, grad in zip(total, gradients(batch, False), strict=True)]
-        fixed, product = masked(total), [torch.zeros_like(w) for w in weights]
+        sought = [*weights, *beside]
+        fixed, product = masked(total), [torch.zeros_like(w) for w in sought]
         for batch in batches:
             grads = gradients(batch, True)
             # off all paths to the weights, where it would raise: without this its part would be left out
@@ -126,6 +160,6 @@ def _hessian_times_gradient(
                 raise RuntimeError("a function is marked with @once_differentiable")
             grads = masked(grads)
             inner = torch.stack([(g * f).sum() for g, f in zip(grads, fixed, strict=True)]).sum()
-            parts = torch.autograd.grad(inner, weights, allow_unused=True, materialize_grads=True)
+            parts = torch.autograd.grad(inner, sought, allow_unused=True, materialize_grads=True)
             product = [sum_ + part for sum_, part in zip(product, parts, strict=True)]
-    return dict(zip(problem.weights, product, strict=True))
+    return fixed, product

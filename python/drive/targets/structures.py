@@ -1,4 +1,4 @@
-"""What is pruned together: single entries, N of M along the input, or blocks."""
+"""What is pruned together in a tensor: single entries, N of M along the input, or blocks."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from drive.layers import Layers, Weight
 from .candidates import candidates
 from .matrices import boxes
 from .wrappers import owners
+
+CHANNELS = "channels"  # outputs of layers, which several tensors have: drive.structured
 
 
 class Structure(ABC):
@@ -198,7 +200,9 @@ def structure(name: str) -> Structure | None:
         return NofM(int(found[1]), int(found[2]))
     if (found := re.fullmatch(r"(\d+)x(\d+)", name)) and int(found[1]) * int(found[2]) > 1:
         return Blocks(int(found[1]), int(found[2]))
-    raise ValueError(f"structure must be 'unstructured', 'N:M' (0 < N < M) or 'ROWSxCOLUMNS', got {name!r}")
+    raise ValueError(
+        f"structure must be 'unstructured', 'channels', 'N:M' (0 < N < M) or 'ROWSxCOLUMNS', got {name!r}"
+    )
 
 
 def axes_of(
