@@ -59,7 +59,7 @@ def config(**options: object) -> Config:
     settings = {
         "data": "digits", "data_dir": None, "limit_train": 256, "model": "small_cnn",
         "methods": ["drive", "snip", "magnitude"], "sparsities": [0.9, 0.98], "macs": [],
-        "alpha": None, "seeds": 1, "epochs": 3,
+        "alpha": None, "structure": "unstructured", "prior": 0.0, "seeds": 1, "epochs": 3,
         "warmup_epochs": 1, "iterations": 3, "batch_size": 64, "lr": 0.1, "sparse_ops": False,
         "device": "cpu", "threads": 1,
     }  # fmt: skip

@@ -20,8 +20,8 @@ from drive.experiments.runs import inputs
 from drive.experiments.runs.folder import keep_config, make_folder, write_json
 from drive.experiments.runs.inputs import InputError
 from drive.experiments.runs.progress import bars
-from drive.files import write_atomic
 
+from .comparison import comparison
 from .console import BAD_INPUT, INTERRUPTED, complain, load, open_console
 from .info import facts
 from .options import (
@@ -38,17 +38,15 @@ from .options import (
     LearningRate,
     LimitTrain,
     Model,
-    Names,
     Out,
     Precision,
     Resume,
     SparseOps,
+    Structure,
     TensorBoard,
-    compare_defaults,
     file,
     given,
     option,
-    prune_defaults,
     train_defaults,
 )
 from .paper import reproduce
@@ -69,84 +67,6 @@ app = typer.Typer(
 def _drive(context: typer.Context) -> None:
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
-
-
-def _comparison(
-    context: typer.Context,
-    data: Data = None,
-    data_dir: DataDir = None,
-    model: Model = None,
-    methods: Annotated[
-        Names | None,
-        option("--methods", f"out of {', '.join(methods.names())} "
-               "[default: drive prune: drive,snip,magnitude; drive compare: all]",
-               inputs.several_of(methods.names()), "A,B"),
-    ] = None,
-    sparsities: Annotated[
-        Fractions | None,
-        option("--sparsities", "fractions of zeros [default: 0.9,0.95,0.98,0.993]",
-               inputs.sparsities, "X,Y"),
-    ] = None,
-    macs: Annotated[
-        Fractions | None,
-        option("--macs", "instead of sparsities: shares of the multiply-adds that are left",
-               inputs.shares, "X,Y"),
-    ] = None,
-    alpha: Alpha = None,
-    seeds: Annotated[
-        int | None,
-        option("--seeds", "runs with seeds 0..N-1 [default: drive prune: digits 5, else 1; drive compare: 3]",
-               inputs.whole_number(1)),
-    ] = None,
-    epochs: Epochs = None,
-    warmup_epochs: Annotated[
-        int | None,
-        option("--warmup-epochs", "of these, dense ones before pruning [default: 5]",
-               inputs.whole_number(0)),
-    ] = None,
-    iterations: Annotated[
-        int | None,
-        option("--iterations", "of DRIVE and SynFlow [default: 100]", inputs.whole_number(1)),
-    ] = None,
-    batch_size: BatchSize = None,
-    lr: LearningRate = None,
-    sparse_ops: SparseOps = False,
-    device: Device = None,
-    limit_train: LimitTrain = None,
-    out: Out = None,
-    resume: Resume = False,
-) -> None:  # fmt: skip
-    options = given(
-        data=data, data_dir=data_dir, model=model, methods=methods, sparsities=sparsities, macs=macs,
-        alpha=alpha, seeds=seeds, epochs=epochs, warmup_epochs=warmup_epochs, iterations=iterations,
-        batch_size=batch_size, lr=lr, sparse_ops=sparse_ops, device=device, limit_train=limit_train,
-    )  # fmt: skip
-    command = str(context.info_name)
-    defaults = {"prune": prune_defaults, "compare": compare_defaults}[command]
-    with open_console(command, out, resume, options, defaults) as (folder, settings, console):
-        from drive.experiments.paper import report
-        from drive.experiments.paper.compare import Comparison, Config
-        from drive.experiments.training.compute import deterministic
-
-        config = Config.read(settings)
-        deterministic(config.threads)
-        comparison = Comparison(config, load(settings, console), folder)
-        inputs.require("matplotlib.figure")  # now, not after hours of training
-        keep_config(folder, command, settings)
-        with bars(console) as progress:
-            results = comparison.run(progress)
-        summary = report.summarise(comparison, results)
-        times = report.timings(config, results)
-        write_json(folder / "timing.json", times)
-        report.draw_accuracy(summary, folder / "accuracy.png")
-        report.draw_layers(summary, folder / "layers.png")
-        report.draw_time(summary, times, folder / "time.png")
-        write_atomic(folder / "tables.md", report.markdown(summary, times).encode())
-        write_json(folder / "report.json", summary)
-        for table in report.tables(summary, times):
-            console.print(table)
-        console.print(summary["verdict"], highlight=False)
-        console.print(f"results in {folder}", highlight=False)
 
 
 for page in PAGES.values():
@@ -171,7 +91,7 @@ app.command(
 
         drive prune --data imagefolder --data-dir photos --sparsities 0.9,0.98 --limit-train 2000
     """,
-)(_comparison)
+)(comparison)
 app.command(
     "compare",
     help="""Compare all pruning methods, also those that prune in the course of a training.
@@ -184,9 +104,11 @@ app.command(
 
         drive compare --methods drive,snip,synflow,imp --sparsities 0.9,0.98 --seeds 3
 
+        drive compare --structure channels --methods early_crop,snip --sparsities 0.5,0.9
+
         drive compare --resume
     """,
-)(_comparison)
+)(comparison)
 
 
 app.command("pipeline")(pipeline)
@@ -200,12 +122,20 @@ def train(
     masks: Annotated[
         Path | None, file("--masks", "masks.safetensors: train this sparse network [default: dense]")
     ] = None,
+    sparsity: Annotated[
+        float | None,
+        option("--sparsity", "instead of masks: prune at first to this share of zeros", inputs.sparsity, "X"),
+    ] = None,
     macs: Annotated[
         float | None,
-        option("--macs", "instead of masks: prune by DRIVE, at first, to this share of the multiply-adds",
-               inputs.share, "X"),
+        option("--macs", "or to this share of the multiply-adds", inputs.share, "X"),
     ] = None,
     alpha: Alpha = None,
+    method: Annotated[
+        str | None,
+        option("--method", "by which to prune [default: drive]", inputs.one_of(methods.names()), "NAME"),
+    ] = None,
+    structure: Structure = None,
     init: Annotated[
         Path | None, file("--init", "checkpoint whose weights to start from [default: random ones]")
     ] = None,
@@ -226,7 +156,8 @@ def train(
 ) -> None:  # fmt: skip
     """Train one network, dense, with the masks that `drive prune` or `drive.prune` made, or pruned at first.
 
-    The folder holds checkpoint.pt and log.csv, whole after every epoch, and at the end report.json.
+    The folder holds checkpoint.pt and log.csv, whole after every epoch, and at the end report.json; of a
+    network that was shrunk also small.safetensors, for `drive.rebuild`.
 
     Examples:
 
@@ -236,12 +167,15 @@ def train(
 
         drive train --init runs/train/checkpoint.pt --macs 0.1 --out runs/sparse
 
+        drive train --method early_crop --structure channels --sparsity 0.9 --out runs/small
+
         drive train --data cifar10 --model resnet18 --device cuda --precision bfloat16 --out runs/resnet
 
         drive train --resume --out runs/resnet
     """
     options = given(
-        data=data, data_dir=data_dir, model=model, masks=masks, macs=macs, alpha=alpha, init=init,
+        data=data, data_dir=data_dir, model=model, masks=masks, sparsity=sparsity, macs=macs, alpha=alpha,
+        method=method, structure=structure, init=init,
         epochs=epochs, batch_size=batch_size, lr=lr, precision=precision, channels_last=channels_last,
         compile=compile, sparse_ops=sparse_ops, seed=seed, device=device, devices=devices,
         limit_train=limit_train, tensorboard=tensorboard,

@@ -17,6 +17,7 @@ from drive.experiments.runs.inputs import InputError
 from drive.experiments.training import networks
 from drive.experiments.training.compute import PRECISIONS
 from drive.plan import DEFAULT_ALPHA
+from drive.targets.structures import CHANNELS
 
 Parsed = TypeVar("Parsed")
 # typer would take an option that is a plain list as one to be given several times
@@ -64,6 +65,13 @@ Alpha = Annotated[
     option(
         "--alpha", f"with --macs, rank by score / cost^alpha [default: {DEFAULT_ALPHA:g}]",
         inputs.not_negative, "X",
+    ),
+]  # fmt: skip
+Structure = Annotated[
+    str | None,
+    option(
+        "--structure", "unstructured, or channels: networks are shrunk [default: unstructured]",
+        inputs.one_of(("unstructured", CHANNELS)), "NAME",
     ),
 ]  # fmt: skip
 BatchSize = Annotated[
@@ -135,6 +143,8 @@ def prune_defaults(options: Options) -> Options:
         "sparsities": [] if to_macs else [0.9, 0.95, 0.98, 0.993],
         "macs": [],
         "alpha": DEFAULT_ALPHA if to_macs else None,
+        "structure": "unstructured",
+        "prior": 0.0,
         "seeds": 5 if options.get("data", "digits") == "digits" else 1,
         "warmup_epochs": 5,
         "iterations": 100,
@@ -145,6 +155,14 @@ def prune_defaults(options: Options) -> Options:
             f"--warmup-epochs must be fewer than the {complete['epochs']} epochs, "
             f"got {complete['warmup_epochs']}"
         )
+    other = complete["structure"] != "unstructured" or to_macs
+    if complete["prior"] and (other or complete["prior"] >= 1):
+        raise InputError(
+            "--prior must be a share below 1, without --structure and --macs, got "
+            f"{complete['prior']:g}{' with one of them' if other else ''}"
+        )
+    if complete["prior"] or complete["structure"] != "unstructured":
+        inputs.require("torch_pruning")
     unable = [name for name in complete["methods"] if not _ranks_all(name)]
     if to_macs and unable:
         raise InputError(f"--methods must rank all layers together with --macs, got {', '.join(unable)}")
@@ -158,10 +176,19 @@ def train_defaults(options: Options) -> Options:
         InputError: --init is no checkpoint; options that do not go together.
     """
     defaults: Options = {
-        "seed": 0, "masks": None, "macs": None, "init": None, "devices": 1, "precision": "float32",
+        "seed": 0, "masks": None, "sparsity": None, "macs": None, "method": "drive",
+        "structure": "unstructured", "init": None, "devices": 1, "precision": "float32",
         "alpha": DEFAULT_ALPHA if _to_macs(options, "masks") else None, "channels_last": False,
         "compile": False, "tensorboard": False,
     }  # fmt: skip
+    goals = [name for name in ("masks", "sparsity", "macs") if name in options]
+    if len(goals) > 1:
+        raise InputError(f"--{goals[1]} must be left out with --{goals[0]}, got both")
+    if how := [name for name in ("method", "structure") if name in options]:
+        if not goals or goals == ["masks"]:
+            raise InputError(f"--{how[0]} must come with --sparsity or --macs, got {options[how[0]]} alone")
+        if options.get("structure") == CHANNELS:
+            inputs.require("torch_pruning")
     if "init" in options and "model" not in options:
         network = load_tensors(Path(options["init"]), "--init").get("network", {})
         defaults |= {"model": network["name"]} if "name" in network else {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from drive.experiments.training.compute import Compute
 from drive.experiments.training.networks import Network
 from drive.experiments.training.recipe import Recipe
 from drive.files import write_atomic
+from drive.targets.structures import CHANNELS
 
 from .cell import Cell
 from .goal import Goal
@@ -39,6 +40,8 @@ class Config:
     sparsities: list[float]
     macs: list[float]
     alpha: float | None
+    structure: str
+    prior: float
     seeds: int
     epochs: int
     warmup_epochs: int
@@ -68,8 +71,8 @@ class Config:
 class Comparison:
     """A run in a folder: `cells/`, then checkpoint and masks of one network.
 
-    `checkpoint.pt` and `masks.safetensors` are of the first seed's sparsest network, pruned by DRIVE (or the
-    first method, if DRIVE is not among them).
+    `checkpoint.pt` (or, for `drive.rebuild`, `small.safetensors`) and `masks.safetensors` are of the first
+    seed's sparsest network, pruned by DRIVE (or the first method, if DRIVE is not among them).
 
     Args:
         data: of the run, its images limited already if they are to be.
@@ -83,7 +86,7 @@ class Comparison:
             cell
             for seed in range(config.seeds)
             for cell in (
-                self._cell(dense(config.warmup_epochs), Goal(0.0), seed),
+                self._cell(self._dense, Goal(0.0), seed),
                 *(
                     self._cell(variant_of(name, config), goal, seed)
                     for name in config.methods
@@ -107,10 +110,17 @@ class Comparison:
         outcome = experiment.run(progress, keep_going=False, keep_networks=[exported])
         if outcome.open:
             raise InputError(f"--out must be no other process's, got {self.folder}")
-        for name in ("checkpoint.pt", "masks.safetensors"):
+        network = "small.safetensors" if exported.variant.smaller else "checkpoint.pt"
+        for name in (network, "masks.safetensors"):
             source = experiment.cells_folder / exported.name / name
             write_atomic(self.folder / name, source.read_bytes())
         return [outcome.results[cell] for cell in self.cells]
+
+    @property
+    def _dense(self) -> Variant:
+        """Measured as networks are that are shrunk, if some are."""
+        config = self.config
+        return replace(dense(config.warmup_epochs), structure=config.structure, prior=config.prior)
 
     def _cell(self, variant: Variant, goal: Goal, seed: int) -> Cell:
         config = self.config
@@ -122,7 +132,13 @@ class Comparison:
 
 
 def variant_of(name: str, config: Config) -> Variant:
-    """A method as the two commands run it: gradual and RigL within the epochs of the others."""
+    """A method as the two commands run it; channels are scored in eval mode, as EarlyCroP's authors do."""
+    variant, by_outputs = _variant_of(name, config), config.structure == CHANNELS
+    return replace(variant, structure=config.structure, prior=config.prior, eval_mode=by_outputs)
+
+
+def _variant_of(name: str, config: Config) -> Variant:
+    """Gradual and RigL within the epochs of the others."""
     method, epochs = methods.get(name), config.epochs
     part = max(1, epochs * 3 // 4)
     if name == "gradual":

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from drive.experiments.training import macs
 from drive.figures import figure_of, save_figure
+from drive.targets.structures import CHANNELS
 from drive.targets.targets import prunable
 
 from .compare import Comparison, Config
@@ -18,6 +19,7 @@ from .goal import Goal
 from .tables import head, line
 
 Results = list[dict[str, Any]]  # of the cells, as `Comparison.run` gives them
+STEP = "memory (weights, gradients, state, activations), time and energy of a training step"
 HEADLINE = 0.98  # the sparsity at which DRIVE and SNIP are compared in words; of multiply-adds, the least
 
 
@@ -37,13 +39,14 @@ def summarise(comparison: Comparison, results: Results) -> dict[str, Any]:
             "skipped": list(data.skipped),
         },
         "prunable": sizes,
-        "dense": _accuracy(dense),
+        "dense": {**_accuracy(dense), **_smaller(dense)},
         "pruned": [
             {
                 "method": m,
                 **goal.as_dict(),
                 **_accuracy(cells),
                 "macs_left": macs.mean_left(cells),
+                **_smaller(cells),
                 "density": _density(cells, sizes),
                 "empty": _named(cells, "empty"),
                 "disconnected": _named(cells, "disconnected"),
@@ -65,6 +68,7 @@ def timings(config: Config, results: Results) -> list[dict[str, Any]]:
             "prune_seconds": mean(c["prune_seconds"] for c in cells),
             # methods that train in the course of pruning are charged for it here
             "train_seconds": mean(c["round_seconds"] + c["train_seconds"] for c in cells),
+            **_step(cells),
         }
         for m, goal in groups
         for cells in [_of(results, m, goal)]
@@ -91,7 +95,7 @@ def draw_time(report: dict[str, Any], times: list[dict[str, Any]], path: Path) -
     axes.set_xticks(range(len(config["methods"])), config["methods"], rotation=30, ha="right")
     axes.set_ylabel("seconds")
     over = ", ".join(goal.percent for goal in goals)
-    axes.set_title(f"{config['model']} on {config['data']}; bars: {goals[0].axis}, {over}", fontsize=10)
+    axes.set_title(f"{config['model']} on {config['data']}; bars: {_axis(config)}, {over}", fontsize=10)
     axes.legend(fontsize=8)
     save_figure(figure, path)
 
@@ -124,21 +128,31 @@ def markdown(report: dict[str, Any], times: list[dict[str, Any]]) -> str:
         ])  # fmt: skip
         sums = [_in_all(time) for time in seconds]
         end_to_end.append([method, *(f"{s:.1f} ({dense / s:.2f}x)" for s in sums), left])
+    small = []
+    if "step_bytes" in report["dense"]:
+        shown = [
+            [method, *map(_shrunk, _rows(report["pruned"], method), _rows(times, method))]
+            for method in config["methods"]
+        ]
+        small = [
+            f"Parameters left; {STEP}, means over the seeds; the dense network: "
+            f"{_shrunk(report['dense'], _dense(times))}.", "",
+            *_markdown(config, shown, left=False),
+        ]  # fmt: skip
     sparse = "on the sparse ops" if config["sparse_ops"] else "dense, with masks"
     return "\n".join([
         f"Test accuracy in %, {seeds} seeds; the dense network: {_shown(report['dense'], seeds)}. "
         f"{macs.NOTE}", "",
         *_markdown(config, accuracy),
         "Seconds of pruning / training; layers that lost every weight + layers whose survivors lead nowhere "
-        "(most over the seeds).", "", *_markdown(config, cost),
+        "(most over the seeds).", "", *_markdown(config, cost), *small,
         f"Seconds in all - dense warm-up, pruning, training {sparse} - and how many times faster than the "
         f"dense network's {dense:.1f}.", "", *_markdown(config, end_to_end),
     ])  # fmt: skip
 
 
-def _markdown(config: dict[str, Any], rows: list[list[str]]) -> list[str]:
-    goals = _goals(config)
-    heads = [goals[0].axis, *(goal.percent for goal in goals), macs.TITLE]
+def _markdown(config: dict[str, Any], rows: list[list[str]], left: bool = True) -> list[str]:
+    heads = [_axis(config), *(goal.percent for goal in _goals(config)), *([macs.TITLE] if left else [])]
     return [*head(heads), *map(line, rows), ""]
 
 
@@ -161,6 +175,12 @@ def tables(report: dict[str, Any], times: list[dict[str, Any]]) -> Iterator[Tabl
         [macs.shown([row["macs_left"]]) for row in report["pruned"]],
     )
     pruned = [time for time in times if time["method"] != "dense"]
+    if "step_bytes" in report["dense"]:
+        yield _table(
+            config, f"parameters left; {STEP}",
+            f"mean over the seeds; the dense network: {_shrunk(report['dense'], _dense(times))}",
+            [_shrunk(row, time) for row, time in zip(report["pruned"], pruned, strict=True)],
+        )  # fmt: skip
     yield _table(
         config, "seconds of pruning; layers that lost every weight + layers whose survivors lead nowhere",
         "mean over the seeds; layers: the most over the seeds",
@@ -174,7 +194,7 @@ def tables(report: dict[str, Any], times: list[dict[str, Any]]) -> Iterator[Tabl
 def _table(config: dict[str, Any], title: str, caption: str, cells: list[str]) -> Table:
     """`cells`: method by method, and of each goal by goal."""
     result, goals = Table(title=title, caption=caption, min_width=78), _goals(config)
-    result.add_column(goals[0].axis)
+    result.add_column(_axis(config))
     for goal in goals:
         result.add_column(goal.percent, justify="right")
     for number, method in enumerate(config["methods"]):
@@ -204,7 +224,7 @@ def draw_accuracy(report: dict[str, Any], path: Path) -> None:
             axes.fill_between(places, low, high, color=f"C{index}", alpha=0.18, linewidth=0)
         axes.axhline(dense, color="black", linestyle="--", label="dense")
         axes.set_xticks(places, [f"{100 * goal.share:g}" for goal in goals])
-        axes.set_xlabel(f"{goals[0].axis} in %")
+        axes.set_xlabel(f"{_axis(config)} in %")
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("top-1 test accuracy in %")
     panels[0].legend(fontsize=8)
@@ -237,10 +257,12 @@ def draw_layers(report: dict[str, Any], path: Path) -> None:
             axes.plot(places, heights, marker="o", markersize=4, color=f"C{index}", label=method)
             empty = [place for place, d in zip(places, kept, strict=True) if not d]
             axes.plot(empty, [floor] * len(empty), "x", markersize=11, color=f"C{index}")
-        if goal.macs is None:  # of the multiply-adds, each method's network has its own
+        if (
+            goal.macs is None and report["config"]["structure"] != CHANNELS
+        ):  # of the multiply-adds, each method's network has its own
             axes.axhline(1 - goal.gone, color="black", linestyle="--", linewidth=0.9, label="whole network")
         axes.set_yscale("log")
-        axes.set_title(f"{goal.axis}: {goal.percent}", fontsize=10)
+        axes.set_title(f"{_axis(report['config'])}: {goal.percent}", fontsize=10)
         axes.set_xticks(places, labels, rotation=90 if crowded else 0, fontsize=8)
         axes.grid(alpha=0.3)
     for axes in panels[len(goals) :]:
@@ -252,6 +274,12 @@ def draw_layers(report: dict[str, Any], path: Path) -> None:
 
 def _goals(config: dict[str, Any]) -> list[Goal]:
     return Config.read(config).goals
+
+
+def _axis(config: dict[str, Any]) -> str:
+    """What the percentages of the goals are of."""
+    axis = _goals(config)[0].axis
+    return axis.replace("weights", "channels") if config["structure"] == CHANNELS else axis
 
 
 def _rows(rows: list[dict[str, Any]], method: str) -> list[dict[str, Any]]:
@@ -266,6 +294,34 @@ def _of(results: Results, method: str, goal: Goal) -> Results:
 def _accuracy(cells: Results) -> dict[str, Any]:
     values = [c["correct"] / c["tested"] for c in cells]
     return {"accuracy": values, "mean": mean(values), "std": stdev(values) if len(values) > 1 else 0.0}
+
+
+def _smaller(cells: Results) -> dict[str, Any]:
+    """Of networks that were shrunk, and the dense one beside them, means over the seeds."""
+    if "footprint" not in cells[0]:
+        return {}
+    left = {name: mean(c.get(name, 1.0) for c in cells) for name in ("nodes_left", "parameters_left")}
+    return {**left, "step_bytes": mean(c["footprint"]["bytes"] for c in cells)}
+
+
+def _step(cells: Results) -> dict[str, float | None]:
+    """What a training step of these takes, likewise; None: the machine does not say how much energy."""
+    if "footprint" not in cells[0]:
+        return {}
+    joules = [c["footprint"]["joules"] for c in cells]
+    return {
+        "step_seconds": mean(c["footprint"]["seconds"] for c in cells),
+        "step_joules": None if None in joules else mean(joules),
+    }
+
+
+def _shrunk(row: dict[str, Any], time: dict[str, Any]) -> str:
+    """Of one of the networks: parameters left; memory, time and energy of a step."""
+    energy = "-" if time["step_joules"] is None else f"{time['step_joules']:.2f} J"
+    return (
+        f"{100 * row['parameters_left']:.1f} %; {row['step_bytes'] / 1e6:.1f} MB, "
+        f"{1e3 * time['step_seconds']:.1f} ms, {energy}"
+    )
 
 
 def _named(cells: Results, what: str) -> list[list[str]]:

@@ -8,12 +8,14 @@ Per seed, one initialisation and one order of batches serve all. When a method p
     training        gradual, rigl: after each of the first epochs; then the others with the masks held
                     imp: levels of training, each from the same initialisation; then epochs 0..E-1
                     early_crop: epochs until its rule says so, E at most; pruned; then epochs 0..E-1
+
+What is pruned by channels is shrunk before the last training, which has a new optimizer in any case.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from rich.progress import Progress
-from torch import nn
+from torch import Tensor, nn
 
 from drive import methods
 from drive.collapse import collapse
@@ -29,16 +31,22 @@ from drive.experiments.data.batches import Batches
 from drive.experiments.data.dataset import Dataset, seed_of
 from drive.experiments.runs.folder import load_tensors, save_tensors
 from drive.experiments.runs.progress import task
+from drive.experiments.training.footprint import measured
 from drive.experiments.training.history import Epoch, Log
 from drive.experiments.training.loop import Paused, evaluate, train
+from drive.experiments.training.macs import macs_left
 from drive.masks import Masks
+from drive.methods.base import Method
 from drive.prune import prune
+from drive.structured.shrink import Shrunk, shrink
+from drive.targets.structures import CHANNELS
+from drive.targets.targets import prunable
 
 from . import work
 from .cell import Cell
 from .goal import Goal
 from .variants import dense
-from .work import CellWork, Result
+from .work import CellWork, Result, Trained
 
 
 @dataclass
@@ -58,17 +66,25 @@ class CellRun(CellWork[Cell]):
         super().__init__(cell, root, data, progress, **options)
         self.batches: Batches = cell.batches(self.images)
 
-    def train(self, model: nn.Module) -> tuple[Result, Masks | None]:
+    def train(self, model: nn.Module) -> Trained:
         cell, folder = self.cell, self.folder
         warmup = self._warm_up(model)
-        pruned = self._pruned(model)
+        entries = sum(w.numel() for w in prunable(model).values())
+        shrunk, thinned = self._thinned(model)
+        if shrunk is not None:
+            model = shrunk.model
+        pruned = self._pruned(model, entries)
         masks = pruned.masks
         # how many of the layers lead nowhere is a matter of the masks alone
         cut_off = collapse(model, masks, self.images.train_x[:1].float()) if masks else None
+        held = masks
+        if cell.variant.structure == CHANNELS and masks is not None:
+            shrunk, held = shrink(model, masks, self._example), None
+            model = shrunk.model
         epochs = range(cell.variant.first_epoch, cell.recipe.epochs)
         with task(self.progress, f"{cell.title}: training", len(epochs) * len(self.batches)) as advance:
             history = train(
-                model, self.batches, cell.recipe, epochs=epochs, compute=cell.compute, masks=masks,
+                model, self.batches, cell.recipe, epochs=epochs, compute=cell.compute, masks=held,
                 checkpoint=self.checkpoint(folder), on_step=advance,
                 log=Log(folder, tuple(warmup), tensorboard=self.tensorboard),
             )  # fmt: skip
@@ -76,7 +92,7 @@ class CellRun(CellWork[Cell]):
         # a training tests its last epoch
         accuracy = history[-1].accuracy if history else evaluate(model, self.batches, cell.compute) / tested
         assert accuracy is not None
-        return {
+        result = {
             "method": cell.variant.name,
             **cell.goal.as_dict(),
             "scale": cell.scale,
@@ -86,10 +102,53 @@ class CellRun(CellWork[Cell]):
             "empty": cut_off.empty if cut_off else [],
             "disconnected": cut_off.disconnected if cut_off else [],
             "warmup_seconds": _seconds(warmup),
-            "prune_seconds": pruned.prune_seconds,
-            "round_seconds": pruned.round_seconds,
+            "prune_seconds": thinned.prune_seconds + pruned.prune_seconds,
+            "round_seconds": thinned.round_seconds + pruned.round_seconds,
             "train_seconds": _seconds(history),
-        }, masks
+        }
+        if cell.variant.smaller:
+            result |= self._smaller(model, shrunk, held)
+        return Trained(result, masks, shrunk)
+
+    @property
+    def _example(self) -> Tensor:
+        return self.images.train_x[:1].float()
+
+    def _smaller(self, model: nn.Module, shrunk: Shrunk | None, masks: Masks | None) -> Result:
+        """What a network costs that was shrunk, or the dense one beside it.
+
+        Args:
+            masks: of entries of the shrunk one.
+        """
+        inputs, labels = next(self.batches.epoch(0))
+        footprint = measured(model, inputs, labels, self.cell.recipe)
+        if shrunk is None:
+            return {"footprint": footprint.as_dict()}
+        before, after = shrunk.before, shrunk.after
+        return {
+            "footprint": footprint.as_dict(),
+            "nodes_left": after.nodes / before.nodes,
+            "parameters_left": after.parameters / before.parameters,
+            "macs_left": after.multiply_adds / before.multiply_adds * macs_left(model, masks, self._example),
+        }
+
+    def _thinned(self, model: nn.Module) -> tuple[Shrunk | None, Pruned]:
+        """Without the channels that go first, if some do."""
+        cell, path = self.cell, self.folder / "thinned.pt"
+        if not cell.variant.prior or cell.variant.method == "dense":
+            return None, Pruned()
+        if path.exists():
+            state = load_tensors(path)
+            model.load_state_dict(state.pop("model"))
+            found = Pruned(Masks(state.pop("masks")).to(cell.compute.device), **state)
+        else:
+            found = self._prune(model, cell.variant.make(), Goal(cell.variant.prior), CHANNELS)
+            assert found.masks is not None
+            save_tensors(
+                path, {**vars(found), "model": model.state_dict(), "masks": found.masks.state_dict()}
+            )
+        assert found.masks is not None
+        return shrink(model, found.masks, self._example), found
 
     def _warm_up(self, model: nn.Module) -> list[Epoch]:
         """The first dense epochs, in a folder of their own."""
@@ -107,7 +166,7 @@ class CellRun(CellWork[Cell]):
                 log=Log(folder, tensorboard=self.tensorboard),
             )  # fmt: skip
 
-    def _pruned(self, model: nn.Module) -> Pruned:
+    def _pruned(self, model: nn.Module, entries: int) -> Pruned:
         """Prune in place, or take over what was pruned before."""
         path, found = self.folder / "pruned.pt", Pruned()
         if self.cell.variant.method == "dense":
@@ -118,7 +177,7 @@ class CellRun(CellWork[Cell]):
             masks = Masks(state.pop("masks")).to(self.cell.compute.device)
             found = Pruned(masks, **state)
         began = time.monotonic()
-        for pruned in self._levels(model, found):
+        for pruned in self._levels(model, found, entries):
             found = pruned
             # what takes no time is done again rather than kept
             if time.monotonic() - began >= work.SAVE_EVERY or time.monotonic() >= self.deadline:
@@ -130,47 +189,77 @@ class CellRun(CellWork[Cell]):
                     raise Paused
         return found
 
-    def _levels(self, model: nn.Module, found: Pruned) -> Iterator[Pruned]:
-        """Prune step by step, from what is found; only IMP, which trains for long, has several."""
+    def _levels(self, model: nn.Module, found: Pruned, entries: int) -> Iterator[Pruned]:
+        """Prune step by step, from what is found; only IMP, which trains for long, has several.
+
+        Args:
+            entries: prunable ones of the network before it was thinned.
+        """
         cell, variant, method = self.cell, self.cell.variant, self.cell.variant.make()
-        iterations = variant.iterations or method.iterations_to(cell.goal.gone)
-        recipe, length, targets = cell.recipe, 1, [cell.goal]
+        goal = cell.goal
+        if variant.prior:
+            left = (1 - goal.gone) * entries / sum(w.numel() for w in prunable(model).values())
+            goal = Goal(max(0.0, 1 - left))
+            method = methods.Crop() if variant.method == "early_crop" else method  # it has settled before
+        by_outputs = variant.structure == CHANNELS
+        iterations = variant.iterations or method.iterations_to(goal.gone, by_outputs)
+        targets, length = [goal], 1
         if isinstance(method, methods.Imp):
             # level by level the same as in one call: each ends in the initialisation with its masks
-            recipe, length = replace(cell.recipe, epochs=variant.rounds), variant.rounds
-            targets, iterations = cell.goal.steps(iterations), 1
-        trained: list[Epoch] = []
-
-        def train_round(model: nn.Module, masks: Masks | None, number: int) -> None:
-            span = range(number * length, (number + 1) * length)
-            trained.extend(train(model, self.batches, recipe, epochs=span, compute=cell.compute, masks=masks))
-
-        model.train(not variant.eval_mode)
+            length, targets, iterations = variant.rounds, goal.steps(iterations), 1
         bars = len(targets) * iterations * method.accumulate
         with task(self.progress, f"{cell.title}: pruning", bars) as advance:
             for _ in range(found.levels):
                 advance()
             for target in targets[found.levels :]:
-                trained.clear()
-                began = time.monotonic()
-                masks = prune(
-                    model, self.batches.endless("prune", on_batch=advance), F.cross_entropy, method=method,
-                    **target.as_dict(), iterations=iterations, masks=found.masks, train=train_round,
-                    seed=seed_of(cell.seed, "prune"), autocast=cell.compute.autocast_dtype, progress=False,
-                    on_ties="index",  # that a network has collapsed is a result, too
-                )  # fmt: skip
-                if torch.device(cell.compute.device).type == "cuda":
-                    torch.cuda.synchronize(cell.compute.device)
-                seconds, rounds = time.monotonic() - began, _seconds(trained)
+                part = self._prune(
+                    model, method, target, variant.structure, iterations, found.masks, length, advance
+                )
                 found = Pruned(
-                    masks,
+                    part.masks,
                     found.levels + 1,
-                    found.prune_seconds + seconds - rounds,
-                    found.round_seconds + rounds,
+                    found.prune_seconds + part.prune_seconds,
+                    found.round_seconds + part.round_seconds,
                 )
                 if isinstance(method, methods.Imp):
                     advance()
                 yield found
+
+    def _prune(
+        self,
+        model: nn.Module,
+        method: Method,
+        goal: Goal,
+        structure: str,
+        iterations: int | None = None,
+        masks: Masks | None = None,
+        length: int = 1,
+        advance: Callable[[], None] = lambda: None,
+    ) -> Pruned:
+        """In one call.
+
+        Args:
+            length: epochs of a round of training, a schedule of its own if there are several.
+        """
+        cell, trained = self.cell, list[Epoch]()
+        recipe = cell.recipe if length == 1 else replace(cell.recipe, epochs=length)
+
+        def train_round(model: nn.Module, masks: Masks | None, number: int) -> None:
+            span = range(number * length, (number + 1) * length)
+            trained.extend(train(model, self.batches, recipe, epochs=span, compute=cell.compute, masks=masks))
+
+        model.train(not cell.variant.eval_mode)
+        began = time.monotonic()
+        found = prune(
+            model, self.batches.endless("prune", on_batch=advance), F.cross_entropy, method=method,
+            **goal.as_dict(), structure=structure, iterations=iterations, masks=masks, train=train_round,
+            seed=seed_of(cell.seed, "prune"), autocast=cell.compute.autocast_dtype, progress=False,
+            on_ties="index",  # that a network has collapsed is a result, too
+        )  # fmt: skip
+        if torch.device(cell.compute.device).type == "cuda":
+            torch.cuda.synchronize(cell.compute.device)
+        rounds = _seconds(trained)
+        return Pruned(found, 1, time.monotonic() - began - rounds, rounds)
 
 
 def _seconds(epochs: list[Epoch]) -> float:

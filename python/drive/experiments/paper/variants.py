@@ -7,6 +7,7 @@ from typing import Any
 
 from drive import methods
 from drive.methods.base import Method
+from drive.targets.structures import CHANNELS
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class Variant:
             whole schedule of the learning rate in them; at most, of EarlyCroP; 0 for the others.
         powers: of |theta| and |G| in DRIVE's score. None: DRIVE's own.
         eval_mode: the network is scored in eval mode, not in the mode that it is trained in.
+        structure: of `drive.prune`; what is pruned by "channels" is shrunk before it is trained.
+        prior: the share of the channels that go first, before the rest is pruned; 0: none.
     """
 
     name: str
@@ -31,6 +34,8 @@ class Variant:
     rounds: int = 0
     powers: tuple[int, int] | None = None
     eval_mode: bool = False
+    structure: str = "unstructured"
+    prior: float = 0.0
 
     def make(self) -> Method:
         """The method, set up."""
@@ -48,6 +53,11 @@ class Variant:
             return self.iterations - (self.method == "rigl")  # whose first iteration comes before any epoch
         return self.warmup
 
+    @property
+    def smaller(self) -> bool:
+        """Is the network shrunk, or compared with such?"""
+        return bool(self.structure == CHANNELS or self.prior)
+
     def scaled(self, scale: float) -> Variant:
         """The same in a fraction of the epochs; what is there at all stays there.
 
@@ -64,7 +74,8 @@ class Variant:
 
     def as_dict(self) -> dict[str, Any]:
         """As plain values; without what most have not, so that their cells keep their names."""
-        return {name: value for name, value in vars(self).items() if name != "eval_mode" or value}
+        usual = {"eval_mode": False, "structure": "unstructured", "prior": 0.0}
+        return {name: value for name, value in vars(self).items() if usual.get(name) != value}
 
 
 def dense(warmup: int = 0, name: str = "dense") -> Variant:

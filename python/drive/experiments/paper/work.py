@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from rich.progress import Progress
@@ -21,10 +21,25 @@ from drive.experiments.training.loop import Checkpoint
 from drive.experiments.training.macs import macs_left
 from drive.experiments.training.networks import Network
 from drive.masks import Masks
+from drive.structured.shrink import Shrunk
 
 SAVE_EVERY = 60.0  # seconds between two savings of a training, or of the levels of IMP, in progress
 
 Result = dict[str, Any]
+
+
+class Trained(NamedTuple):
+    """A network that is ready.
+
+    Attributes:
+        result: what is said of it.
+        masks: of the network, before it was shrunk if it was; None: nothing is pruned.
+        shrunk: by these masks.
+    """
+
+    result: Result
+    masks: Masks | None
+    shrunk: Shrunk | None = None
 
 
 class AnyCell(Protocol):
@@ -57,7 +72,8 @@ class CellWork(ABC, Generic[C]):
         root: of all cells; this one's folder is in there.
         data: on the cell's device, all of them.
         deadline: of time.monotonic(); after it the work pauses as soon as it can be gone on with.
-        keep_network: leave it in `checkpoint.pt`, and its masks in `masks.safetensors`.
+        keep_network: leave it in `checkpoint.pt`, or for `drive.rebuild` in `small.safetensors` if it was
+            shrunk, and its masks in `masks.safetensors`.
         tensorboard: write TensorBoard's files beside `log.csv`.
     """
 
@@ -88,10 +104,13 @@ class CellWork(ABC, Generic[C]):
         write_json(folder / "config.json", cell.as_dict())
         torch.manual_seed(seed_of(cell.seed, "initialisation"))
         model = cell.compute.place(self.network.build())
-        found, masks = self.train(model)
+        found, masks, shrunk = self.train(model)
         if self.keep_network:
             if masks is not None:
                 masks.save(folder / "masks.safetensors")
+            if shrunk is not None:
+                shrunk.save(folder / "small.safetensors")
+        if self.keep_network and shrunk is None:
             state = {"network": self.network.as_dict(), "model": model.state_dict()}
             save_tensors(folder / "checkpoint.pt", state)
         result = {
@@ -106,13 +125,13 @@ class CellWork(ABC, Generic[C]):
             "made_with": {**made_with(cell.compute.device), "threads": torch.get_num_threads()},
         }
         write_json(folder / "result.json", result)
-        for name in ("training.pt", "pruned.pt", "failure.txt"):
+        for name in ("training.pt", "pruned.pt", "thinned.pt", "failure.txt"):
             (folder / name).unlink(missing_ok=True)
         return result
 
     @abstractmethod
-    def train(self, model: nn.Module) -> tuple[Result, Masks | None]:
-        """Train a fresh network in place; what the result says of it, and its masks."""
+    def train(self, model: nn.Module) -> Trained:
+        """Train a fresh network, in place unless it is shrunk."""
 
     def checkpoint(self, folder: Path) -> Checkpoint:
         """Of a training in progress in that folder."""

@@ -16,7 +16,7 @@ from drive.experiments.data.batches import Batches
 from drive.experiments.data.dataset import seed_of
 from drive.experiments.paper.cell import Cell
 from drive.experiments.paper.trainer import CellRun
-from drive.experiments.paper.work import CellWork, Result
+from drive.experiments.paper.work import CellWork, Trained
 from drive.experiments.runs.progress import task
 from drive.experiments.training.history import Epoch, Log
 from drive.experiments.training.loop import evaluate, train
@@ -31,7 +31,7 @@ from .stages import After, Before, Learning
 class PipelineRun(CellWork[PipelineCell]):
     """The work on one cell."""
 
-    def train(self, model: nn.Module) -> tuple[Result, Masks]:
+    def train(self, model: nn.Module) -> Trained:
         cell = self.cell
         if cell.stages.init:
             hadamard_init_(model)
@@ -48,7 +48,7 @@ class PipelineRun(CellWork[PipelineCell]):
         pruned = evaluate(model, batches, cell.compute)
         cut_off = collapse(model, masks, self.images.train_x[:1].float())
         second = self._second_training(model, masks, batches)
-        return {
+        return Trained({
             "method": cell.stages.name, "options": cell.options.name, "sparsity": cell.sparsity,
             "epochs": 2 * cell.recipe.epochs, "correct": evaluate(model, batches, cell.compute),
             "correct_before": round((first[-1].accuracy or 0.0) * len(self.images.test_y)),
@@ -56,7 +56,7 @@ class PipelineRun(CellWork[PipelineCell]):
             "layers": [[epoch.epoch, epoch.layers] for epoch in first],
             "first_seconds": sum(epoch.seconds for epoch in first),
             "second_seconds": sum(epoch.seconds for epoch in second),
-        }, masks  # fmt: skip
+        }, masks)  # fmt: skip
 
     def _wrapped(self, model: nn.Module) -> nn.Module:
         options = self.cell.options

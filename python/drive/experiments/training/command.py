@@ -9,13 +9,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from rich.progress import Progress
+from torch import nn
 
+from drive import methods
 from drive.experiments.data.batches import Batches
 from drive.experiments.data.dataset import Dataset, seed_of
 from drive.experiments.runs.folder import Options, load_tensors, write_json
 from drive.experiments.runs.inputs import InputError
 from drive.masks import Masks
 from drive.prune import prune
+from drive.structured.shrink import shrink
+from drive.targets.structures import CHANNELS
 
 from .compute import Compute
 from .history import Log
@@ -32,7 +36,7 @@ class Training:
         """Build the network, load weights and masks.
 
         Args:
-            options: of `drive train`; init and masks are paths or None, macs a share or None.
+            options: of `drive train`; init and masks are paths or None, sparsity and macs shares or None.
             data: the images.
             folder: of the run.
 
@@ -62,13 +66,16 @@ class Training:
         """
         batches = Batches(self.data, self.options["batch_size"], self.options["seed"])
         epochs = self.options["epochs"]
-        if self.options["macs"] is not None:
-            self.masks = self._prune(batches)
+        recipe = Recipe(epochs, self.options["lr"], self.options["batch_size"])
+        if self.options["sparsity"] is not None or self.options["macs"] is not None:
+            self.masks = self._prune(batches, recipe)
+        shrunk = None
+        if self.options["structure"] == CHANNELS and self.masks is not None:
+            shrunk = shrink(self.model, self.masks, self.data.train_x[:1].float())
+        model, held = (self.model, self.masks) if shrunk is None else (shrunk.model, None)
         bar = progress.add_task(f"training {self.network.name}", total=epochs * len(batches))
         history = train(
-            self.model, batches, Recipe(epochs, self.options["lr"], self.options["batch_size"]),
-            epochs=range(epochs), masks=self.masks,
-            compute=self.compute,
+            model, batches, recipe, epochs=range(epochs), masks=held, compute=self.compute,
             checkpoint=Checkpoint(self.folder / "checkpoint.pt", self.network.as_dict()),
             log=Log(self.folder, tensorboard=self.options["tensorboard"]),
             on_step=lambda: progress.advance(bar),
@@ -76,21 +83,33 @@ class Training:
         report = {
             "config": self.options,
             "losses": [epoch.loss for epoch in history],
-            "accuracy": evaluate(self.model, batches, self.compute) / len(self.data.test_y),
+            "accuracy": evaluate(model, batches, self.compute) / len(self.data.test_y),
             "sparsity": self.masks.sparsity() if self.masks else 0.0,
             "macs_left": macs_left(self.model, self.masks, self.data.train_x),
         }
+        if shrunk is not None:
+            shrunk.save(self.folder / "small.safetensors")
+            report["sparsity"] = 1 - shrunk.after.parameters / shrunk.before.parameters
+            report["macs_left"] = shrunk.after.multiply_adds / shrunk.before.multiply_adds
         write_json(self.folder / "report.json", report)
         return report
 
-    def _prune(self, batches: Batches) -> Masks:
-        """By DRIVE, or as the run has been pruned before."""
+    def _prune(self, batches: Batches, recipe: Recipe) -> Masks:
+        """By a method, or as the run has been pruned before."""
         path = self.folder / "masks.safetensors"
         if path.exists():
             return Masks.load(path).apply_(self.model).to(self.device)
+
+        def train_round(model: nn.Module, masks: Masks | None, number: int) -> None:
+            train(model, batches, recipe, epochs=range(number, number + 1), compute=self.compute, masks=masks)
+
+        method = methods.get(self.options["method"])
+        if isinstance(method, methods.EarlyCrop):
+            method.latest = recipe.epochs
         masks = prune(
-            self.model, batches.endless("prune", on_batch=lambda: None), F.cross_entropy,
-            macs=self.options["macs"], alpha=self.options["alpha"],
+            self.model, batches.endless("prune", on_batch=lambda: None), F.cross_entropy, method=method,
+            sparsity=self.options["sparsity"], macs=self.options["macs"], alpha=self.options["alpha"],
+            structure=self.options["structure"], train=train_round,
             seed=seed_of(self.options["seed"], "prune"), autocast=self.compute.autocast_dtype,
         )  # fmt: skip
         masks.save(path)
