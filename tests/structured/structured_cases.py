@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -62,6 +63,13 @@ def largest_difference(model: nn.Module, other: nn.Module, inputs: Any) -> float
 
 def images(size: int) -> Tensor:
     return torch.randn(2, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def need(case: str) -> None:
+    """Skip the test where the package is not here that the model is of."""
+    package = "transformers" if case in ("BERT", "Llama", "GPT-2") else "torchvision"
+    if case != "cnn4":
+        pytest.importorskip(package, exc_type=ImportError)
 
 
 def _torchvision(name: str, size: int) -> Callable[[], Case]:

@@ -8,7 +8,7 @@ import sys
 import pytest
 import safetensors.torch
 import torch
-from structured_cases import CASES, generic, outputs, thinned
+from structured_cases import CASES, generic, need, outputs, thinned
 from torch import nn
 
 import drive
@@ -16,10 +16,11 @@ import drive
 pytest.importorskip("torch_pruning")
 
 
-@pytest.mark.parametrize("case", ["resnet8", "torchvision mobilenet_v2", "Llama", "GPT-2", "torchvision ViT"])
+@pytest.mark.parametrize(
+    "case", ["cnn4", "resnet8", "torchvision mobilenet_v2", "Llama", "GPT-2", "torchvision ViT"]
+)
 def test_rebuilt_models_are_the_same_to_the_bit(case, tmp_path):
-    if case != "resnet8":
-        pytest.importorskip("torchvision" if "torchvision" in case else "transformers", exc_type=ImportError)
+    need(case)
     torch.manual_seed(0)
     model, inputs = CASES[case]()
     generic(model)

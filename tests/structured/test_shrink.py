@@ -7,7 +7,7 @@ import logging
 
 import pytest
 import torch
-from structured_cases import CASES, generic, groups_of, images, largest_difference, outputs, thinned
+from structured_cases import CASES, generic, groups_of, images, largest_difference, need, outputs, thinned
 from torch import nn
 from torch.nn import functional as F
 
@@ -19,9 +19,7 @@ pytest.importorskip("torch_pruning")
 @pytest.mark.parametrize("case", CASES)
 def test_a_shrunk_model_computes_what_the_zeroed_one_does(case):
     """Of every model that is promised, a half of its units pruned."""
-    package = {"torchvision": "torchvision"}.get(case.split()[0], "transformers")
-    if case not in ("cnn4", "resnet8", "alexnet", "vgg16_bn", "resnet18"):
-        pytest.importorskip(package, exc_type=ImportError)
+    need(case)
     torch.manual_seed(0)
     model, inputs = CASES[case]()
     generic(model)
@@ -206,9 +204,7 @@ def test_frozen_weights_formats_and_dtypes_stay_as_they_are():
 
 def test_a_model_without_channels_is_refused_with_the_reasons():
     model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 4))
-    with pytest.raises(
-        ValueError, match="no channels to remove .*; LayerNorm over the channels: 0"
-    ):
+    with pytest.raises(ValueError, match="no channels to remove .*; LayerNorm over the channels: 0"):
         drive.shrink(model, drive.Masks.dense(model), torch.randn(5, 6))
 
 
