@@ -139,14 +139,15 @@ def markdown(report: dict[str, Any], times: list[dict[str, Any]]) -> str:
             f"{_shrunk(report['dense'], _dense(times))}.", "",
             *_markdown(config, shown, left=False),
         ]  # fmt: skip
-    sparse = "on the sparse ops" if config["sparse_ops"] else "dense, with masks"
+    how = "of smaller networks" if small else "dense, with masks"
+    how = "on the sparse ops" if config["sparse_ops"] else how
     return "\n".join([
         f"Test accuracy in %, {seeds} seeds; the dense network: {_shown(report['dense'], seeds)}. "
         f"{macs.NOTE}", "",
         *_markdown(config, accuracy),
         "Seconds of pruning / training; layers that lost every weight + layers whose survivors lead nowhere "
         "(most over the seeds).", "", *_markdown(config, cost), *small,
-        f"Seconds in all - dense warm-up, pruning, training {sparse} - and how many times faster than the "
+        f"Seconds in all - dense warm-up, pruning, training {how} - and how many times faster than the "
         f"dense network's {dense:.1f}.", "", *_markdown(config, end_to_end),
     ])  # fmt: skip
 
