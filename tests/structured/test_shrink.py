@@ -202,6 +202,25 @@ def test_frozen_weights_formats_and_dtypes_stay_as_they_are():
     handle.remove()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_models_that_run_in_no_other_dtype(dtype, caplog):
+    """They make tensors of their own: the check runs in what they can."""
+
+    class Own(Mixed):
+        def forward(self, x):
+            return super().forward(F.linear(x, torch.eye(6, dtype=dtype)))
+
+    torch.manual_seed(0)
+    model, x = Own().to(dtype), torch.randn(5, 6, dtype=dtype)
+    masks = drive.Masks.dense(model)
+    masks["b.weight"][:3] = False
+    assert drive.shrink(model, masks, x).model.b.out_features == 5
+    assert "stay" not in caplog.text
+    masks["a.weight"][:3] = False
+    assert drive.shrink(model, masks, x).model.a.out_features == 8
+    assert "would change more than to set them to 0: a" in caplog.text
+
+
 def test_a_model_without_channels_is_refused_with_the_reasons():
     model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 4))
     with pytest.raises(ValueError, match="no channels to remove .*; LayerNorm over the channels: 0"):

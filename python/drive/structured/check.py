@@ -17,12 +17,12 @@ from drive.targets.restore import seeded
 from .cut import cut, named_tensors
 from .groups import Group, kept_entries
 
-Pass = Callable[[nn.Module, Any], Any]  # model, batch -> outputs, of a copy in float64
+Pass = Callable[[nn.Module, Any], Any]  # model, batch -> outputs
 SAMPLES = 2  # of a batch, which are enough
 _SHARE = 0.25  # of the units are removed: of more, what is left of the outputs may be next to nothing
-# Of the largest output. In float64 what differs is rounding, but for models that compute in float32 within;
-# wrong couplings differ by some percent.
-TOLERANCE = 1e-5
+# A dtype, None being the own one, and what may differ, of the largest output. Wrong couplings differ by some
+# percent; in float64 what differs is rounding, but for models that compute in float32 within.
+_PRECISIONS = (torch.float64, 1e-5), (torch.float32, 1e-3), (None, 3e-2)
 
 
 def wrong(
@@ -48,31 +48,38 @@ def same(
 ) -> bool:
     """Whether a model without these units, and one in which what makes them is 0, have the same outputs.
 
-    In float64 and eval mode, on a copy in which no parameter is next to 0: zero-initialised layers and
-    scales of 1e-6 would hide everything behind them.
+    In eval mode, on a copy in which no parameter is next to 0: zero-initialised layers and scales of 1e-6
+    would hide everything behind them. In float64, or in what the model can be run in.
 
     Args:
         units: those that stay, [units] bool.
         batch: is cut to `SAMPLES` samples if that can be done.
     """
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    small = copy.deepcopy(model).double().eval()
-    for parameter in small.parameters():
-        parameter.grad = None
-    _make_generic(small)
-    batch = _few(batch)
-    with torch.no_grad(), seeded(0, device):
+    for dtype, tolerance in _PRECISIONS:
+        small = copy.deepcopy(model).to(dtype).eval()
+        for parameter in small.parameters():
+            parameter.grad = None
+        _make_generic(small)
         zero(small, units)
-        expected = _outputs(run(small, batch))
-        shapes = {name: tensor.shape for name, tensor in named_tensors(small).items()}
-        try:
-            cut(small, kept_entries(units, shapes), layers)
-            got = _outputs(run(small, batch))
-        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError):
-            return False  # sizes do not fit together
-    if [x.shape for x in got] != [x.shape for x in expected]:
-        return False
-    return all(_close(x, y) for x, y in zip(got, expected, strict=True))
+        some = _few(batch, dtype)
+        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        with torch.no_grad(), seeded(0, device):
+            try:
+                expected = _outputs(run(small, some))
+            except (RuntimeError, TypeError):
+                if dtype is None:
+                    raise
+                continue  # it makes tensors of another dtype
+            shapes = {name: tensor.shape for name, tensor in named_tensors(small).items()}
+            try:
+                cut(small, kept_entries(units, shapes), layers)
+                got = _outputs(run(small, some))
+            except (RuntimeError, ValueError, TypeError, IndexError, AssertionError):
+                return False  # sizes do not fit together
+        if [x.shape for x in got] != [x.shape for x in expected]:
+            return False
+        return all(_close(x, y, tolerance) for x, y in zip(got, expected, strict=True))
+    raise AssertionError  # the last dtype is the model's own
 
 
 @torch.no_grad()
@@ -97,8 +104,8 @@ def _make_generic(model: nn.Module) -> None:
             parameter.copy_((random - 1) * 2 / inputs**0.5 if inputs > 1 else random)
 
 
-def _few(batch: Any) -> Any:
-    """Its first samples, in float64; all of it where its tensors are not [samples, ...]."""
+def _few(batch: Any, dtype: torch.dtype | None) -> Any:
+    """Its first samples, in this dtype; all of it where its tensors are not [samples, ...]."""
     tensors, count = tensors_in(batch), samples_of(batch)
     sliced = all(tensor.dim() and len(tensor) == count for tensor in tensors)
 
@@ -106,7 +113,7 @@ def _few(batch: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
         leaf = leaf[:SAMPLES] if sliced else leaf
-        return leaf.double() if leaf.is_floating_point() else leaf
+        return leaf.to(dtype) if dtype is not None and leaf.is_floating_point() else leaf
 
     return tree_map(change, batch)
 
@@ -124,8 +131,8 @@ def _outputs(outputs: Any) -> list[Tensor]:
     return [tensor for tensor in tensors_in(outputs) if tensor.is_floating_point()]
 
 
-def _close(got: Tensor, expected: Tensor) -> bool:
+def _close(got: Tensor, expected: Tensor, tolerance: float) -> bool:
     largest = expected.abs().max() if expected.numel() else torch.tensor(0.0)
     if not bool(largest.isfinite()):
         return bool(torch.equal(got.isfinite(), expected.isfinite()))
-    return bool(((got - expected).abs() <= TOLERANCE * largest).all())
+    return bool(((got - expected).abs() <= tolerance * largest).all())

@@ -24,7 +24,7 @@ from drive.targets.multiply_adds import dense_work, multiply_adds_on, tensors_in
 from drive.targets.restore import scoring
 from drive.targets.wrappers import look_up
 
-from .check import TOLERANCE, same
+from .check import same
 from .couplings import couplings
 from .cut import cut, named_tensors
 from .groups import Group, Kept, kept_entries
@@ -217,7 +217,7 @@ def _right(
     if not bad or not same(model, left, _outputs, inputs, layers):
         raise ValueError(
             "shrink: the smaller model must compute what the given one does with these channels set to 0, "
-            f"to {TOLERANCE:g}, got something else{f' in {names}, for one' if bad else ''}: channels are "
+            f"got something else{f' in {names}, for one' if bad else ''}: channels are "
             "coupled in a way that is not seen"
         )
     _log.warning(
