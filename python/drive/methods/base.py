@@ -75,9 +75,9 @@ class Problem:
             if reuse or not self.gradients_of.overwrites:
                 return found
             return {name: grad.clone() for name, grad in found.items()}
-        names, overwrites = list(found), self.gradients_of.overwrites
-        total = [grad.clone() if overwrites else grad for grad in found.values()]
-        del found  # of a model that hardly fits, each copy counts
+        names, found = list(found), dict(found)
+        # copies, for two gradients may be one tensor; one after the other, for the model may hardly fit
+        total = [found.pop(name).clone() for name in names]
         for _ in range(self.accumulate - 1):
             more = self.gradients_of(next(self.batches))
             torch._foreach_add_(total, [more[name] for name in names])
