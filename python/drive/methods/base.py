@@ -81,6 +81,7 @@ class Problem:
         for _ in range(self.accumulate - 1):
             more = self.gradients_of(next(self.batches))
             torch._foreach_add_(total, [more[name] for name in names])
+            del more
         torch._foreach_div_(total, self.accumulate)
         return dict(zip(names, total, strict=True))
 
