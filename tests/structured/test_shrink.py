@@ -221,6 +221,32 @@ def test_models_that_run_in_no_other_dtype(dtype, caplog):
     assert "would change more than to set them to 0: a" in caplog.text
 
 
+class Auxiliary(nn.Module):
+    """A second classifier, in training only."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.beside, self.last = nn.Linear(8, 4), nn.Linear(8, 4)
+
+    def forward(self, x):
+        y = F.relu(self.norm(self.body(x))).mean((2, 3))
+        return (self.last(y), self.beside(y)) if self.training else self.last(y)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_what_runs_in_training_only_is_cut_too(training):
+    torch.manual_seed(0)
+    model, x = Auxiliary().train(training), images(6).float()
+    masks = drive.prune(
+        Auxiliary().eval(), [(x, torch.arange(2))], F.cross_entropy, method="magnitude", structure="channels",
+        sparsity=0.5, progress=False,
+    )  # fmt: skip
+    small = drive.shrink(model, masks, x).model
+    assert small.training == training and small.beside.in_features == small.body.out_channels == 4
+    assert [y.shape for y in small.train()(x)] == [(2, 4), (2, 4)]
+
+
 def test_a_model_without_channels_is_refused_with_the_reasons():
     model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 4))
     with pytest.raises(ValueError, match="no channels to remove .*; LayerNorm over the channels: 0"):

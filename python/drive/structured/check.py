@@ -18,6 +18,7 @@ from .cut import cut, named_tensors
 from .groups import Group, kept_entries
 
 Pass = Callable[[nn.Module, Any], Any]  # model, batch -> outputs
+_NORMS = nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm
 SAMPLES = 2  # of a batch, which are enough
 _SHARE = 0.25  # of the units are removed: of more, what is left of the outputs may be next to nothing
 # A dtype, None being the own one, and what may differ, of the largest output. Wrong couplings differ by some
@@ -71,15 +72,26 @@ def same(
                     raise
                 continue  # it makes tensors of another dtype
             shapes = {name: tensor.shape for name, tensor in named_tensors(small).items()}
+            trains = _trains(small, run, some)
             try:
                 cut(small, kept_entries(units, shapes), layers)
-                got = _outputs(run(small, some))
+                got = _outputs(run(small.eval(), some))
             except (RuntimeError, ValueError, TypeError, IndexError, AssertionError):
                 return False  # sizes do not fit together
+            if trains and not _trains(small, run, some):
+                return False  # nor do those of parts that run in training only
         if [x.shape for x in got] != [x.shape for x in expected]:
             return False
         return all(_close(x, y, tolerance) for x, y in zip(got, expected, strict=True))
     raise AssertionError  # the last dtype is the model's own
+
+
+def set_training(model: nn.Module, training: bool) -> None:
+    """The mode of a model whose norms of batches stay in eval mode: a single sample will do."""
+    model.train(training)
+    for module in model.modules():
+        if isinstance(module, _NORMS):
+            module.eval()
 
 
 @torch.no_grad()
@@ -92,6 +104,16 @@ def zero(model: nn.Module, units: Mapping[Group, Tensor]) -> None:
             tensor = tensors[place.tensor]
             if isinstance(tensor, nn.Parameter):  # buffers are statistics
                 tensor.index_fill_(place.axis, place.indices[gone].flatten().to(tensor.device), 0)
+
+
+def _trains(model: nn.Module, run: Pass, batch: Any) -> bool:
+    """Does it run in training mode? (Dropout would make outputs differ.)"""
+    set_training(model, True)
+    try:
+        run(model, batch)
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError, AttributeError):
+        return False
+    return True
 
 
 @torch.no_grad()

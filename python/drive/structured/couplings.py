@@ -18,6 +18,7 @@ from drive.layers import Layers, Weight, weights_of
 from drive.targets.multiply_adds import tensors_in
 from drive.targets.restore import scoring, seeded
 
+from .check import set_training
 from .cut import named_tensors
 from .groups import Couplings, Group, Slices
 from .heads import Attention, Projection, attentions
@@ -34,6 +35,7 @@ def couplings(
     run: Callable[[], Any],
     layers: Layers | None = None,
     *,
+    training: bool | None = None,
     op: str,
 ) -> Couplings:
     """Groups of units that can be removed: all that makes them are rows of `weights`.
@@ -44,8 +46,10 @@ def couplings(
     Args:
         model: not wrapped. It, and the RNG, are afterwards as before.
         weights: the names of those that may lose rows.
-        run: a pass through the model, in eval mode, with gradients: tensors, of which all are outputs.
+        run: a pass through the model, with gradients: tensors, of which all are outputs.
         layers: of `drive.prune`.
+        training: in that mode (but for norms, which need several samples for it): what runs in the other one
+            only is not seen. None: in the model's own.
         op: for the error messages.
 
     Raises:
@@ -58,9 +62,10 @@ def couplings(
     every = list(model.parameters())
     device = every[0].device if every else torch.device("cpu")
     floats = {str(i): p for i, p in enumerate(every) if p.is_floating_point()}  # frozen ones have no node
-    passed: list[Tensor] = []
+    passed, now = list[Tensor](), model.training
 
     def forward(*_: object) -> Tensor:
+        set_training(model, now if training is None else training)
         passed.append(_summed(run()))
         return passed[0]
 

@@ -27,7 +27,7 @@ from drive.targets.wrappers import look_up
 from .check import same
 from .couplings import couplings
 from .cut import cut, named_tensors
-from .groups import Group, Kept, kept_entries
+from .groups import Couplings, Group, Kept, kept_entries
 from .removable import check_bare
 
 _log = logging.getLogger(__name__)
@@ -134,7 +134,7 @@ def shrink(
             raise ValueError(
                 f"shrink: masks[{name}] must have shape {tuple(weight.shape)}, got {tuple(masks[name].shape)}"
             )
-    found = couplings(model, masks.keys(), lambda: _outputs(model, example_inputs), layers, op="shrink")
+    found = _couplings(model, masks, example_inputs, layers)
     if not found.groups:
         raise ValueError(f"shrink: there are no channels to remove in this model: {found.reasons()}")
     if found.whole:
@@ -187,6 +187,20 @@ def rebuild(
     with torch.no_grad(), scoring(small, {}):
         _outputs(small.eval(), example_inputs)
     return small
+
+
+def _couplings(model: nn.Module, masks: Masks, inputs: Any, layers: Layers | None) -> Couplings:
+    """Of the model in training mode, in which more of it may run, if it can be called alike there."""
+
+    def run() -> list[Tensor]:
+        return _outputs(model, inputs)
+
+    try:
+        return couplings(model, masks.keys(), run, layers, training=True, op="shrink")
+    except ImportError:
+        raise
+    except Exception:
+        return couplings(model, masks.keys(), run, layers, training=False, op="shrink")
 
 
 def _stay(group: Group, masks: Masks) -> Tensor:
@@ -264,7 +278,7 @@ def _kept_outputs(units: Mapping[Group, Tensor], kept: Kept) -> dict[str, Tensor
     return found
 
 
-def _outputs(model: nn.Module, inputs: Any) -> Any:
+def _outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
     if isinstance(inputs, Mapping):
         outputs = model(**inputs)
     else:
