@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -27,17 +27,34 @@ _PRECISIONS = (torch.float64, 1e-5), (torch.float32, 1e-3), (None, 3e-2)
 
 
 def wrong(
-    model: nn.Module, groups: Sequence[Group], run: Pass, batch: Any, layers: Layers | None = None
+    model: nn.Module, units: Mapping[Group, Tensor], run: Pass, batch: Any, layers: Layers | None = None
 ) -> list[Group]:
-    """Those of the groups whose units are not what is said, found by removing some in a copy."""
-    chosen = {group: _some(group) for group in groups}
-    if not groups or same(model, chosen, run, batch, layers):
+    """Those of the groups whose removal is more than setting them to 0, by halves.
+
+    Args:
+        units, batch: of `same`.
+    """
+    if same(model, units, run, batch, layers):
         return []
+    groups = list(units)
     if len(groups) == 1:
-        return list(groups)
-    half = len(groups) // 2
-    found = [bad for part in (groups[:half], groups[half:]) for bad in wrong(model, part, run, batch, layers)]
-    return found or list(groups)  # wrong together only
+        return groups
+    halves = groups[: len(groups) // 2], groups[len(groups) // 2 :]
+    found = [
+        bad
+        for half in halves
+        for bad in wrong(model, {group: units[group] for group in half}, run, batch, layers)
+    ]
+    return found or groups  # wrong together only
+
+
+def sampled(group: Group) -> Tensor:
+    """Units that stay, [units] bool: all but some, chosen by a generator of its own."""
+    gone = max(1, round(_SHARE * group.units)) if group.units > 1 else 0
+    order = torch.randperm(group.units, generator=torch.Generator().manual_seed(0))
+    stays = torch.ones(group.units, dtype=torch.bool)
+    stays[order[:gone]] = False
+    return stays
 
 
 def same(
@@ -138,15 +155,6 @@ def _few(batch: Any, dtype: torch.dtype | None) -> Any:
         return leaf.to(dtype) if dtype is not None and leaf.is_floating_point() else leaf
 
     return tree_map(change, batch)
-
-
-def _some(group: Group) -> Tensor:
-    """Units that stay: all but some, chosen by a generator of its own."""
-    gone = max(1, round(_SHARE * group.units)) if group.units > 1 else 0
-    order = torch.randperm(group.units, generator=torch.Generator().manual_seed(0))
-    stays = torch.ones(group.units, dtype=torch.bool)
-    stays[order[:gone]] = False
-    return stays
 
 
 def _outputs(outputs: Any) -> list[Tensor]:

@@ -14,7 +14,7 @@ from drive.distributed.wrappers import chain
 from drive.layers import Layers
 from drive.targets.targets import Prunable
 
-from .check import wrong
+from .check import sampled, wrong
 from .couplings import couplings
 from .groups import Couplings, Group
 
@@ -41,7 +41,7 @@ def removable(
         with torch.enable_grad():  # a loss without a gradient is an error
             return [loss(copy, some).detach()]
 
-    bad = wrong(model, found.groups, of_copy, batch, layers)
+    bad = wrong(model, {group: sampled(group) for group in found.groups}, of_copy, batch, layers)
     if bad:
         _log.warning(
             "%s: outputs of these layers are not pruned, for to remove them would change more than to set "

@@ -24,7 +24,7 @@ from drive.targets.multiply_adds import dense_work, multiply_adds_on, tensors_in
 from drive.targets.restore import scoring
 from drive.targets.wrappers import look_up
 
-from .check import same
+from .check import wrong
 from .couplings import couplings
 from .cut import cut, named_tensors
 from .groups import Couplings, Group, Kept, kept_entries
@@ -112,8 +112,9 @@ def shrink(
     A channel, or a head of an attention, goes where all rows that make it are pruned in all the layers that
     are coupled by it (sums, products, depthwise convolutions); of each such group one unit stays at least.
     The result equals the given model with the weights, the biases and the parameters of the norms of what
-    is removed set to 0, which is checked on the example. (A channel without weights still gives what its
-    bias and its norm add, so a network that was trained with its masks held loses these.)
+    is removed set to 0. That is checked on the example, and channels of which it is not so stay, with a
+    warning. (A channel without weights still gives what its bias and its norm add, so a network that was
+    trained with its masks held loses these.)
 
     Args:
         model: not wrapped, not compiled.
@@ -125,7 +126,7 @@ def shrink(
     Raises:
         ImportError: torch-pruning is not installed.
         ValueError: the masks are of another model; the model has no channels that can be removed, with the
-            reasons; the smaller one would compute something else.
+            reasons.
     """
     check_bare("shrink", model)
     masks = masks if isinstance(masks, Masks) else Masks(masks)
@@ -219,26 +220,14 @@ def _right(
     model: nn.Module, units: Mapping[Group, Tensor], inputs: Any, layers: Layers | None
 ) -> dict[Group, Tensor]:
     """These groups, those whose removal is more than setting them to 0 left whole, with a warning."""
-    if same(model, units, _outputs, inputs, layers):
-        return dict(units)
-    bad = [
-        group
-        for group, stays in units.items()
-        if not stays.all() and not same(model, {group: stays}, _outputs, inputs, layers)
-    ]
-    left = {group: torch.ones_like(stays) if group in bad else stays for group, stays in units.items()}
-    names = ", ".join(group.name for group in bad)
-    if not bad or not same(model, left, _outputs, inputs, layers):
-        raise ValueError(
-            "shrink: the smaller model must compute what the given one does with these channels set to 0, "
-            f"got something else{f' in {names}, for one' if bad else ''}: channels are "
-            "coupled in a way that is not seen"
-        )
-    _log.warning(
-        "shrink: pruned outputs of these layers stay, for to remove them would change more than to set "
-        "them to 0: %s", names,
-    )  # fmt: skip
-    return left
+    cut_ones = {group: stays for group, stays in units.items() if not stays.all()}
+    bad = wrong(model, cut_ones, _outputs, inputs, layers) if cut_ones else []
+    if bad:
+        _log.warning(
+            "shrink: pruned outputs of these layers stay, for to remove them would change more than to set "
+            "them to 0: %s", ", ".join(group.name for group in bad),
+        )  # fmt: skip
+    return {group: torch.ones_like(stays) if group in bad else stays for group, stays in units.items()}
 
 
 def _shrunk(
