@@ -200,7 +200,8 @@ def _couplings(model: nn.Module, masks: Masks, inputs: Any, layers: Layers | Non
         return couplings(model, masks.keys(), run, layers, training=True, op="shrink")
     except ImportError:
         raise
-    except Exception:
+    except Exception as error:  # it may want targets there, or larger images
+        _log.info("shrink: what runs in training mode only stays as it is (%s)", error)
         return couplings(model, masks.keys(), run, layers, training=False, op="shrink")
 
 
