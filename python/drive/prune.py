@@ -34,6 +34,7 @@ from .structured.selection import ChannelSelection
 from .targets.choice import Include
 from .targets.costs import Goals
 from .targets.multiply_adds import multiply_adds, samples_of
+from .targets.outputs import Rows, rows_of
 from .targets.restore import scoring, seeded, undone_on_error
 from .targets.structures import CHANNELS
 from .targets.targets import Prunable, prunable
@@ -198,11 +199,13 @@ def prune(
             first = next(feed)
             feed = chain([first], feed)
         selection: Selection | ChannelSelection
+        outputs: dict[str, Rows] | None = None
         if entries is not None:
             selection = entries
         else:
             found = removable(model, weights, loss, first, layers, op="prune")
-            selection = ChannelSelection(model, weights, found, plan.scope, plan.min_keep, layers)
+            outputs = rows_of(model, weights, layers)
+            selection = ChannelSelection(weights, outputs, found, plan.scope, plan.min_keep)
             masks = masks if masks is None else selection.begun(masks)
         groups: list[Goals]
         if plan.macs is None:
@@ -216,7 +219,7 @@ def prune(
         problem = Problem(
             model, weights, feed, loss, gradients_of,
             train=train or sgd_epoch(batches, loss), accumulate=plan.accumulate, sparsity=plan.sparsity,
-            iteration=0, iterations=plan.iterations, by_outputs=plan.by_outputs, masks=masks,
+            iteration=0, iterations=plan.iterations, outputs=outputs, masks=masks,
         )  # fmt: skip
         shown = tracked(groups, f"{chosen.name} to {plan.sparsity:.2%}") if progress else groups
         for number, some in enumerate(shown, start=1):

@@ -13,6 +13,7 @@ from drive._scoring.loss import Loss
 from drive.masks import Masks
 from drive.methods.base import Problem
 from drive.methods.second_order import gate_sensitivities
+from drive.targets.outputs import rows_of
 from drive.targets.targets import prunable
 
 
@@ -35,6 +36,7 @@ class Net(nn.Module):
 def problem(masks: bool) -> tuple[Problem, list]:
     torch.manual_seed(0)
     model = Net().double().eval()
+    model.conv.bias.requires_grad_(False)  # a frozen one is multiplied by its gate, too
     with torch.no_grad():
         model.norm.running_mean.normal_()
         model.norm.weight.uniform_(0.5, 1.5)
@@ -49,7 +51,7 @@ def problem(masks: bool) -> tuple[Problem, list]:
     loss = Loss(F.cross_entropy)
     made = Problem(
         model, weights, iter(batches), loss, loss_gradients(model, weights, loss, None),
-        train=lambda *_: None, accumulate=2, sparsity=0.5, iteration=1, iterations=1, by_outputs=True,
+        train=lambda *_: None, accumulate=2, sparsity=0.5, iteration=1, iterations=1,
         masks=held,
     )  # fmt: skip
     return made, batches
@@ -58,8 +60,9 @@ def problem(masks: bool) -> tuple[Problem, list]:
 @pytest.mark.parametrize("masks", [False, True])
 def test_they_are_derivatives_of_the_gradient_flow_by_gates(masks):
     made, batches = problem(masks)
-    found = gate_sensitivities("test", made, batches)
+    found = gate_sensitivities("test", made, rows_of(made.model, made.weights), batches)
     model, weights = made.model, made.weights
+    assert not model.conv.bias.requires_grad
     held = {name: (made.masks or {}).get(name, torch.ones_like(w)) for name, w in weights.items()}
     gates = {name: torch.ones(len(found[f"{name}.weight"])).double() for name in ("conv", "up", "fc")}
 
@@ -107,9 +110,9 @@ def test_a_group_has_one_gate(method):
     weights, loss = prunable(model), Loss(F.cross_entropy)
     made = Problem(
         model, weights, iter(data), loss, loss_gradients(model, weights, loss, None), train=lambda *_: None,
-        accumulate=1, sparsity=0.5, iteration=1, iterations=1, by_outputs=True,
+        accumulate=1, sparsity=0.5, iteration=1, iterations=1,
     )  # fmt: skip
-    found = gate_sensitivities("test", made, data)
+    found = gate_sensitivities("test", made, rows_of(model, weights), data)
     best = (found["a.weight"] + found["b.weight"]).abs().argsort(descending=True)[:3]
     chosen = drive.methods.get(method)
     masks = drive.prune(

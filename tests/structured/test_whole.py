@@ -96,7 +96,8 @@ def test_zeros_do_not_hide_that_channels_are_mixed(caplog):
     assert "1 groups of channels; whole stay outputs of the network: last" in caplog.text
 
 
-def test_registered_layers_have_channels_too():
+@pytest.mark.parametrize("method", ["magnitude", "crop"])
+def test_registered_layers_have_channels_too(method: str):
     class Backwards(nn.Module):
         """[inputs, outputs]"""
 
@@ -112,7 +113,7 @@ def test_registered_layers_have_channels_too():
     model = nn.Sequential(Backwards(6, 8), nn.ReLU(), Backwards(8, 4))
     data = [(torch.randn(5, 6), torch.arange(5) % 4)]
     masks = drive.prune(
-        model, data, F.cross_entropy, method="magnitude", structure="channels", sparsity=0.5, layers=layers,
+        model, data, F.cross_entropy, method=method, structure="channels", sparsity=0.5, layers=layers,
         progress=False,
     )  # fmt: skip
     assert int(masks["0.weight"].all(0).sum()) == 4 == int(masks["0.weight"].any(0).sum())

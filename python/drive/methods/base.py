@@ -16,6 +16,7 @@ from drive._scoring.loss import Batch, Loss, LossFn
 from drive._scoring.sgd import Train
 from drive.masks import Masks
 from drive.schedules import Schedule
+from drive.targets.outputs import Rows
 
 Stage = Literal["initialisation", "warm-up", "training"]
 Spread = Literal["no", "copies", "shards"]
@@ -32,7 +33,7 @@ class Problem:
         accumulate: batches that one score takes.
         sparsity: the final one.
         iteration, iterations: this one, from 1, and how many there are.
-        by_outputs: are outputs of layers pruned as a whole (structure "channels")?
+        outputs: where the outputs of each weight are, if they are pruned as a whole (structure "channels").
         masks: those of the iterations before; None at the first one, if the caller gave none.
         notes: empty at first: what a method wants to remember from one iteration to the next goes here, and
             not on its instance, of which several runs may make use.
@@ -48,7 +49,7 @@ class Problem:
     sparsity: float
     iteration: int
     iterations: int
-    by_outputs: bool = False
+    outputs: Mapping[str, Rows] | None = None
     masks: Masks | None = None
     notes: dict[str, Any] = field(default_factory=dict)
 

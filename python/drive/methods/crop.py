@@ -28,6 +28,7 @@ class Crop(Method):
 
     def rank(self, problem: Problem) -> Ranking:
         problem.model.eval()  # drive.prune puts the mode back
-        if problem.by_outputs:
-            return Ranking(gates=gate_sensitivities(self.name, problem, problem.take()))
+        if problem.outputs is not None:
+            gates = gate_sensitivities(self.name, problem, problem.outputs, problem.take())
+            return Ranking(gates=gates)
         return Ranking(hessian_times_gradient(self.name, problem, problem.take()))

@@ -39,7 +39,7 @@ class EarlyCrop(Crop):
         if problem.iteration > 1:
             return
         share = 1 - problem.sparsity
-        if problem.by_outputs:
+        if problem.outputs is not None:
             share = max(share - 0.1, self.floor)
         reference: list[Tensor] = []
         distances: list[float] = []

@@ -10,7 +10,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from drive._scoring.gradients import checked
 from drive._scoring.loss import Batch, tensors_in
-from drive.targets.outputs import rows_of
+from drive.targets.outputs import Rows
+from drive.targets.restore import scoring
 from drive.targets.wrappers import named_modules, uncompiled
 
 from .base import Problem
@@ -36,7 +37,9 @@ def hessian_times_gradient(
     return dict(zip(problem.weights, product, strict=True))
 
 
-def gate_sensitivities(op: str, problem: Problem, batches: Sequence[Batch]) -> dict[str, Tensor]:
+def gate_sensitivities(
+    op: str, problem: Problem, outputs: Mapping[str, Rows], batches: Sequence[Batch]
+) -> dict[str, Tensor]:
     """d<g, dL/dtheta>/dc of gates c = 1 on the outputs of each prunable weight, after its bias: [outputs].
 
     g is dL/dtheta of the prunable weights summed over the batches, held fixed. A gate multiplies its row of
@@ -46,12 +49,12 @@ def gate_sensitivities(op: str, problem: Problem, batches: Sequence[Batch]) -> d
     Raises:
         ValueError: as `hessian_times_gradient`.
     """
-    rows = rows_of(problem.model, problem.weights)
-    biases = {name: row.bias for name, row in rows.items() if row.bias is not None}
-    gradient, product = _products(op, problem, batches, 1.0, list(biases.values()))
-    of_biases = dict(zip(biases, product[len(rows) :], strict=True))
+    biases = {name: row.bias for name, row in outputs.items() if row.bias is not None}
+    with scoring(problem.model, biases):  # frozen ones are multiplied, too
+        gradient, product = _products(op, problem, batches, 1.0, list(biases.values()))
+    of_biases = dict(zip(biases, product[len(outputs) :], strict=True))
     found = {}
-    for (name, row), g, hg in zip(rows.items(), gradient, product, strict=False):
+    for (name, row), g, hg in zip(outputs.items(), gradient, product, strict=False):
         weight = problem.weights[name].detach().double()
         entries = g.double().square() + weight * hg.double()
         found[name] = entries.movedim(row.axis, 0).flatten(1).sum(1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -22,8 +21,6 @@ from .check import set_training
 from .cut import named_tensors
 from .groups import Couplings, Group, Slices
 from .heads import Attention, Projection, attentions
-
-_log = logging.getLogger(__name__)
 
 OUTPUTS = "outputs of the network"
 _PER_CHANNEL = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.PReLU)

@@ -7,11 +7,10 @@ from fractions import Fraction
 from math import floor, prod
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from drive._scoring.ties import Competition, TieCheck, Zeros, check_ties
 from drive.holding.zero import zero_pruned_
-from drive.layers import Layers
 from drive.masks import Masks
 from drive.methods.base import Ranking
 from drive.result import PruneResult
@@ -19,8 +18,8 @@ from drive.rounds import entry_scores
 from drive.targets import scopes
 from drive.targets.costs import Budget, Goals
 from drive.targets.multiply_adds import MULTIPLY_ADDS
+from drive.targets.outputs import Rows
 from drive.targets.scopes import Groups
-from drive.targets.structures import axes_of
 from drive.targets.targets import Prunable
 
 from .groups import Group, Slices
@@ -31,24 +30,24 @@ class ChannelSelection:
 
     def __init__(
         self,
-        model: nn.Module,
         weights: Prunable,
+        outputs: Mapping[str, Rows],
         groups: Sequence[Group],
         scope: str,
         min_keep: int,
-        layers: Layers | None = None,
         op: str = "prune",
     ):
         """
         Args:
+            outputs: where those of each weight are.
             groups: of the model, whose rows are all of `weights`.
-            scope, min_keep, layers: of `drive.prune`.
+            scope, min_keep: of `drive.prune`.
             op: for the error messages.
         """
         self.op, self.weights, self.scope, self.min_keep = op, dict(weights), scope, min_keep
         self.candidates = {group.name: group for group in groups}
         self._parameters = weights.parameters
-        self._axes = {name: axes.outputs for name, axes in axes_of(model, weights, layers).items()}
+        self._axes = {name: rows.axis for name, rows in outputs.items()}
         self._work = _Work(self.weights, self.candidates)
 
     def groups(self, sparsity: float) -> Groups:

@@ -33,8 +33,6 @@ def rows_of(model: nn.Module, weights: Mapping[str, Tensor], layers: Layers | No
     for name in weights:
         module, key = places[name]
         bias = module._parameters.get(_BIASES.get(key, ""))
-        fits = (
-            bias is not None and bias.requires_grad and len(bias) == weights[name].shape[axes[name].outputs]
-        )
+        fits = bias is not None and len(bias) == weights[name].shape[axes[name].outputs]
         found[name] = Rows(axes[name].outputs, bias if fits else None)
     return found

@@ -128,7 +128,7 @@ def train(
     ] = None,
     macs: Annotated[
         float | None,
-        option("--macs", "or to this share of the multiply-adds", inputs.share, "X"),
+        option("--macs", "or to this share of the multiply-adds", inputs.fraction, "X"),
     ] = None,
     alpha: Alpha = None,
     method: Annotated[

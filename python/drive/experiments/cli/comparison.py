@@ -62,7 +62,7 @@ def comparison(
     prior: Annotated[
         float | None,
         option("--prior", "share of the channels that go first, before --sparsities of all weights do",
-               inputs.share, "X"),
+               inputs.fraction, "X"),
     ] = None,
     seeds: Annotated[
         int | None,

@@ -116,14 +116,6 @@ def sparsity(text: str) -> float:
     return value
 
 
-def share(text: str) -> float:
-    """A fraction in (0, 1]."""
-    value = _number(text)
-    if not 0 < value <= 1:
-        raise InputError(f"must be a fraction in (0, 1], got {text!r}")
-    return value
-
-
 def shares(text: str) -> list[float]:
     """Distinct fractions in (0, 1], separated by commas, in falling order."""
     return sorted(_distinct(text, "(0, 1]", lambda value: 0 < value <= 1), reverse=True)
