@@ -80,7 +80,8 @@ def part(name: str, folder: Path, page: Path) -> str:
     config = report["config"]
     return (
         f"## {config['model']} on {config['data']}\n\n{report['images']['train']:,} images, "
-        f"{config['threads']} thread(s), {config['epochs']} epochs, of which {config['warmup_epochs']} before magnitude prunes.\n\n"
+        f"{config['threads']} thread(s), {config['epochs']} epochs, "
+        f"of which {config['warmup_epochs']} before magnitude prunes.\n\n"
         f"{markdown(report, read_json(folder / 'timing.json'))}\n![accuracy]({figure.name})\n"
     )
 
