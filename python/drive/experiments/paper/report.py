@@ -206,12 +206,14 @@ def _table(config: dict[str, Any], title: str, caption: str, cells: list[str]) -
 def draw_accuracy(report: dict[str, Any], path: Path) -> None:
     """PNG: accuracy against what is pruned, a line per method with a band of one standard deviation.
 
-    Two panels: the whole range, and the few points below the dense network in which methods differ
+    Beside the whole range, if any is there, the few points below the dense network in which methods differ
     while they work.
     """
     config, dense = report["config"], 100 * report["dense"]["mean"]
-    figure = figure_of(10.0, 4.2)
-    panels = figure.subplots(1, 2)
+    lowest = dense - 6
+    two = any(100 * row["mean"] > lowest for row in report["pruned"])
+    figure = figure_of(5.0 + 5.0 * two, 4.2)
+    panels = figure.subplots(1, 1 + two, squeeze=False).flatten()
     goals = _goals(config)
     places = list(range(len(goals)))  # evenly spaced: the interesting ones crowd at the sparse end
     for axes in panels:
@@ -229,8 +231,9 @@ def draw_accuracy(report: dict[str, Any], path: Path) -> None:
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("top-1 test accuracy in %")
     panels[0].legend(fontsize=8)
-    panels[1].set_ylim(dense - 6, dense + 1)
-    panels[1].set_title("the same, near the dense network", fontsize=10)
+    for axes in panels[1:]:
+        axes.set_ylim(lowest, dense + 1)
+        axes.set_title("the same, near the dense network", fontsize=10)
     seeds = config["seeds"]
     band = f"mean of {seeds} seeds ± standard deviation" if seeds > 1 else "one seed"
     panels[0].set_title(f"{config['model']} on {config['data']} ({band})", fontsize=10)
