@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.pages import facts
 from drive.__main__ import main as drive
 from drive.experiments.paper.report import markdown
-from drive.experiments.runs.folder import read_json
+from drive.experiments.runs.stored import read_json
 from drive.files import write_atomic
 
 METHODS = "early_crop,snip,magnitude,random"

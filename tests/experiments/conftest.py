@@ -23,3 +23,12 @@ def one_thread() -> Iterator[None]:
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """CIFAR-10's place, taken by 300 images of two classes."""
     return image_folder(tmp_path_factory.mktemp("images"), count=150, size=(32, 32))
+
+
+@pytest.fixture
+def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The folder that commands run in; they set the number of threads, which is as before afterwards."""
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)

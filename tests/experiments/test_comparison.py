@@ -63,7 +63,7 @@ def config(**options: object) -> Config:
         "warmup_epochs": 1, "iterations": 3, "batch_size": 64, "lr": 0.1, "sparse_ops": False,
         "device": "cpu", "threads": 1,
     }  # fmt: skip
-    return Config.read({**settings, **options})
+    return Config(**{**settings, **options})
 
 
 def run(comparison: Comparison) -> list[dict[str, object]]:

@@ -93,7 +93,7 @@ def test_what_is_asked_for_by_default():
     assert (budget["sparsities"], budget["macs"], budget["alpha"]) == ([], [0.1], drive.plan.DEFAULT_ALPHA)
     zeros = prune_defaults({})
     assert (zeros["sparsities"], zeros["macs"], zeros["alpha"]) == ([0.9, 0.95, 0.98, 0.993], [], None)
-    assert Config.read(zeros).goals[-1] == Goal(0.993)
+    assert Config(**zeros).goals[-1] == Goal(0.993)
 
 
 def test_tables_fit_into_a_terminal():

@@ -23,7 +23,7 @@ import drive
 from drive.experiments.data.batches import Batches
 from drive.experiments.data.dataset import Dataset, seed_of
 from drive.experiments.data.sources import load
-from drive.experiments.runs.folder import load_tensors, read_json, save_tensors, write_json
+from drive.experiments.runs.stored import load_tensors, read_json, save_tensors, write_json
 from drive.experiments.training.compute import Compute
 from drive.experiments.training.loop import evaluate, train
 from drive.experiments.training.networks import Network

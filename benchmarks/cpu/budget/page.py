@@ -35,7 +35,7 @@ from benchmarks.cpu.budget.cells import (
 )  # fmt: skip
 from benchmarks.cpu.budget.speeds import LEVEL, MODES, UNTRAINED, UNTRAINED_BATCH
 from benchmarks.pages import markdown
-from drive.experiments.runs.folder import read_json, write_json
+from drive.experiments.runs.stored import read_json, write_json
 from drive.figures import figure_of, save_figure
 from drive.files import write_atomic
 

@@ -18,7 +18,7 @@ import drive
 from benchmarks.cpu.budget.cells import BATCH, DENSE, LEVELS, NETWORKS, Cell, images, kept
 from benchmarks.pages import facts
 from drive.experiments.data.batches import Batches
-from drive.experiments.runs.folder import read_json, write_json
+from drive.experiments.runs.stored import read_json, write_json
 from drive.experiments.training.networks import Network
 from drive.sparse import convert
 from drive.sparse.measure import CHANNELS_LAST, model_times

@@ -16,7 +16,7 @@ import torch
 from torchvision import models
 
 import drive
-from drive.experiments.runs.folder import write_json
+from drive.experiments.runs.stored import write_json
 from drive.targets.multiply_adds import dense_work, multiply_adds_on
 from drive.targets.targets import prunable
 

@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from drive import sparse
-from drive.experiments.runs.folder import load_tensors
-from drive.experiments.runs.inputs import InputError
+from drive.experiments.runs.stored import load_tensors, reading
 from drive.experiments.training.networks import Network
 from drive.masks import Masks
 
@@ -30,20 +29,15 @@ class Saved:
             InputError: a file that cannot be read, or is of something else.
         """
         state = load_tensors(checkpoint, "--checkpoint")
-        try:
+        with reading(checkpoint, "one of `drive prune` or `drive train`", argument="--checkpoint"):
             self.network = Network(**state["network"])
             self.model: nn.Module = self.network.build()
             self.model.load_state_dict(state["model"])
-        except (KeyError, RuntimeError, TypeError) as error:
-            raise InputError(
-                f"--checkpoint must be one of `drive prune` or `drive train`, got {checkpoint}"
-            ) from error
-        try:
-            self.masks = self._of_zeros() if masks is None else Masks.load(masks).apply_(self.model)
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"--masks must be a masks file of {self.network.name}, got {masks} ({error})"
-            ) from error
+        if masks is None:
+            self.masks = self._of_zeros()
+            return
+        with reading(masks, f"a masks file of {self.network.name}", argument="--masks"):
+            self.masks = Masks.load(masks).apply_(self.model)
 
     def _of_zeros(self) -> Masks:
         layers = (nn.Conv2d, nn.Linear)

@@ -17,12 +17,14 @@ from drive import methods
 from drive.experiments.bench.step import SIZES
 from drive.experiments.paper.pages import PAGES
 from drive.experiments.runs import inputs
-from drive.experiments.runs.folder import keep_config, make_folder, write_json
+from drive.experiments.runs.folder import make_folder
 from drive.experiments.runs.inputs import InputError
 from drive.experiments.runs.progress import bars
+from drive.experiments.runs.stored import digest_of, write_json
 
 from .comparison import comparison
-from .console import BAD_INPUT, INTERRUPTED, complain, load, open_console
+from .console import BAD_INPUT, complain, interrupted, load, open_console
+from .ends import outlets, signals_interrupt
 from .info import facts
 from .options import (
     Alpha,
@@ -55,7 +57,18 @@ from .pipeline import pipeline
 # the root of typer's usage errors, whichever click it stands on
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
+
+class _Commands(typer.core.TyperGroup):
+    def invoke(self, context: typer.Context) -> Any:  # type: ignore[override]
+        """Say that a command was interrupted, if it has not said so itself; typer would not."""
+        try:
+            return super().invoke(context)
+        except KeyboardInterrupt as error:
+            raise interrupted(f"drive {context.invoked_subcommand}", error) from None
+
+
 app = typer.Typer(
+    cls=_Commands,
     add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
@@ -180,18 +193,20 @@ def train(
         compile=compile, sparse_ops=sparse_ops, seed=seed, device=device, devices=devices,
         limit_train=limit_train, tensorboard=tensorboard,
     )  # fmt: skip
-    with open_console("train", out, resume, options, train_defaults) as (folder, settings, console):
+    with open_console("train", out, resume, options, train_defaults) as (run, console):
         from drive.experiments.training.command import Training
         from drive.experiments.training.compute import deterministic
 
-        deterministic(settings["threads"])
-        training = Training(settings, load(settings, console), folder)
-        keep_config(folder, "train", settings)
+        deterministic(run.options["threads"])
+        images = load(run.options, console)
+        training = Training(run.options, images, run.folder)
+        files = {name: digest_of(Path(run.options[name])) for name in ("init", "masks") if run.options[name]}
+        run.keep({"data": images.fingerprint(), **files})
         with bars(console) as progress:
             result = training.run(progress)
         console.print(
             f"{100 * result['accuracy']:.2f} % test accuracy at {100 * result['sparsity']:.2f} % pruned, "
-            f"{100 * result['macs_left']:.2f} % of the multiply-adds left; results in {folder}",
+            f"{100 * result['macs_left']:.2f} % of the multiply-adds left; results in {run.folder}",
             highlight=False,
         )  # fmt: skip
 
@@ -227,14 +242,16 @@ def bench(
         make_folder(out)
     console = Console()
     cases = timing.cases([size], [torch.float32], sparsities or [0.9])
-    with bars(console) as progress:
-        rows = list(progress.track(timing.run(cases, rounds), total=len(cases), description="timing"))
     console.print(timing.machine(), highlight=False)
-    for row in rows:
-        console.print(page.table(row))
+    measured = []
+    with bars(console) as progress:
+        for row in progress.track(timing.run(cases, rounds), total=len(cases), description="timing"):
+            measured.append(row)
+            console.print(page.table(row))
+            if out is not None:
+                write_json(out / "bench.json", [one.as_dict() for one in measured])
     if out is not None:
-        write_json(out / "bench.json", [row.as_dict() for row in rows])
-        page.draw(rows, out / "bench.png")
+        page.draw(measured, out / "bench.png")
         console.print(f"results in {out}", highlight=False)
 
 
@@ -305,17 +322,26 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="as JSON")] = Fals
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit status: 0, 2 for bad input, 130 for Ctrl-C."""
+    """Run the command line; the exit status: 0, 1 for output that cannot be written, 2 for bad input, 130 for
+    Ctrl-C, 128 and the number of another signal that ended it."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    with outlets() as (output, _):
+        status = _run(words)
+    unread = isinstance(output.error, BrokenPipeError)  # `drive prune | head`: what was wanted was read
+    if output.error is None or unread:
+        return status
+    return status or complain("drive", f"output could not be written: {output.error}", 1)
+
+
+def _run(words: list[str]) -> int:
     command = " ".join(["drive", *words[:1]])
     try:
-        return int(app(args=words, prog_name="drive", standalone_mode=False) or 0)
+        with signals_interrupt():
+            return int(app(args=words, prog_name="drive", standalone_mode=False) or 0)
     except UsageError as error:
         return complain(command, _usage_message(error), BAD_INPUT)
     except InputError as error:
         return complain(command, str(error), BAD_INPUT)
-    except (KeyboardInterrupt, typer.Abort):
-        return complain(command, "interrupted", INTERRUPTED)
     except OSError as error:
         return complain(command, str(error), 1)
 

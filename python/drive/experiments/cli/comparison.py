@@ -8,8 +8,8 @@ import typer
 
 from drive import methods
 from drive.experiments.runs import inputs
-from drive.experiments.runs.folder import keep_config, write_json
 from drive.experiments.runs.progress import bars
+from drive.experiments.runs.stored import write_json
 from drive.files import write_atomic
 
 from .console import load, open_console
@@ -67,7 +67,7 @@ def comparison(
     seeds: Annotated[
         int | None,
         option("--seeds", "runs with seeds 0..N-1 [default: drive prune: digits 5, else 1; drive compare: 3]",
-               inputs.whole_number(1)),
+               inputs.seeds),
     ] = None,
     epochs: Epochs = None,
     warmup_epochs: Annotated[
@@ -95,19 +95,20 @@ def comparison(
     )  # fmt: skip
     command = str(context.info_name)
     defaults = {"prune": prune_defaults, "compare": compare_defaults}[command]
-    with open_console(command, out, resume, options, defaults) as (folder, settings, console):
+    with open_console(command, out, resume, options, defaults) as (run, console):
         from drive.experiments.paper import report
         from drive.experiments.paper.compare import Comparison, Config
         from drive.experiments.training.compute import deterministic
 
-        config = Config.read(settings)
+        config, folder = Config(**run.options), run.folder
         deterministic(config.threads)
-        runs = Comparison(config, load(settings, console), folder)
+        images = load(run.options, console)
+        networks = Comparison(config, images, folder)
         inputs.require("matplotlib.figure")  # now, not after hours of training
-        keep_config(folder, command, settings)
+        run.keep({"data": images.fingerprint()})
         with bars(console) as progress:
-            results = runs.run(progress)
-        summary = report.summarise(runs, results)
+            results = networks.run(progress)
+        summary = report.summarise(networks, results)
         times = report.timings(config, results)
         write_json(folder / "timing.json", times)
         report.draw_accuracy(summary, folder / "accuracy.png")

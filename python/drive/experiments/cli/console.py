@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import typer
@@ -15,8 +15,11 @@ from drive.experiments.data.dataset import Dataset
 from drive.experiments.paper.queue import Outcome
 from drive.experiments.paper.work import C
 from drive.experiments.runs import inputs
-from drive.experiments.runs.folder import Options, differences, open_run
+from drive.experiments.runs.folder import Options, Run, open_run
 from drive.experiments.runs.inputs import InputError
+from drive.experiments.training.loop import Diverged
+
+from .ends import Signalled
 
 BAD_INPUT, INTERRUPTED = 2, 130  # exit statuses
 
@@ -30,45 +33,51 @@ def complain(command: str, message: str, status: int) -> int:
 @contextmanager
 def open_console(
     command: str, out: Path | None, resume: bool, given: Options, complete: Callable[[Options], Options]
-) -> Iterator[tuple[Path, Options, Console]]:
-    """The folder and options of a new or resumed run (see `runs.open_run`), and where to print.
+) -> Iterator[tuple[Run, Console]]:
+    """A new or resumed run (see `runs.open_run`), and where to print.
 
-    Ctrl-C says how to go on with the run.
+    Whatever ends it early says how to go on with it.
 
     Raises:
         InputError: as `open_run`; a device that is not here.
-        typer.Exit: after Ctrl-C.
+        typer.Exit: it was interrupted.
     """
-    folder, options = open_run(command, out, resume, given, complete)
-    try:
-        inputs.device(options["device"])  # a resumed run may come from another machine
-    except InputError as error:
-        raise InputError(f"--device {error}") from error
-    if resume:
-        for name, (then, now) in differences(folder).items():
+    with open_run(command, out, resume, given, complete) as run:
+        try:
+            inputs.device(run.options["device"])  # a resumed run may come from another machine
+        except InputError as error:
+            raise InputError(f"--device {error}") from error
+        for name, (then, now) in run.differences().items():
             print(f"note: {name} was {then} and is {now} now: numbers may differ", file=sys.stderr)
-    try:
-        yield folder, options, Console()
-    except InputError:
-        with suppress(OSError):
-            folder.rmdir()  # if nothing was written yet
-        raise
-    except KeyboardInterrupt:
-        begun = (folder / "config.json").exists()
-        hint = f"; go on with: drive {command} --resume --out {folder}" if begun else ""
-        raise typer.Exit(complain(f"drive {command}", f"interrupted{hint}", INTERRUPTED)) from None
+        try:
+            yield run, Console()
+        except Diverged as error:
+            hint = f"go on with: {run.go_on} --lr LR; what may change: {run.changeable}"
+            raise InputError(f"{error}; {hint}") from error
+        except KeyboardInterrupt as error:
+            hint = f"go on with: {run.go_on}" if run.begun else ""
+            raise interrupted(f"drive {command}", error, hint) from None
 
 
-def conclude(outcome: Outcome[C], text: str, out: Path, console: Console) -> None:
+def interrupted(command: str, error: KeyboardInterrupt, hint: str = "") -> typer.Exit:
+    """Say so in one line, and how to go on; what to raise."""
+    by = f" ({error})" if isinstance(error, Signalled) else ""
+    status = 128 + error.number if isinstance(error, Signalled) else INTERRUPTED
+    return typer.Exit(complain(command, f"interrupted{by}{hint and f'; {hint}'}", status))
+
+
+def conclude(command: str, outcome: Outcome[C], text: str, out: Path, console: Console) -> None:
     """Print a page, and what of its cells is done.
 
     Raises:
-        typer.Exit: a cell failed.
+        typer.Exit: a cell failed, or it was interrupted.
     """
     console.print(text, highlight=False, soft_wrap=True, markup=False)
     done, failed, left = len(outcome.results), len(outcome.failures), len(outcome.open)
     console.print(f"{done} of {done + failed + left} cells are finished, {failed} failed; results in {out}",
                   highlight=False)  # fmt: skip
+    if outcome.interrupted:
+        raise interrupted(f"drive {command}", outcome.interrupted, "the same command goes on")
     if left:
         console.print("the same command goes on with the others", highlight=False)
     if failed:

@@ -12,8 +12,9 @@ import typer
 from drive import methods
 from drive.experiments.data import sources
 from drive.experiments.runs import inputs
-from drive.experiments.runs.folder import Options, load_tensors
+from drive.experiments.runs.folder import Options
 from drive.experiments.runs.inputs import InputError
+from drive.experiments.runs.stored import load_tensors, reading
 from drive.experiments.training import networks
 from drive.experiments.training.compute import PRECISIONS
 from drive.plan import DEFAULT_ALPHA
@@ -190,8 +191,11 @@ def train_defaults(options: Options) -> Options:
         if options.get("structure") == CHANNELS:
             inputs.require("torch_pruning")
     if "init" in options and "model" not in options:
-        network = load_tensors(Path(options["init"]), "--init").get("network", {})
-        defaults |= {"model": network["name"]} if "name" in network else {}
+        path = Path(options["init"])
+        network = load_tensors(path, "--init").get("network")
+        if network:  # those of others say nothing
+            with reading(path, "the weights of a network", argument="--init"):
+                defaults |= {"model": str(network["name"])}
     return _completed({**defaults, **options})
 
 

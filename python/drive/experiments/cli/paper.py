@@ -59,7 +59,7 @@ def reproduce(
         Fractions | None,
         option("--sparsities", "fractions of zeros [default: the paper's]", inputs.sparsities, "X,Y"),
     ] = None,
-    seeds: Annotated[int, option("--seeds", "runs with seeds 0..N-1", inputs.whole_number(1))] = 3,
+    seeds: Annotated[int, option("--seeds", "runs with seeds 0..N-1", inputs.seeds)] = 3,
     scale: Annotated[
         float,
         option("--scale", "fraction of epochs and images; every table says so", inputs.fraction, "X"),
@@ -123,7 +123,7 @@ def reproduce(
     if not outcome.results and len(reasons := set(outcome.failures.values())) == 1:
         raise InputError(reasons.pop())  # the same for all: the data are missing, say
     text = page.write(out, grid, names, outcome)
-    conclude(outcome, text, out, console)
+    conclude(page.name, outcome, text, out, console)
 
 
 def _changed(row: Row, changes: Mapping[str, object]) -> Row:

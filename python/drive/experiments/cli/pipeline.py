@@ -18,9 +18,10 @@ from drive.experiments.pipeline.grid import Numbers, PipelineGrid
 from drive.experiments.pipeline.rows import ALL, METHODS, ROWS, MaskOptions, Row
 from drive.experiments.pipeline.trainer import work
 from drive.experiments.runs import inputs
-from drive.experiments.runs.folder import make_folder, write_json
+from drive.experiments.runs.folder import make_folder
 from drive.experiments.runs.inputs import InputError
 from drive.experiments.runs.progress import bars
+from drive.experiments.runs.stored import write_json
 from drive.experiments.training.compute import Compute, deterministic
 from drive.files import write_atomic
 
@@ -51,7 +52,7 @@ def pipeline(
         Fractions | None,
         option("--sparsities", "fractions of zeros [default: each row's]", inputs.sparsities, "X,Y"),
     ] = None,
-    seeds: Annotated[int, option("--seeds", "runs with seeds 0..N-1", inputs.whole_number(1))] = 3,
+    seeds: Annotated[int, option("--seeds", "runs with seeds 0..N-1", inputs.seeds)] = 3,
     scale: Annotated[float, option("--scale", "fraction of the epochs", inputs.fraction, "X")] = 1.0,
     limit_train: Annotated[
         int | None, option("--limit-train", "training images [default: each row's]", inputs.whole_number(2))
@@ -140,7 +141,7 @@ def pipeline(
     write_atomic(out / "pipeline.md", text.encode())
     for cell, why in outcome.failures.items():
         console.print(f"failed: {cell.title}: {why}", highlight=False)
-    conclude(outcome, text, out, console)
+    conclude("pipeline", outcome, text, out, console)
 
 
 def _changed(

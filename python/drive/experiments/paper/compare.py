@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +52,6 @@ class Config:
     device: str
     threads: int
 
-    @classmethod
-    def read(cls, options: dict[str, Any]) -> Config:
-        """From a run's stored options."""
-        if set(options) != {field.name for field in fields(cls)}:
-            raise InputError("--out must hold a run of this version of drive, got other options in it")
-        return cls(**options)
-
     @property
     def goals(self) -> list[Goal]:
         """Of every method, the sparsest last."""
@@ -100,16 +93,15 @@ class Comparison:
 
         Raises:
             InputError: the data are not those that the run was started with; training diverges; another
-                process is at work on the run.
+                command is at work on its cells.
         """
         config = self.config
         kept = "drive" if "drive" in config.methods else config.methods[0]
         exported = self._cell(variant_of(kept, config), config.goals[-1], seed=0)
         experiment = Experiment(self.folder, self.cells, lambda _: self.data)
-        experiment.data(self.cells[0])  # checked even if nothing is left to train
         outcome = experiment.run(progress, keep_going=False, keep_networks=[exported])
         if outcome.open:
-            raise InputError(f"--out must be no other process's, got {self.folder}")
+            raise InputError(f"--out must be no other process's, got {self.folder}, in which one is at work")
         network = "small.safetensors" if exported.variant.smaller else "checkpoint.pt"
         for name in (network, "masks.safetensors"):
             source = experiment.cells_folder / exported.name / name

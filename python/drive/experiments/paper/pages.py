@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from drive.experiments.runs.folder import write_json
+from drive.experiments.runs.stored import write_json
 from drive.files import write_atomic
 
 from . import plots, tables

@@ -16,14 +16,16 @@ from typing import Any, Generic, cast
 from rich.progress import Progress
 
 from drive.experiments.data.dataset import Dataset
-from drive.experiments.runs.folder import read_json, write_json
 from drive.experiments.runs.inputs import InputError
 from drive.experiments.runs.locks import locked
+from drive.experiments.runs.stored import AGAIN, read_stamped, write_stamped
 from drive.experiments.training.loop import Paused
 from drive.files import write_atomic
 
 from .trainer import CellRun
-from .work import C, Result
+from .work import RESULT, C, Result
+
+IMAGES = "drive.images.v1"
 
 
 @dataclass
@@ -33,6 +35,7 @@ class Outcome(Generic[C]):
     results: dict[C, Result] = field(default_factory=dict)
     failures: dict[C, str] = field(default_factory=dict)  # the first line of what was raised
     open: list[C] = field(default_factory=list)  # not begun, paused, or in the hands of another process
+    interrupted: KeyboardInterrupt | None = None  # by what it was
 
 
 class Experiment(Generic[C]):
@@ -65,7 +68,8 @@ class Experiment(Generic[C]):
         Args:
             deadline: of time.monotonic(); no cell is begun after it.
             pause: leave the cell in hand too, at the end of an epoch after the deadline.
-            keep_going: what a cell raises is kept, and the others are trained; otherwise it is raised.
+            keep_going: what a cell raises is kept, and the others are trained (after an interruption, none).
+                Otherwise it is raised.
             keep_networks: cells whose trained networks and masks are kept.
         """
         overall = progress.add_task("all networks", total=len(self.cells))
@@ -81,6 +85,12 @@ class Experiment(Generic[C]):
                     found.open.append(cell)
                 else:
                     found.results[cell] = result
+            except KeyboardInterrupt as error:
+                if not keep_going:
+                    raise
+                found.interrupted = error
+                found.open.append(cell)
+                deadline = -math.inf
             except Exception as error:
                 if not keep_going:
                     raise
@@ -90,9 +100,13 @@ class Experiment(Generic[C]):
         return found
 
     def result(self, cell: C) -> Result | None:
-        """Of a finished cell."""
+        """Of a finished cell.
+
+        Raises:
+            InputError: it cannot be read.
+        """
         path = self.cells_folder / cell.name / "result.json"
-        return read_json(path) if path.exists() else None
+        return read_stamped(path, RESULT, AGAIN) if path.exists() else None
 
     def data(self, cell: C) -> Dataset:
         """The data set of a cell, on its device.
@@ -138,8 +152,8 @@ class Experiment(Generic[C]):
         self.cells_folder.mkdir(parents=True, exist_ok=True)
         path, here = self.cells_folder / f"{name}.json", data.fingerprint()
         if not path.exists():
-            write_json(path, {"fingerprint": here})
-        elif read_json(path)["fingerprint"] != here:
+            write_stamped(path, IMAGES, {"fingerprint": here})
+        elif read_stamped(path, IMAGES, "give --out another folder")["fingerprint"] != here:
             raise InputError(
                 f"--data must be what {self.cells_folder.parent} was started with, got other images or labels"
             )

@@ -277,7 +277,7 @@ def draw_layers(report: dict[str, Any], path: Path) -> None:
 
 
 def _goals(config: dict[str, Any]) -> list[Goal]:
-    return Config.read(config).goals
+    return Config(**config).goals
 
 
 def _axis(config: dict[str, Any]) -> str:

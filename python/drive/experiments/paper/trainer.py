@@ -29,8 +29,8 @@ from drive import methods
 from drive.collapse import collapse
 from drive.experiments.data.batches import Batches
 from drive.experiments.data.dataset import Dataset, seed_of
-from drive.experiments.runs.folder import load_tensors, save_tensors
 from drive.experiments.runs.progress import task
+from drive.experiments.runs.stored import AGAIN, load_tensors, reading, save_tensors
 from drive.experiments.training.footprint import measured
 from drive.experiments.training.history import Epoch, Log
 from drive.experiments.training.loop import Paused, evaluate, train
@@ -138,15 +138,11 @@ class CellRun(CellWork[Cell]):
         if not cell.variant.prior or cell.variant.method == "dense":
             return None, Pruned()
         if path.exists():
-            state = load_tensors(path)
-            model.load_state_dict(state.pop("model"))
-            found = Pruned(Masks(state.pop("masks")).to(cell.compute.device), **state)
+            found = self._restored(path, model)
         else:
             found = self._prune(model, cell.variant.make(), Goal(cell.variant.prior), CHANNELS)
             assert found.masks is not None
-            save_tensors(
-                path, {**vars(found), "model": model.state_dict(), "masks": found.masks.state_dict()}
-            )
+            self._save(path, model, found)
         assert found.masks is not None
         return shrink(model, found.masks, self._example), found
 
@@ -172,22 +168,29 @@ class CellRun(CellWork[Cell]):
         if self.cell.variant.method == "dense":
             return found
         if path.exists():
-            state = load_tensors(path)
-            model.load_state_dict(state.pop("model"))
-            masks = Masks(state.pop("masks")).to(self.cell.compute.device)
-            found = Pruned(masks, **state)
+            found = self._restored(path, model)
         began = time.monotonic()
         for pruned in self._levels(model, found, entries):
             found = pruned
             # what takes no time is done again rather than kept
             if time.monotonic() - began >= work.SAVE_EVERY or time.monotonic() >= self.deadline:
-                assert found.masks is not None
-                state = {**vars(found), "model": model.state_dict(), "masks": found.masks.state_dict()}
-                save_tensors(path, state)
+                self._save(path, model, found)
                 began = time.monotonic()
                 if began >= self.deadline:
                     raise Paused
         return found
+
+    def _save(self, path: Path, model: nn.Module, pruned: Pruned) -> None:
+        assert pruned.masks is not None
+        masks = pruned.masks.state_dict()
+        save_tensors(path, {**vars(pruned), "model": model.state_dict(), "masks": masks})
+
+    def _restored(self, path: Path, model: nn.Module) -> Pruned:
+        state = load_tensors(path)
+        with reading(path, "of this network", AGAIN):
+            model.load_state_dict(state.pop("model"))
+            masks = Masks(state.pop("masks")).to(self.cell.compute.device)
+            return Pruned(masks, **state)
 
     def _levels(self, model: nn.Module, found: Pruned, entries: int) -> Iterator[Pruned]:
         """Prune step by step, from what is found; only IMP, which trains for long, has several.

@@ -14,8 +14,9 @@ from rich.progress import Progress
 from torch import nn
 
 from drive.experiments.data.dataset import Dataset, seed_of
-from drive.experiments.runs.folder import made_with, save_tensors, write_json
+from drive.experiments.runs.folder import made_with
 from drive.experiments.runs.locks import locked
+from drive.experiments.runs.stored import save_tensors, write_json, write_stamped
 from drive.experiments.training.compute import Compute
 from drive.experiments.training.loop import Checkpoint
 from drive.experiments.training.macs import macs_left
@@ -23,6 +24,7 @@ from drive.experiments.training.networks import Network
 from drive.masks import Masks
 from drive.structured.shrink import Shrunk
 
+RESULT = "drive.result.v1"
 SAVE_EVERY = 60.0  # seconds between two savings of a training, or of the levels of IMP, in progress
 
 Result = dict[str, Any]
@@ -124,7 +126,7 @@ class CellWork(ABC, Generic[C]):
             **found,
             "made_with": {**made_with(cell.compute.device), "threads": torch.get_num_threads()},
         }
-        write_json(folder / "result.json", result)
+        write_stamped(folder / "result.json", RESULT, result)
         for name in ("training.pt", "pruned.pt", "thinned.pt", "failure.txt"):
             (folder / name).unlink(missing_ok=True)
         return result

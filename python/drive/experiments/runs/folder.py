@@ -1,94 +1,144 @@
-"""Run folders: files that are written whole or not at all, and a config that a resumed run obeys."""
+"""Run folders: one process's from the first file to the last, with a config that a resumed run obeys."""
 
 from __future__ import annotations
 
 import errno
-import io
-import json
 import os
-import pickle
 import re
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from drive.files import write_atomic
-
 from .inputs import InputError
+from .locks import LOCK, locked
+from .stored import read_stamped, write_stamped
+
+FORMAT = "drive.run.v1"
+
+# What may differ when a run goes on. Files and folders may have moved: what they hold is compared.
+PLACES = ("data_dir", "init", "masks")
+CHANGEABLE = ("lr", *PLACES)
 
 Options = dict[str, Any]
 
 
-def write_json(path: Path, value: Any) -> None:
-    """`write_atomic` of indented JSON."""
-    write_atomic(path, (json.dumps(value, indent=2) + "\n").encode())
+@dataclass(frozen=True)
+class Run:
+    """A run that this process works on.
 
-
-def read_json(path: Path) -> Any:
-    """What `write_json` wrote."""
-    return json.loads(path.read_bytes())
-
-
-def save_tensors(path: Path, value: dict[str, Any]) -> None:
-    """`write_atomic` of torch.save."""
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    write_atomic(path, buffer.getvalue())
-
-
-def load_tensors(path: Path, argument: str = "checkpoint") -> dict[str, Any]:
-    """What `save_tensors` wrote, on the CPU.
-
-    Raises:
-        InputError: no such file, or not a checkpoint.
+    Attributes:
+        command: whose: "prune", "compare", "train".
+        folder: where.
+        options: all that it depends on.
+        resumed: what `config.json` holds; None: it is new.
     """
-    try:
-        value = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError, ValueError) as error:
-        why = "no such file" if isinstance(error, FileNotFoundError) else "it cannot be read"
-        raise InputError(f"{argument} must be a checkpoint file, got {path} ({why})") from error
-    if not isinstance(value, dict) or "model" not in value:
-        raise InputError(f"{argument} must be a checkpoint with an entry 'model', got {path}")
-    return value
+
+    command: str
+    folder: Path
+    options: Options
+    resumed: dict[str, Any] | None = None
+
+    @property
+    def begun(self) -> bool:
+        """Is there something to go on with?"""
+        return (self.folder / "config.json").exists()
+
+    @property
+    def changeable(self) -> str:
+        """The options that may differ when it goes on."""
+        return _changeable(self.options)
+
+    @property
+    def go_on(self) -> str:
+        """The command line that goes on with it."""
+        return shlex.join(["drive", self.command, "--resume", "--out", str(self.folder)])
+
+    def keep(self, read: Mapping[str, str]) -> None:
+        """Make the folder a run that can be resumed, or see that what is resumed is given what it began with.
+
+        Args:
+            read: checksums of what was read, by option: "data", "masks", "init".
+
+        Raises:
+            InputError: another thing was read than at first.
+        """
+        config = self.resumed
+        if config is None:
+            config = {"command": self.command, "options": self.options, "read": dict(read)}
+            write_stamped(self.folder / "config.json", FORMAT, {**config, "made_with": made_with()})
+            return
+        for name in config["read"].keys() | read.keys():
+            if config["read"].get(name) != read.get(name):
+                what = "other images or labels" if name == "data" else "another file"
+                raise InputError(f"--{name} must be what {self.folder} was started with, got {what}")
+        if self.options != config["options"]:
+            before = {n: old for n, old in config["options"].items() if old != self.options[n]}
+            changes = [*config.get("changed", []), before]
+            changed = {**config, "options": self.options, "changed": changes}
+            write_stamped(self.folder / "config.json", FORMAT, changed)
+
+    def differences(self) -> dict[str, tuple[str, str]]:
+        """What numbers may depend on and is not as it was when the run was started: name -> (then, now)."""
+        if self.resumed is None:
+            return {}
+        then = self.resumed["made_with"]
+        return {name: (then.get(name), now) for name, now in made_with().items() if then.get(name) != now}
 
 
+@contextmanager
 def open_run(
     command: str, out: Path | None, resume: bool, given: Options, complete: Callable[[Options], Options]
-) -> tuple[Path, Options]:
-    """The folder of a new or resumed run, and its options.
+) -> Iterator[Run]:
+    """A new or resumed run, which is this process's as long as the context lasts.
 
-    A new run's options are `complete(given)`; `keep_config` keeps them in `config.json`, from where a
-    resumed run takes them.
+    A new run's options are `complete(given)`; `Run.keep` keeps them in `config.json`, from where a resumed
+    run takes them. A folder that was made and into which nothing was written is removed.
 
     Args:
         command: "prune" or "train": whose run this is; default folders are `runs/<command>`,
             `runs/<command>-2` and so on.
         out: the folder, or None: the first free default one (resumed: the latest).
         resume: continue the run that the folder holds.
-        given: options that the user gave; a resumed run must agree with them.
+        given: options that the user gave; a resumed run must agree with them, but for CHANGEABLE.
         complete: adds the defaults of all other options.
 
     Raises:
-        InputError: the folder cannot be written, holds a run already, or (resumed) holds none, one
-            of another command, or one with other options.
+        InputError: the folder cannot be written, another process works in it, it holds a run already, or
+            (resumed) holds none, one of another command or version, or one with other options.
     """
     if resume:
         folder = out or _latest(command)
-        stored = _stored(folder, command)
-        for name, value in given.items():
-            if stored.get(name) != value:
-                option = name.replace("_", "-")
-                raise InputError(f"--{option} must be {stored.get(name)} as in {folder}, got {value}")
-        return folder, stored
-
-    folder = out or _first_free(command)
-    if (folder / "config.json").exists():
-        raise InputError(f"--out must be a folder without a run (or give --resume), got {folder}")
+        if not (folder / "config.json").exists():
+            raise InputError(f"--out must hold a run to resume, got {folder} (no config.json)")
+        with locked(folder) as mine:
+            if not mine:
+                raise InputError(f"--out must be no other process's, got {folder}, in which one is at work")
+            yield _resumed(command, folder, given, complete)
+        return
     options = complete(given)
-    make_folder(folder)
-    return folder, options
+    for folder in [out] if out else _defaults(command):
+        fresh = not folder.exists()
+        make_folder(folder)
+        with locked(folder) as mine:
+            if mine and not (folder / "config.json").exists():
+                try:
+                    yield Run(command, folder, options)
+                finally:
+                    if fresh and os.listdir(folder) == [LOCK]:
+                        with suppress(OSError):
+                            (folder / LOCK).unlink()
+                            folder.rmdir()
+                return
+            if out:
+                why = "which holds one: give another, or --resume to go on with it"
+                why = why if mine else "in which another process is at work"
+                raise InputError(f"--out must be a folder without a run, got {folder}, {why}")
 
 
 def make_folder(folder: Path) -> None:
@@ -101,55 +151,56 @@ def make_folder(folder: Path) -> None:
         raise InputError(f"--out must be a writable folder, got {folder} ({error.strerror})") from error
 
 
-def keep_config(folder: Path, command: str, options: Options) -> None:
-    """Make the folder a run that can be resumed; nothing changes if it is one already."""
-    path = folder / "config.json"
-    if not path.exists():
-        write_json(path, {"command": command, "options": options, "made_with": made_with()})
-
-
-def _stored(folder: Path, command: str) -> Options:
-    try:
-        config = read_json(folder / "config.json")
-        owner, options, _ = config["command"], config["options"], config["made_with"]
-    except FileNotFoundError as error:
-        raise InputError(f"--out must hold a run to resume, got {folder} (no config.json)") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"--out must hold a readable config.json, got {folder}") from error
-    if owner != command or not isinstance(options, dict):
-        raise InputError(f"--out must hold a run of `drive {command}`, got {folder} (of `drive {owner}`)")
-    return options
-
-
-def _numbered(command: str) -> dict[int, Path]:
-    """Default folders that hold a run, by their number."""
-    found = {}
-    for config in Path("runs").glob(f"{command}*/config.json"):
-        if match := re.fullmatch(rf"{command}(?:-(\d+))?", config.parent.name):
-            found[int(match[1] or 1)] = config.parent
-    return found
-
-
-def _latest(command: str) -> Path:
-    runs = _numbered(command)
-    if not runs:
-        raise InputError(f"--resume must have a run to continue, got none in runs/{command}*")
-    return runs[max(runs)]
-
-
-def _first_free(command: str) -> Path:
-    runs = _numbered(command)
-    number = next(n for n in range(1, len(runs) + 2) if n not in runs)
-    return Path("runs") / (command if number == 1 else f"{command}-{number}")
-
-
-def differences(folder: Path) -> dict[str, tuple[str, str]]:
-    """What numbers may depend on and is not as it was when the run was started: name -> (then, now)."""
-    then = read_json(folder / "config.json")["made_with"]
-    return {name: (then.get(name), now) for name, now in made_with().items() if then.get(name) != now}
-
-
 def made_with(device: str = "cpu") -> dict[str, str]:
     """What numbers may depend on beside the options."""
     found = {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability()}
     return found if device == "cpu" else {**found, "gpu": torch.cuda.get_device_name(device)}
+
+
+def _resumed(command: str, folder: Path, given: Options, complete: Callable[[Options], Options]) -> Run:
+    config = read_stamped(folder / "config.json", FORMAT, "give --out another folder, without --resume")
+    if config["command"] != command:
+        raise InputError(
+            f"--out must hold a run of `drive {command}`, got {folder} (of `drive {config['command']}`)"
+        )
+    stored: Options = config["options"]
+    if stored.keys() != complete({}).keys():
+        raise InputError(f"--out must hold a run of this version of drive, got {folder} with other options")
+    for name, value in given.items():
+        if stored[name] != value and (name not in CHANGEABLE or stored[name] is None):
+            raise InputError(
+                f"{_option(name)} must be {stored[name]} as in {folder}, got {value}; "
+                f"what may change: {_changeable(stored)}"
+            )
+    options = {**stored, **given}
+    for name in PLACES:
+        if (place := options.get(name)) and not Path(place).exists():
+            raise InputError(
+                f"{_option(name)} must be what {folder} was started with, got {place}, where there is "
+                "nothing: if it has moved, say where to"
+            )
+    return Run(command, folder, options, config)
+
+
+def _changeable(options: Options) -> str:
+    return ", ".join(_option(name) for name in CHANGEABLE if options.get(name) is not None)
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _defaults(command: str) -> Iterator[Path]:
+    """`runs/<command>`, `runs/<command>-2` ..."""
+    return (Path("runs") / (command if number == 1 else f"{command}-{number}") for number in count(1))
+
+
+def _latest(command: str) -> Path:
+    """Of the default folders that hold a run."""
+    runs = {}
+    for config in Path("runs").glob(f"{command}*/config.json"):
+        if match := re.fullmatch(rf"{command}(?:-(\d+))?", config.parent.name):
+            runs[int(match[1] or 1)] = config.parent
+    if not runs:
+        raise InputError(f"--resume must have a run to continue, got none in runs/{command}*")
+    return runs[max(runs)]

@@ -64,19 +64,23 @@ def several_of(names: Iterable[str]) -> Callable[[str], list[str]]:
     return parse
 
 
-def whole_number(minimum: int) -> Callable[[str], int]:
-    """A parser for an integer >= minimum."""
+def whole_number(minimum: int, most: float = math.inf) -> Callable[[str], int]:
+    """A parser for an integer, `minimum` or above, `most` or below."""
+    to = f"in [{minimum}, {most}]" if most < math.inf else f">= {minimum}"
 
     def parse(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
             value = minimum - 1
-        if value < minimum:
-            raise InputError(f"must be an integer >= {minimum}, got {text!r}")
+        if not minimum <= value <= most:
+            raise InputError(f"must be an integer {to}, got {text!r}")
         return value
 
     return parse
+
+
+seeds = whole_number(1, 10_000)  # how many: each has networks to train
 
 
 def positive(text: str) -> float:

@@ -14,8 +14,8 @@ from torch import nn
 from drive import methods
 from drive.experiments.data.batches import Batches
 from drive.experiments.data.dataset import Dataset, seed_of
-from drive.experiments.runs.folder import Options, load_tensors, write_json
-from drive.experiments.runs.inputs import InputError
+from drive.experiments.runs.folder import Options
+from drive.experiments.runs.stored import AGAIN, load_tensors, reading, write_json
 from drive.masks import Masks
 from drive.prune import prune
 from drive.structured.shrink import shrink
@@ -98,7 +98,8 @@ class Training:
         """By a method, or as the run has been pruned before."""
         path = self.folder / "masks.safetensors"
         if path.exists():
-            return Masks.load(path).apply_(self.model).to(self.device)
+            with reading(path, f"masks of {self.network.name}", AGAIN):
+                return Masks.load(path).apply_(self.model).to(self.device)
 
         def train_round(model: nn.Module, masks: Masks | None, number: int) -> None:
             train(model, batches, recipe, epochs=range(number, number + 1), compute=self.compute, masks=masks)
@@ -120,18 +121,12 @@ class Training:
         if path is None:
             return
         state = load_tensors(Path(path), "--init")["model"]
-        try:
+        with reading(Path(path), f"the weights of {self.network}", argument="--init"):
             self.model.load_state_dict(state)
-        except (RuntimeError, TypeError, AttributeError) as error:
-            raise InputError(f"--init must hold the weights of {self.network}, got {path}") from error
 
     def _load_masks(self) -> Masks | None:
         path = self.options["masks"]
         if path is None:
             return None
-        try:
+        with reading(Path(path), f"a masks file of {self.network.name}", argument="--masks"):
             return Masks.load(path).apply_(self.model).to(self.device)
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"--masks must be a masks file of {self.network.name}, got {path} ({error})"
-            ) from error

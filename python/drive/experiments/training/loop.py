@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,18 @@ from torch import Tensor, nn
 
 from drive.experiments.data.batches import Batches
 from drive.experiments.data.dataset import seed_of
-from drive.experiments.runs.folder import load_tensors, save_tensors
 from drive.experiments.runs.inputs import InputError
+from drive.experiments.runs.stored import AGAIN, load_tensors, reading, save_tensors
 from drive.masks import Masks
 
 from .compute import Compute
 from .history import Epoch, Log, LogFiles
 from .recipe import Recipe
 from .stage import Stage
+
+
+class Diverged(InputError):
+    """The loss is not finite."""
 
 
 class Paused(Exception):
@@ -89,7 +94,8 @@ def train(
             for all of them at the end.
 
     Raises:
-        InputError: the loss is not finite; a checkpoint that cannot be read; a batch that the devices cannot
+        Diverged: the loss is not finite.
+        InputError: a checkpoint that cannot be read; a batch that the devices cannot
             share.
         Paused: the checkpoint's deadline is over before the last epoch.
     """
@@ -109,7 +115,13 @@ def train(
     state = model.state_dict().items()
     trained = {name: tensor.to("cpu", copy=True).share_memory_() for name, tensor in state}
     part = partial(_train_a_part, model=copy.deepcopy(model).cpu(), work=work, trained=trained)
-    history: list[Epoch] | Exception = fabric.launch(part)
+    before = set(active_children())
+    try:
+        history: list[Epoch] | Exception = fabric.launch(part)
+    except BaseException:  # an interruption: they would go on, and Python would wait for them
+        for child in set(active_children()) - before:
+            child.terminate()
+        raise
     if isinstance(history, Exception):
         raise history
     model.load_state_dict(trained)
@@ -221,7 +233,7 @@ def _one_epoch(
         on_step()
     mean = float(fabric.all_reduce(total, reduce_op="mean")) / len(batches)
     if not math.isfinite(mean):
-        raise InputError(
+        raise Diverged(
             f"--lr must be small enough to train, got {recipe.lr} (loss {mean} in epoch {epoch + 1})"
         )
     return mean
@@ -258,10 +270,8 @@ def _save(
 def _restore(path: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> list[Epoch]:
     """Load a training in progress; its epochs."""
     state = load_tensors(path)
-    try:
+    with reading(path, "a checkpoint of this training", AGAIN):
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         return [Epoch(*epoch) for epoch in state["history"]]
-    except (KeyError, RuntimeError, ValueError, TypeError) as error:
-        raise InputError(f"checkpoint must be one of this training, got {path}") from error
