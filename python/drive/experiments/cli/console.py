@@ -12,6 +12,7 @@ from rich.console import Console
 
 from drive.experiments.data import sources
 from drive.experiments.data.dataset import Dataset
+from drive.experiments.data.names import left_out
 from drive.experiments.paper.queue import Outcome
 from drive.experiments.paper.work import C
 from drive.experiments.runs import inputs
@@ -85,7 +86,7 @@ def conclude(command: str, outcome: Outcome[C], text: str, out: Path, console: C
 
 
 def load(options: Options, console: Console) -> Dataset:
-    """The data set of a run; names images that had to be left out."""
+    """The data set of a run; names files that were left out."""
     with console.status(f"loading {options['data']}"):
         found = sources.load(options["data"], options["data_dir"])
     name_skipped(found, console)
@@ -94,7 +95,7 @@ def load(options: Options, console: Console) -> Dataset:
 
 
 def name_skipped(found: Dataset, console: Console) -> None:
-    """Say which images could not be read, if any."""
-    if found.skipped:
-        shown = ", ".join(found.skipped[:5]) + (", ..." if len(found.skipped) > 5 else "")
-        console.print(f"left out {len(found.skipped)} unreadable images: {shown}", highlight=False)
+    """Say which files were left out, if any: a line for each reason."""
+    for line in left_out(found.skipped):
+        printable = line.encode(console.encoding, "backslashreplace").decode(console.encoding)
+        console.print(printable, highlight=False, soft_wrap=True, markup=False)

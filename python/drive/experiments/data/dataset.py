@@ -26,7 +26,7 @@ class Dataset:
     test_y: Tensor  # [M] int64
     classes: int
     augment: bool  # crop and flip training images at random
-    skipped: tuple[str, ...] = ()  # images that could not be read, by name
+    skipped: tuple[tuple[str, str], ...] = ()  # files and folders that are left out: name, why
 
     @property
     def channels(self) -> int:

@@ -1,168 +1,137 @@
-"""A folder of images, one sub-folder per class, decoded once into uint8 tensors."""
+"""A folder of images, one sub-folder per class, or a tar archive of it, decoded once into uint8 tensors."""
 
 from __future__ import annotations
 
+import os
 import tarfile
 import tempfile
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from drive.experiments.runs.inputs import InputError, require
+from drive.experiments.runs.inputs import InputError
 
+from .cache import cached
 from .dataset import Dataset
-
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
+from .decode import decode, decoding, open_image
+from .layout import Layout, layout_of
+from .names import left_out, shown
 
 
 def load_folder(place: Path, side: int | None = None) -> Dataset:
-    """Images of `train/<class>/*` and `test/<class>/*` (or `val`), as square RGB, of a folder or tar archive.
+    """Images of a folder or tar archive as square RGB, from the cache if they are there; see `layout_of` for
+    where they lie, and `open_image` for their values.
 
-    Also as Tiny ImageNet is published: images may lie in a folder `images` of their class, and those of
-    `val` all in `val/images`, their classes in `val/val_annotations.txt`.
-
-    Images of another size are scaled so that the shorter side fits, then cropped at the centre. Those that
-    cannot be read are left out and named.
+    Images of another size are scaled so that the shorter side fits, then cropped at the centre. Files that
+    are none are left out and named; so are classes without a test image.
 
     Args:
         side: of the images, in pixels. None: 32 if the first readable training image's shorter side is at
             most 48, else 64, the sizes that the models are made for.
 
     Raises:
-        InputError: a missing folder, no classes, test classes that training lacks, no readable image, a file
-            that is no archive.
+        InputError: as `layout_of`; a class without a readable training image, no readable test image, a file
+            that is no archive, or a damaged one.
+        OSError: a folder or file that the system does not read.
     """
+    real = Path(os.path.realpath(place))
+    if real.is_file():
+        return cached(real, side, [real], lambda: _decode_archive(place, side))
+    found = layout_of(real, place)
+    return cached(real, (side, found), found.files, lambda: _decode(found, side))
+
+
+def _decode_archive(place: Path, side: int | None) -> Dataset:
     with _unpacked(place) as folder:
-        return _load(folder, side)
-
-
-def _load(folder: Path, side: int | None) -> Dataset:
-    train = folder / "train"
-    test = folder / ("test" if _classes(folder / "test") else "val")
-    for needed in (folder, train, test):
-        if not needed.is_dir():
-            raise InputError(
-                f"--data-dir must be a folder with train/<class>/* and test/ or val/<class>/* images, "
-                f"got {folder} (no folder {needed})"
-            )
-    classes = _classes(train)
-    annotations = test / "val_annotations.txt"
-    unknown = [] if annotations.is_file() else sorted(set(_classes(test)) - set(classes))
-    if len(classes) < 2 or unknown:
-        why = f"class {unknown[0]} is in {test.name} only" if unknown else f"{len(classes)} in train"
-        raise InputError(f"--data-dir must have the same two or more classes to train and test, got {why}")
-
-    files = [  # of both parts: path, label
-        [(path, label) for label, name in enumerate(classes) for path in _images(part / name)]
-        for part in (train, test)
-    ]
-    if annotations.is_file():
-        files[1] = _annotated(annotations, classes)
-    side = side or _common_side([path for path, _ in files[0]])
-    skipped: list[str] = []
-    (train_x, train_y), (test_x, test_y) = (_decode_all(part, side, folder, skipped) for part in files)
-    return Dataset(
-        train_x, train_y, test_x, test_y, classes=len(classes), augment=True, skipped=tuple(skipped)
-    )
+        return _decode(layout_of(folder, place), side)
 
 
 @contextmanager
-def _unpacked(source: Path) -> Iterator[Path]:
-    """A folder as it is, or what a tar archive holds, as long as the context lasts."""
-    if not source.is_file():
-        yield source
-        return
+def _unpacked(place: Path) -> Iterator[Path]:
+    """What a tar archive holds, as long as the context lasts."""
     with tempfile.TemporaryDirectory(prefix="drive-") as folder:
         try:
-            with tarfile.open(source) as archive:
+            with tarfile.open(place) as archive:
                 archive.extractall(folder, filter="data")
-        except (tarfile.TarError, OSError, EOFError) as error:
+                _check_end(archive)
+        # damaged ones raise what their decompressor does, or what the numbers in their headers lead to
+        except Exception as error:
             raise InputError(
-                f"--data-dir must be a folder or a tar archive of one, got {source} ({error})"
+                f"--data-dir must be a folder or a tar archive of one, got {shown(place)} ({error})"
             ) from error
-        inside = list(Path(folder).iterdir())
+        inside = [path for path in Path(folder).iterdir() if not path.name.startswith(".")]
         yield inside[0] if len(inside) == 1 and inside[0].is_dir() else Path(folder)
 
 
+def _check_end(archive: tarfile.TarFile) -> None:
+    """tarfile takes a damaged header, or the end of a file that was cut off, for the end of the archive: that
+    is zeros. To read them all has the checksum of a compressed file compared."""
+    assert archive.fileobj is not None
+    archive.fileobj.seek(archive.offset)
+    rest = archive.fileobj.read(tarfile.BLOCKSIZE)
+    whole = len(rest) == tarfile.BLOCKSIZE
+    while rest:
+        whole &= not rest.strip(b"\0")
+        rest = archive.fileobj.read(1 << 20)
+    if not whole:
+        raise tarfile.ReadError("cut off, or damaged within")
+
+
+def _decode(found: Layout, side: int | None) -> Dataset:
+    _check_classes(found, {label for _, label in found.train}, found.skipped)  # before work is put into it
+    skipped = list(found.skipped)
+    with decoding():
+        side = side or _common_side(found)
+        train_x, train_y = _decode_all(found, found.train, side, skipped)
+        _check_classes(found, set(train_y.tolist()), skipped)
+        test_x, test_y = _decode_all(found, found.test, side, skipped)
+    if not len(test_y):
+        raise InputError(_needed("a readable image to test", "none", skipped))
+    untested = sorted(set(range(len(found.classes))).difference(test_y.tolist()))
+    skipped += [(f"{shown(found.classes[label])}/", "a class without a test image") for label in untested]
+    return Dataset(
+        torch.stack(train_x), train_y, torch.stack(test_x), test_y,
+        classes=len(found.classes), augment=True, skipped=tuple(skipped),
+    )  # fmt: skip
+
+
+def _check_classes(found: Layout, labels: set[int], skipped: Iterable[tuple[str, str]]) -> None:
+    """InputError if a class is not among the labels."""
+    for label, name in enumerate(found.classes):
+        if label not in labels:
+            of_class = [(file, why) for file, why in skipped if file.startswith(f"train/{shown(name)}/")]
+            raise InputError(
+                _needed("readable images of every class to train", f"none of class {shown(name)}", of_class)
+            )
+
+
+def _needed(what: str, got: str, skipped: Iterable[tuple[str, str]]) -> str:
+    return "; ".join([f"--data-dir must have {what}, got {got}", *left_out(skipped)])
+
+
 def _decode_all(
-    files: list[tuple[Path, int]], side: int, folder: Path, skipped: list[str]
-) -> tuple[Tensor, Tensor]:
-    """Images [N, 3, side, side] uint8 and labels [N] int64; adds the unreadable files to `skipped`."""
+    found: Layout, files: Sequence[tuple[Path, int]], side: int, skipped: list[tuple[str, str]]
+) -> tuple[list[Tensor], Tensor]:
+    """Images [3, side, side] uint8 and labels [N] int64; adds the files that are none to `skipped`."""
     images, labels = [], []
     with ThreadPoolExecutor() as pool:  # the decoders release the interpreter's lock
-        decoded = pool.map(lambda file: _decode(file[0], side), files)
+        decoded = pool.map(lambda file: decode(file[0], side), files)
         for (path, label), image in zip(files, decoded, strict=True):
-            if image is None:
-                skipped.append(str(path.relative_to(folder)))
+            if isinstance(image, str):
+                skipped.append((shown(path, found.folder), image))
             else:
                 images.append(image)
                 labels.append(label)
-    if not images:
-        raise InputError(f"--data-dir must have readable images to train and test, got {folder} without")
-    return torch.stack(images), torch.tensor(labels)
+    return images, torch.tensor(labels, dtype=torch.int64)
 
 
-def _classes(folder: Path) -> list[str]:
-    """Names of the class folders, of which `images` is none."""
-    if not folder.is_dir():
-        return []
-    return sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name != "images")
-
-
-def _images(folder: Path) -> list[Path]:
-    """The images of a class, in its folder or in a folder `images` in there."""
-    if not folder.is_dir():
-        return []
-    inside = folder / "images"
-    folder = inside if inside.is_dir() else folder
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES)
-
-
-def _annotated(annotations: Path, classes: list[str]) -> list[tuple[Path, int]]:
-    """Path and label of the images in `images`, from lines of name, class and more, between tabs."""
-    found = []
-    for line in annotations.read_text().splitlines():
-        name, label, *_ = line.split("\t")
-        if label not in classes:
-            raise InputError(
-                f"--data-dir must have the same classes to train and test, got {label} in test only"
-            )
-        found.append((annotations.parent / "images" / name, classes.index(label)))
-    return sorted(found)
-
-
-def _common_side(files: list[Path]) -> int:
-    for path in files:
-        image = _open(path)
-        if image is not None:
+def _common_side(found: Layout) -> int:
+    for path, _ in found.train:
+        image = open_image(path)
+        if not isinstance(image, str):
             return 32 if min(image.size) <= 48 else 64
     return 32
-
-
-def _decode(path: Path, side: int) -> Tensor | None:
-    """[3, side, side] uint8, or None if the file is no readable image."""
-    image = _open(path)
-    if image is None:
-        return None
-    if image.size != (side, side):
-        image = require("PIL.ImageOps").fit(image, (side, side))
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-
-
-def _open(path: Path) -> Any:
-    """An RGB image of Pillow, or None."""
-    pillow = require("PIL.Image")
-    try:
-        with warnings.catch_warnings(), pillow.open(path) as image:
-            warnings.simplefilter("error", pillow.DecompressionBombWarning)
-            return image.convert("RGB")
-    # what the decoders raise for broken files of the various formats
-    except (OSError, SyntaxError, ValueError, EOFError, pillow.DecompressionBombError, Warning):
-        return None

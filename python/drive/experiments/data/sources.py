@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
 
 from drive.experiments.runs.inputs import InputError, require
 
-from .cache import cache_folder, cached
+from .cache import cache_folder
 from .dataset import Dataset, seed_of
 from .idx import idx_folder, load_idx
 from .imagefolder import load_folder
+from .names import shown
 
 
 def load(name: str, folder: str | None = None) -> Dataset:
     """A data set by name, on the CPU.
 
-    Image folders are decoded once and kept as tensors in the cache folder.
+    Image folders are decoded once and kept as tensors in the cache folder; see `load_folder`.
 
     Args:
         name: one of NAMES: "digits" are scikit-learn's, 8x8; CIFAR is downloaded if absent.
@@ -26,23 +28,29 @@ def load(name: str, folder: str | None = None) -> Dataset:
             IDX files lie.
 
     Raises:
-        InputError: a missing package or folder, no network, a folder of another layout.
+        InputError: a missing package or folder, no network, a folder of another layout, damaged files, files
+            that the system does not read.
     """
+    try:
+        return _load(name, folder)
+    except OSError as error:
+        raise InputError(f"--data-dir must be readable, got {shown(folder or 'none')} ({error})") from error
+
+
+def _load(name: str, folder: str | None) -> Dataset:
     if name == "digits":
         if folder is not None:
             raise InputError(f"--data-dir must be left out with --data {name}, got {folder}")
         return _digits()
-    if name in ("cifar10", "cifar100"):
-        place = Path(folder) if folder else cache_folder()
-        if not place.is_file() and not (place / "train").is_dir():
-            return _cifar(name, place)
-    elif folder is None:
+    cifar = name in ("cifar10", "cifar100")
+    place = Path(folder) if folder else cache_folder() if cifar else None
+    if place is None:
         raise InputError(f"--data-dir must be given with --data {name}, got nothing")
-    else:
-        place = Path(folder)
-        if name == "mnist" and (raw := idx_folder(place)):
-            return load_idx(raw)
-    return cached(place, _SIDES.get(name), load_folder)
+    if cifar and not place.is_file() and not (place / "train").is_dir():
+        return _cifar(name, place)
+    if name == "mnist" and (raw := idx_folder(place)):
+        return load_idx(raw)
+    return load_folder(place, _SIDES.get(name))
 
 
 # in pixels, of images that come in folders; ImageNet's come in all sizes
@@ -55,7 +63,7 @@ def locate(name: str, folder: str | None) -> str | None:
     if folder is None or name == "digits":
         return None
     inside = (Path(folder) / name, Path(folder) / f"{name}.tar.gz")
-    return next((str(path) for path in inside if path.exists()), folder)
+    return next((str(path) for path in inside if os.path.exists(path)), folder)
 
 
 def _digits() -> Dataset:
@@ -73,12 +81,12 @@ def _cifar(name: str, folder: Path) -> Dataset:
     cifar = getattr(require("torchvision.datasets"), name.upper())
     try:
         train, test = (cifar(folder, train=part, download=True) for part in (True, False))
-    except (OSError, RuntimeError) as error:  # URLError is an OSError; a bad checksum a RuntimeError
+        (train_x, train_y), (test_x, test_y) = (
+            (torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets))
+            for part in (train, test)
+        )
+        return Dataset(train_x, train_y, test_x, test_y, classes=len(train.classes), augment=True)
+    except Exception as error:  # no network, a bad checksum, whatever unpickling damaged files leads to
         raise InputError(
-            f"--data-dir must hold {name} or be a folder to download it to, got {folder} ({error})"
+            f"--data-dir must hold {name} or be a folder to download it to, got {shown(folder)} ({error})"
         ) from error
-    (train_x, train_y), (test_x, test_y) = (
-        (torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets))
-        for part in (train, test)
-    )
-    return Dataset(train_x, train_y, test_x, test_y, classes=len(train.classes), augment=True)
