@@ -9,10 +9,11 @@ from pathlib import Path
 SHOWN = 5  # names of a line
 
 
-def shown(path: str | Path, within: str | Path = "") -> str:
+def shown(path: str | Path, within: Path | None = None) -> str:
     """A path, in a folder maybe, as text that can be encoded and printed: bytes that are no UTF-8, and
     controls, are escaped."""
-    text = os.fsencode(os.fspath(path).removeprefix(f"{within}/")).decode("utf-8", "backslashreplace")
+    name = os.fspath(path).removeprefix(f"{within}/") if within else path
+    text = os.fsencode(name).decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
