@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import tarfile
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -84,11 +84,11 @@ def _check_end(archive: tarfile.TarFile) -> None:
 def _decode(found: Layout, side: int | None) -> Dataset:
     _check_classes(found, {label for _, label in found.train}, found.skipped)  # before work is put into it
     skipped = list(found.skipped)
-    with decoding():
+    with decoding(), ThreadPoolExecutor() as pool:  # the decoders release the interpreter's lock
         side = side or _common_side(found)
-        train_x, train_y = _decode_all(found, found.train, side, skipped)
+        train_x, train_y = _decode_all(pool, found, found.train, side, skipped)
         _check_classes(found, set(train_y.tolist()), skipped)
-        test_x, test_y = _decode_all(found, found.test, side, skipped)
+        test_x, test_y = _decode_all(pool, found, found.test, side, skipped)
     if not len(test_y):
         raise InputError(_needed("a readable image to test", "none", skipped))
     untested = sorted(set(range(len(found.classes))).difference(test_y.tolist()))
@@ -114,18 +114,17 @@ def _needed(what: str, got: str, skipped: Iterable[tuple[str, str]]) -> str:
 
 
 def _decode_all(
-    found: Layout, files: Sequence[tuple[Path, int]], side: int, skipped: list[tuple[str, str]]
+    pool: Executor, found: Layout, files: list[tuple[Path, int]], side: int, skipped: list[tuple[str, str]]
 ) -> tuple[list[Tensor], Tensor]:
     """Images [3, side, side] uint8 and labels [N] int64; adds the files that are none to `skipped`."""
     images, labels = [], []
-    with ThreadPoolExecutor() as pool:  # the decoders release the interpreter's lock
-        decoded = pool.map(lambda file: decode(file[0], side), files)
-        for (path, label), image in zip(files, decoded, strict=True):
-            if isinstance(image, str):
-                skipped.append((shown(path, found.folder), image))
-            else:
-                images.append(image)
-                labels.append(label)
+    decoded = pool.map(lambda file: decode(file[0], side), files)
+    for (path, label), image in zip(files, decoded, strict=True):
+        if isinstance(image, str):
+            skipped.append((shown(path, found.folder), image))
+        else:
+            images.append(image)
+            labels.append(label)
     return images, torch.tensor(labels, dtype=torch.int64)
 
 
