@@ -96,8 +96,8 @@ def colours() -> tuple[object, np.ndarray]:
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("x.png", {}), ("x.png", {"transparency": 7}), ("x.png", {"transparency": bytes(range(256))}), ("x.gif", {}),
-     ("x.gif", {"transparency": 7}), ("x.tif", {})],
+    [("x.png", {}), ("x.png", {"transparency": 7}), ("x.png", {"transparency": bytes(range(256))}),
+     ("x.gif", {}), ("x.gif", {"transparency": 7}), ("x.tif", {})],
 )  # fmt: skip
 def test_palettes_keep_their_colours(
     tmp_path: Path, name: str, options: dict[str, object], recwarn: pytest.WarningsRecorder
