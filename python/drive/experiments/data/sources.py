@@ -40,7 +40,7 @@ def load(name: str, folder: str | None = None) -> Dataset:
 def _load(name: str, folder: str | None) -> Dataset:
     if name == "digits":
         if folder is not None:
-            raise InputError(f"--data-dir must be left out with --data {name}, got {folder}")
+            raise InputError(f"--data-dir must be left out with --data {name}, got {shown(folder)}")
         return _digits()
     cifar = name in ("cifar10", "cifar100")
     place = Path(folder) if folder else cache_folder() if cifar else None
