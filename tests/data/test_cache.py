@@ -94,8 +94,34 @@ LINKED = {  # what is a link, in a folder of two parts with two classes
 }
 
 
+def make_alike(folder: Path) -> None:
+    """Files of one size, and all of one time, as out of an archive."""
+    for path in folder.glob("*/*/*"):
+        path.write_bytes(path.read_bytes().ljust(1000, b"\0"))
+    for path in [*folder.glob("*/*/*"), *folder.glob("*/*"), *folder.glob("*")]:
+        os.utime(path, ns=(0, 0))
+
+
+@pytest.fixture(params=[True, False], ids=["changes are timed", "changes are not timed"])
+def timed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a disk as all are, and as FAT is: that keeps no time that cannot be set."""
+
+    class Untimed:
+        st_ctime_ns = 0
+
+        def __init__(self, *path: object, **options: object):
+            self.found = stat(*path, **options)  # type: ignore[arg-type]
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self.found, name)
+
+    if not request.param:
+        stat = os.stat
+        monkeypatch.setattr(os, "stat", Untimed)
+
+
 @pytest.mark.parametrize("linked", LINKED.values(), ids=LINKED)
-def test_what_lies_behind_links_is_known(tmp_path: Path, linked: list[str]) -> None:
+def test_what_lies_behind_links_is_known(tmp_path: Path, linked: list[str], timed: None) -> None:
     """Two sets that differ behind the links only; then one link of the first leads to the second."""
     found = []
     for name in ("first", "second"):
@@ -103,33 +129,41 @@ def test_what_lies_behind_links_is_known(tmp_path: Path, linked: list[str]) -> N
         if name == "second":
             for part in ("train", "val"):
                 exchange(disk / part / "blue", disk / part / "red")
+        make_alike(disk)
         for link in linked:
             (place / link).parent.mkdir(parents=True, exist_ok=True)
             (place / link).symlink_to(disk / link)
         found.append(data.load("imagefolder", str(place)))
     first, second = found
-    assert torch.equal(first.train_x, second.train_x.flip(0)) and not torch.equal(
-        first.train_x, second.train_x
-    )
+    assert torch.equal(first.train_x, second.train_x.flip(0))
+    assert not torch.equal(first.train_x, second.train_x)
     link = tmp_path / "first/data" / linked[0]
     link.unlink()
     link.symlink_to(tmp_path / "disk/second" / linked[0])
+    if link.parent.name in ("blue", "train"):
+        os.utime(link.parent, ns=(0, 0))
     after = data.load("imagefolder", str(tmp_path / "first/data"))
-    assert torch.equal(after.train_x[0], second.train_x[0]) and not torch.equal(after.train_x, first.train_x)
+    assert torch.equal(after.train_x[0], second.train_x[0])
+    assert not torch.equal(after.train_x, first.train_x)
 
 
 @pytest.mark.parametrize("what", ["0.png", ""], ids=["files", "folders"])
-def test_exchanged_names_are_decoded_again(folder: Path, what: str) -> None:
-    """Of one size and time, as files out of an archive are."""
-    for path in folder.glob("*/*/*"):
-        path.write_bytes(path.read_bytes().ljust(1000, b"\0"))
-        os.utime(path, ns=(0, 0))
+def test_exchanged_names_are_decoded_again(folder: Path, what: str, timed: None) -> None:
+    make_alike(folder)
     before = data.load("imagefolder", str(folder))
     exchange(folder / "train/blue" / what, folder / "train/red" / what)
     after = data.load("imagefolder", str(folder))
-    assert torch.equal(after.train_x[0], before.train_x[-1]) and not torch.equal(
-        before.train_x, after.train_x
-    )
+    assert torch.equal(after.train_x[0], before.train_x[-1])
+    assert not torch.equal(before.train_x, after.train_x)
+
+
+def test_images_written_anew_are_decoded_again(folder: Path) -> None:
+    make_alike(folder)
+    before = data.load("imagefolder", str(folder))
+    shutil.copyfile(folder / "train/red/0.png", folder / "train/blue/0.png")
+    make_alike(folder)
+    after = data.load("imagefolder", str(folder))
+    assert torch.equal(after.train_x[0], before.train_x[-1])
 
 
 def test_the_same_images_by_another_path_or_beside_other_things(
