@@ -38,11 +38,11 @@ class Layout:
 
     @property
     def files(self) -> list[Path]:
-        """All images, and the folders that they really lie in, the names of which may have been exchanged."""
+        """All images, and the folders that they lie in: names may be exchanged, and links lead elsewhere."""
         images = [path for path, _ in self.train + self.test]
         folders = {path.parent for path in images}
         folders |= {above for path in folders for above in path.parents if self.folder in above.parents}
-        return [Path(os.path.realpath(folder)) for folder in sorted(folders)] + images
+        return sorted(folders) + images
 
 
 def layout_of(folder: Path, source: Path) -> Layout:
