@@ -283,9 +283,12 @@ def test_prune_on_an_image_folder_with_a_corrupt_image(
     (folder / "train/red/2.png").write_bytes(b"broken")
     options = ["--data", "imagefolder", "--data-dir", "photos", "--model", "small_cnn", "--out", "run"]
     assert main(["prune", *TINY_PRUNE, "--limit-train", "100", "--batch-size", "4", *options]) == 0
-    assert "left out 1 unreadable images: train/red/2.png" in capsys.readouterr().out
+    assert "left out 1 file (broken or no image): train/red/2.png" in capsys.readouterr().out
     report = json.loads(Path("run/report.json").read_text())
-    assert report["images"]["skipped"] == ["train/red/2.png"] and report["images"]["train"] == 11
+    assert (
+        report["images"]["skipped"] == [["train/red/2.png", "broken or no image"]]
+        and report["images"]["train"] == 11
+    )
 
 
 @needs_digits
