@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import safetensors
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import Self
 
-from .bits import FORMAT, write_packed, write_sharded
+from .bits import read_packed, write_packed, write_sharded
 from .distributed.placement import check_placed, distributed_like, is_dtensor, local, sharded_like
 from .holding.attachment import Attachment, innermost
 from .holding.hold import OnRevived
@@ -252,21 +249,10 @@ class Masks(Mapping[str, Tensor]):
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: the file is truncated, corrupt, or not a masks file.
+            ValueError: the file is truncated, corrupt, or not a masks file (nor a file: a folder, a FIFO).
         """
-        try:
-            with safetensors.safe_open(os.fspath(path), framework="numpy") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise ValueError(f"its format is {metadata.get('format')!r}, not {FORMAT!r}")
-                shapes = json.loads(metadata["shapes"])
-                masks = {
-                    name: _unpack(name, file.get_tensor(name), shape).to(device)
-                    for name, shape in shapes.items()
-                }
-                return cls(masks, json.loads(metadata.get("parameters", "null")))
-        except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"Masks.load: {path} is not a readable masks file: {error}") from error
+        masks, parameters = read_packed(path)
+        return cls({name: mask.to(device) for name, mask in masks.items()}, parameters)
 
     def to(self, device: torch.device | str) -> Masks:
         """The same masks on another device (tensors already there are shared)."""
@@ -286,13 +272,6 @@ class Masks(Mapping[str, Tensor]):
             _check_shape(op, name, mask, weights[name])
             check_placed(op, name, mask, weights[name])
         return [(weights[name], mask) for name, mask in self.items()]
-
-
-def _unpack(name: str, packed: np.ndarray[Any, Any], shape: list[int]) -> Tensor:
-    count = int(np.prod(shape, dtype=np.int64))
-    if packed.dtype != np.uint8 or packed.shape != ((count + 7) // 8,):
-        raise ValueError(f"{name} must hold {count} bits, got {packed.dtype} {packed.shape}")
-    return torch.from_numpy(np.unpackbits(packed, count=count).astype(np.bool_)).view(shape)
 
 
 def _check_same_names(op: str, expected: Mapping[str, Any], got: Mapping[str, Any]) -> None:

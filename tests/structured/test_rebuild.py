@@ -96,7 +96,7 @@ def test_other_files_and_other_models_are_refused_in_a_line(tmp_path):
     with pytest.raises(ValueError, match="is not a readable file of a shrunk model"):
         drive.rebuild(model, path, x)
     safetensors.torch.save_file({"a": torch.zeros(1)}, path)
-    with pytest.raises(ValueError, match="its metadata have nothing, not drive-shrunk-1"):
+    with pytest.raises(ValueError, match="its metadata must be drive-shrunk-1, got nothing"):
         drive.rebuild(model, path, x)
 
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from drive.bits import is_size, opened
 from drive.files import write_atomic
 from drive.layers import Layers
 from drive.masks import Masks
@@ -180,7 +180,7 @@ def rebuild(
     cut(small, kept, layers)
     state, names = small.state_dict(keep_vars=True), weights.keys()
     if (wrong := next(iter(state.keys() ^ names), None)) or (
-        wrong := next((name for name, tensor in state.items() if tensor.shape != weights[name].shape), None)
+        wrong := next((name for name, tensor in state.items() if not _alike(weights[name], tensor)), None)
     ):
         raise ValueError(f"rebuild: {path} must be of this architecture: {wrong} is not as it is there")
     for name, tensor in state.items():
@@ -276,19 +276,31 @@ def _outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
     return [tensor for tensor in tensors_in(outputs) if tensor.is_floating_point()]
 
 
+def _alike(stored: Tensor, tensor: Tensor) -> bool:
+    """Can it take this one's place? A model may have been saved in another precision."""
+    floating = stored.is_floating_point() and tensor.is_floating_point()
+    return stored.shape == tensor.shape and (floating or stored.dtype == tensor.dtype)
+
+
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Kept]:
-    try:
-        with safetensors.safe_open(os.fspath(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            if _FORMAT not in metadata:
-                raise ValueError(f"its metadata have {', '.join(metadata) or 'nothing'}, not {_FORMAT}")
-            cuts = json.loads(metadata[_FORMAT])
-            kept = {(name, axis): file.get_tensor(f"kept.{n}") for n, (name, axis) in enumerate(cuts)}
-            weights = {
-                key.removeprefix("weights."): file.get_tensor(key)
-                for key in file.keys()  # noqa: SIM118 (it is no mapping)
-                if key.startswith("weights.")
-            }
-    except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"rebuild: {path} is not a readable file of a shrunk model: {error}") from error
-    return weights, kept
+    with opened("rebuild", path, "file of a shrunk model", "pt") as file:
+        metadata = file.metadata() or {}
+        if _FORMAT not in metadata:
+            raise ValueError(f"its metadata must be {_FORMAT}, got {', '.join(metadata) or 'nothing':.80}")
+        cuts = json.loads(metadata[_FORMAT])
+        if not isinstance(cuts, list):
+            raise ValueError(f"it must list what was cut, got {cuts!r:.80}")
+        keys = set(file.keys())
+        kept: dict[tuple[str, int], Tensor] = {}
+        for number, place in enumerate(cuts):
+            key, good = f"kept.{number}", isinstance(place, list) and list(map(type, place)) == [str, int]
+            if not good or not is_size(place[1]) or tuple(place) in kept or key not in keys:
+                raise ValueError(
+                    f"what was cut must be a tensor's axis, and what stays be there, got {place!r:.80}"
+                )
+            stays = file.get_tensor(key)
+            if stays.dtype != torch.bool or stays.dim() != 1 or not stays.any():
+                raise ValueError(f"{key} must be a vector of bool that leaves something")
+            kept[place[0], place[1]] = stays
+        names = [key for key in keys if key.startswith("weights.")]
+        return {name.removeprefix("weights."): file.get_tensor(name) for name in names}, kept
