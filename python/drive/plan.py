@@ -34,6 +34,8 @@ class Plan:
         device: of these tensors.
         schedule: its name, or that of the callable.
         steps: the sparsity after each iteration.
+        zeros_decide: whether a step may have nothing but scores of 0: it is accepted, or they are not all
+            among those that it compares (N:M).
         accumulate: batches that one score takes.
         capture: False also where no graph can be captured: the method trains, or there are several ranks.
     """
@@ -49,6 +51,7 @@ class Plan:
     scope: str
     structure: str
     min_keep: int
+    round_steps: int | None
     accumulate: int
     seed: int
     autocast: torch.dtype | None
@@ -70,6 +73,7 @@ class Plan:
         scope: str | None = None,
         structure: str = "unstructured",
         min_keep: int | None = None,
+        round_steps: int | None = None,
         accumulate: int | None = None,
         seed: int = 0,
         autocast: torch.dtype | None = None,
@@ -146,6 +150,7 @@ class Plan:
             scope=scope,
             structure=structure,
             min_keep=min_keep,
+            round_steps=None if round_steps is None else _whole("round_steps", round_steps),
             accumulate=taken,
             seed=seed,
             autocast=autocast,
@@ -168,12 +173,21 @@ class Plan:
         return self.method.stage == "training"
 
     @property
+    def zeros_decide(self) -> bool:
+        return self.on_ties == "index" or ":" in self.structure
+
+    @property
     def said(self) -> Said:
         """What must be the same on all ranks, beside what a selection says."""
         return [
             *(("method", self.method.name), ("sparsity", self.sparsity), ("iterations", self.iterations)),
             *(("macs", self.macs), ("alpha", self.alpha)),
-            *(("accumulate", self.accumulate), ("steps", list(self.steps)), ("on_ties", self.on_ties)),
+            *(
+                ("round_steps", self.round_steps),
+                ("accumulate", self.accumulate),
+                ("steps", list(self.steps)),
+                ("on_ties", self.on_ties),
+            ),
         ]
 
     def __str__(self) -> str:

@@ -14,11 +14,11 @@ from torch import nn
 
 from . import schedules
 from ._scoring.capture import Capture, captured
-from ._scoring.feed import endless
+from ._scoring.feed import Passes, endless
 from ._scoring.finite import LateChecks
 from ._scoring.gradients import loss_gradients
 from ._scoring.loss import Batch, ComputeLoss, Loss, LossFn
-from ._scoring.sgd import Train, sgd_epoch
+from ._scoring.sgd import Train, check_round, sgd_round
 from ._scoring.ties import TieCheck
 from .distributed.placement import is_dtensor
 from .distributed.team import Team, team_of, together, together_from
@@ -63,6 +63,7 @@ def prune(
     layers: Layers | None = None,
     process_group: dist.ProcessGroup | None = None,
     train: Train | None = None,
+    round_steps: int | None = None,
     accumulate: int | None = None,
     seed: int = 0,
     autocast: torch.dtype | None = None,
@@ -129,6 +130,9 @@ def prune(
             (`Masks.attach`), for methods that prune in the course of it (see their docstrings for
             what a round is). `number` counts the rounds since the weights were fresh, from 0. Default:
             one pass over `batches` by SGD (learning rate 0.01, momentum 0.9).
+        round_steps: optimizer steps of a round of that default, in place of one pass: for a stream of batches
+            that never ends, which a pass would wait for (with itertools.cycle and repeat that is an error; a
+            generator does not tell). The next round goes on where the last one stopped.
         accumulate: batches whose mean gradient is one score, so that a large batch comes in pieces (equal
             to it if they are of one size and BatchNorm is in eval mode). Default: the method's own, 1
             but for CroP.
@@ -153,8 +157,8 @@ def prune(
         The masks, on the weights' device.
 
     Raises:
-        ValueError, TypeError: bad arguments, batches that run out or give no loss, a non-finite score, scores
-            of 0 that decide.
+        ValueError, TypeError: bad arguments, a sparsity that rounds to everything, batches that run out or
+            give no loss, a loss or a score that is not finite, scores of 0 that decide, no survivors.
         RuntimeError: capture is True and it is not possible, with the reason.
     """
     team = team_of("prune", model, process_group)
@@ -167,7 +171,8 @@ def prune(
             weights, "one" if team is None else "shards" if shards else "copies",
             sparsity=sparsity, macs=macs, alpha=alpha, method=method, iterations=iterations,
             schedule=schedule, scope=scope, structure=structure, min_keep=min_keep,
-            accumulate=accumulate, seed=seed, autocast=autocast, capture=capture, on_ties=on_ties,
+            round_steps=round_steps, accumulate=accumulate, seed=seed, autocast=autocast, capture=capture,
+            on_ties=on_ties,
         )  # fmt: skip
         entries: Selection | None = None
         if not plan.by_outputs:
@@ -177,18 +182,23 @@ def prune(
             said += entries.said
             masks = masks if masks is None else entries.begun(masks)
         loss = Loss(loss_fn, compute_loss)
+        check_round(batches, plan.trains, train, plan.round_steps)
         if on_step is not None and not callable(on_step):
             raise TypeError(f"prune: on_step must be callable, got {type(on_step).__name__}")
         said += [*plan.said, ("on_step", None if on_step is None else "a function")]
     if entries is not None:
         entries.meet()
+        if plan.macs is None:
+            entries.check_left(plan.sparsity)
     _log.info("%s", plan)
 
     chosen, device = plan.method, plan.device
     eager = loss_gradients(model, weights, loss, plan.autocast)
     checks = LateChecks(steps_late=1 if device.type == "cuda" else 0)
-    feed = together_from(team, endless(batches, device))
+    passes = Passes(batches)
+    feed = together_from(team, endless(passes, device))
     meaning, raises = chosen.zero_means, plan.on_ties == "error"
+    zeros = None if plan.zeros_decide else meaning
     with (
         undone_on_error(model, None if plan.trains else weights),
         seeded(plan.seed, device),
@@ -218,26 +228,32 @@ def prune(
         deciding = 1, 1 + goals.index(goals[-1])  # the first iteration, and the last that prunes further
         problem = Problem(
             model, weights, feed, loss, gradients_of,
-            train=train or sgd_epoch(batches, loss), accumulate=plan.accumulate, sparsity=plan.sparsity,
-            iteration=0, iterations=plan.iterations, outputs=outputs, masks=masks,
+            train=train or sgd_round(passes, loss, plan.round_steps), accumulate=plan.accumulate,
+            sparsity=plan.sparsity, iteration=0, iterations=plan.iterations, outputs=outputs, masks=masks,
         )  # fmt: skip
+        result: PruneResult | None = None
         shown = tracked(groups, f"{chosen.name} to {plan.sparsity:.2%}") if progress else groups
         for number, some in enumerate(shown, start=1):
-            problem = replace(problem, iteration=number)
+            problem, at = replace(problem, iteration=number), f"prune: iteration {number}"
             chosen.before(problem)
             with scoring(model, weights) if plan.trains else nullcontext():
                 ranking = chosen.rank(problem)
             ties = None
             if number in deciding:
-                ties = TieCheck(f"prune: iteration {number}", groups[-1], meaning, number == 1, raises)
-            result = selection.step(ranking, some, problem.masks, ties)
+                with together(team, "check their losses"):  # or all scores may be 0 for that reason
+                    loss.check_finite(at)
+                ties = TieCheck(at, groups[-1], meaning, number == 1, raises)
+            before, result = result, selection.step(ranking, some, problem.masks, ties)
             problem = replace(problem, masks=result.masks)
-            checks.add(result.check_finite(f"prune: iteration {number}"))
+            with together(team, "check their losses"):
+                checks.add(result.check_step(at, before, loss.total, zeros))
             chosen.after(problem)
             if on_step is not None:
                 with together(team, "call on_step"):
                     on_step(result)
-        checks.finish()
+        with together(team, "check their losses"):
+            checks.finish()
+    assert result is not None  # there is one iteration at least
     if device.type == "cuda":
         for mask in result.masks.values():  # they may be of the graph's stream
             mask.record_stream(torch.cuda.current_stream(device))

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._scoring.finite import FiniteCheck
+from ._scoring.finite import FiniteCheck, StepCheck
 from .masks import Masks
 from .targets.costs import Budget
 from .targets.multiply_adds import work
@@ -66,6 +66,21 @@ class PruneResult:
             op: whose step it was, for the error message.
         """
         return FiniteCheck(op, self._sizes, self._nonfinite, self._bad_ranks)
+
+    def check_step(
+        self, op: str, before: PruneResult | None, loss: Tensor | None, zero_means: str | None
+    ) -> StepCheck:
+        """The same of a step of a loop, and what else has to be right of one.
+
+        Args:
+            before: of the step before; None at the first one.
+            loss: of `Loss.total`.
+            zero_means: of StepCheck.
+        """
+        return StepCheck(
+            op, self._sizes, self._nonfinite, self._bad_ranks, loss=loss, scores=self._scores,
+            kept=self._kept, before=None if before is None else before._kept, zero_means=zero_means,
+        )  # fmt: skip
 
     @property
     def per_tensor(self) -> list[TensorCount]:

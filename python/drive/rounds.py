@@ -87,9 +87,23 @@ class Selection:
 
     def groups(self, sparsity: float) -> Groups:
         """What to prune to a sparsity: names of tensors and a number of entries, or of blocks."""
+        unit, _, count = self._units(sparsity)
+        return scopes.groups(self.scope, self._shapes, count, unit)
+
+    def check_left(self, sparsity: float) -> None:
+        """Raise ValueError if a sparsity leaves nothing."""
+        unit, total, count = self._units(sparsity)
+        if count == total > 0:
+            units = "entries" if unit == 1 else "blocks"
+            raise ValueError(
+                f"{self.op}: sparsity must leave one of {total:,} {units} at least, got {sparsity}"
+            )
+
+    def _units(self, sparsity: float) -> tuple[int, int, int]:
+        """Entries of a unit; how many units there are, and how many of them to prune to a sparsity."""
         unit = 1 if self.structure is None else self.structure.size
         total = sum(shape.numel() for shape in self._shapes.values()) // unit
-        return scopes.groups(self.scope, self._shapes, round(sparsity * total), unit)
+        return unit, total, round(sparsity * total)
 
     def budgets(
         self, costs: Mapping[str, int], steps: Sequence[float], macs: float, alpha: float
@@ -100,12 +114,18 @@ class Selection:
             costs: of an entry of each tensor.
 
         Raises:
-            ValueError: `min_keep` costs more than is left in the end.
+            ValueError: in the end not even the cheapest unit is left, or `min_keep` costs more.
         """
         dense = work(costs, {name: shape.numel() for name, shape in self._shapes.items()})
         left = [dense - round(step * dense) for step in steps[:-1]]
         left.append(floor(Fraction(str(macs)) * dense))  # the decimal number that was written
         unit = 1 if self.structure is None else self.structure.size
+        least = min((unit * costs[name] for name, shape in self._shapes.items() if shape.numel()), default=0)
+        if least > left[-1]:
+            raise ValueError(
+                f"{self.op}: macs must leave {least:,} of {dense:,} multiply-adds, what the cheapest "
+                f"{'entry' if unit == 1 else 'block'} costs, got {macs}: {left[-1]:,}"
+            )
         guard = -(-self.min_keep // unit) * unit
         guards = {
             name: sum(min(guard, entries(box)) for box in boxes(shape, self.axes[name]))

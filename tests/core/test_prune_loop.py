@@ -243,7 +243,7 @@ def test_non_finite_loss_in_the_middle():
     data = batches(3)
     data[2] = (data[2][0] * torch.nan, data[2][1])
     before = everything(model)
-    message = r"prune: iteration 3: non-finite score in 0.weight \(45 of 54 entries\)"  # 9 are pruned
+    message = r"prune: iteration 3: the loss must be finite, got nan"
     with pytest.raises(ValueError, match=message):
         prune(model, data=data, sparsity=0.9, iterations=5)
     for name, tensor in model.state_dict().items():

@@ -236,8 +236,15 @@ def loops_with_faults() -> None:
         )
         refused(kind, message, error, batches=few, iterations=4)
         nan = batches()
-        nan[1][0][0, 0] = torch.nan if rank else 0  # the average is NaN everywhere, or on one shard
-        refused(kind, "iteration 2: non-finite score in .*, the first on rank", batches=nan, iterations=3)
+        nan[1][0][0, 0] = torch.nan if rank else 0
+        loss = "iteration 2: the loss must be finite, got nan"
+        message = loss if rank else "iteration 2: non-finite score in .*, the first on rank"
+        refused(kind, message, batches=nan, iterations=3)
+        ignored = batches()
+        if rank:  # the loss is NaN, gradients are 0
+            ignored[1] = ignored[1][0], torch.full_like(ignored[1][1], -100)
+        error, message = (ValueError, loss) if rank else (RuntimeError, f"rank 1 raised .*{loss}")
+        refused(kind, message, error, batches=ignored, iterations=3)
     refused("shards", "method must be one for shards of a model, got 'rigl'", method="rigl")
     refused("shards", "structure must be 'unstructured' for shards, got '2:4'", structure="2:4")
 

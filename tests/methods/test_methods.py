@@ -12,8 +12,9 @@ from torch import nn
 
 import drive
 from drive import Masks, methods
+from drive._scoring.feed import Passes
 from drive._scoring.loss import Loss
-from drive._scoring.sgd import sgd_epoch
+from drive._scoring.sgd import sgd_round
 
 LOSS = nn.functional.cross_entropy
 
@@ -255,7 +256,7 @@ def test_synflow_is_finite_and_conserved_at_150_wide_layers():
 def test_early_crop_is_crop_on_the_trained_network():
     trained, model = network().train(), network().train()
     data, options = batches(4), {"sparsity": 0.9, "iterations": 4, "accumulate": 2}
-    train = sgd_epoch(batches(3), Loss(LOSS), lr=0.05)
+    train = sgd_round(Passes(batches(3)), Loss(LOSS), lr=0.05)
     early = prune(model, data, method=methods.EarlyCrop(latest=2), train=train, **options)
     for number in range(2):
         train(trained, None, number)

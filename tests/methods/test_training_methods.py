@@ -11,8 +11,9 @@ from torch import nn
 
 import drive
 from drive import methods, schedules
+from drive._scoring.feed import Passes
 from drive._scoring.loss import Loss
-from drive._scoring.sgd import sgd_epoch
+from drive._scoring.sgd import sgd_round
 from drive.methods.early_crop import distance, settled
 
 LOSS = nn.functional.cross_entropy
@@ -45,7 +46,7 @@ class Watch:
     """The default training, remembering what it was called with and what it left."""
 
     def __init__(self):
-        self.train = sgd_epoch(batches(), Loss(LOSS), lr=0.1)
+        self.train = sgd_round(Passes(batches()), Loss(LOSS), lr=0.1)
         self.numbers, self.masks, self.before, self.after = [], [], [], []
 
     def __call__(self, model, masks, number):

@@ -332,12 +332,12 @@ def test_interrupted_in_a_captured_run(error: BaseException):
 
 @pytest.mark.parametrize("bad", (1, 2, 7, WORTHWHILE))
 @pytest.mark.parametrize("capture", (False, True))
-def test_non_finite_score(capture: bool, bad: int):
+def test_non_finite_loss(capture: bool, bad: int):
     data = batches(WORTHWHILE)
     data[bad - 1] = (data[bad - 1][0] * torch.nan, data[bad - 1][1])
     model = cnn()
     before = copy.deepcopy(model.state_dict())
-    message = rf"prune: iteration {bad}: non-finite score in 0.weight \(\d+ of 432 entries\)"
+    message = f"prune: iteration {bad}: the loss must be finite, got nan"
     with pytest.raises(ValueError, match=message):
         prune(model, data, capture=capture)
     for name, tensor in model.state_dict().items():

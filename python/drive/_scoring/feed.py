@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -19,22 +20,36 @@ from torch.utils._pytree import tree_map
 from .loss import Batch
 
 
-def endless(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
-    """The batches, their tensors on the device, started again when short; none is read ahead.
+class Passes:
+    """Passes over batches, each of which begins them anew and none of which may be empty.
 
-    Raises:
-        ValueError: there are none, or they cannot be started again.
+    One for all that takes batches in a run: an iterator that the training has used up has none left for the
+    scores.
     """
-    move = mover(device)
-    served = 0
-    while True:
-        before = served
-        for batch in batches:
-            served += 1
-            yield move(batch)
-        if served == before:
+
+    def __init__(self, batches: Iterable[Batch]):
+        self._batches, self._served = batches, 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        """One pass; no batch is read ahead.
+
+        Raises:
+            ValueError: there are none, or they cannot be started again.
+        """
+        empty = True
+        for batch in self._batches:
+            empty = False
+            self._served += 1
+            yield batch
+        if empty:
+            served = self._served
             again = f"they ran out after {served} and cannot be started again" if served else "they are empty"
             raise ValueError(f"prune: batches must go on as long as the method needs them: {again}")
+
+
+def endless(passes: Passes, device: torch.device) -> Iterator[Batch]:
+    """The batches, their tensors on the device, pass after pass."""
+    return map(mover(device), chain.from_iterable(repeat(passes)))
 
 
 def mover(device: torch.device) -> Callable[[Any], Any]:

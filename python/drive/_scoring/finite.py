@@ -1,11 +1,14 @@
-"""Were the scores of a step finite? Asked without making the device wait."""
+"""Were loss and scores of a step finite, and did they decide? Asked without making the device wait."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import isfinite
 
 import torch
 from torch import Tensor
+
+from .ties import REMEDIES, by_index
 
 
 class FiniteCheck:
@@ -19,11 +22,11 @@ class FiniteCheck:
         Args:
             op: whose step it is, for the error message.
             sizes: entries of the tensors of the step, by name.
-            nonfinite: [T] int64, NaN or infinite scores per tensor.
+            nonfinite: [T], NaN or infinite scores per tensor.
             ranks: [T] first rank that has any, if the tensors are spread over several.
         """
         self._op, self._sizes, self._ranks = op, sizes, ranks
-        self._nonfinite = nonfinite.to("cpu", non_blocking=nonfinite.is_cuda)
+        self._asked = nonfinite.to("cpu", non_blocking=nonfinite.is_cuda)
         self._sent: torch.cuda.Event | None = None
         if nonfinite.is_cuda:
             self._sent = torch.cuda.current_stream(nonfinite.device).record_event()
@@ -34,13 +37,84 @@ class FiniteCheck:
         Raises:
             ValueError: a score is not finite; names the tensor, the first one of them.
         """
+        self._check_scores(self._numbers())
+
+    def _numbers(self) -> list[float]:
         if self._sent is not None:
             self._sent.synchronize()
-        counts = zip(self._sizes.items(), self._nonfinite.tolist(), strict=True)
-        for index, ((name, size), count) in enumerate(counts):
+        return self._asked.tolist()
+
+    def _check_scores(self, counts: Sequence[float]) -> None:
+        for index, ((name, size), count) in enumerate(zip(self._sizes.items(), counts, strict=True)):
             if count:
                 where = "" if self._ranks is None else f", the first on rank {self._ranks[index]}"
-                raise ValueError(f"{self._op}: non-finite score in {name} ({count} of {size} entries{where})")
+                raise ValueError(
+                    f"{self._op}: non-finite score in {name} ({int(count)} of {size} entries{where})"
+                )
+
+
+class StepCheck(FiniteCheck):
+    """The same of a step of a loop, and of the losses before it; and: has it done what a step should?"""
+
+    def __init__(
+        self,
+        op: str,
+        sizes: Mapping[str, int],
+        nonfinite: Tensor,
+        ranks: Sequence[int] | None,
+        *,
+        loss: Tensor | None,
+        scores: Tensor,
+        kept: Tensor,
+        before: Tensor | None,
+        zero_means: str | None,
+    ):
+        """Send for the answer, all in one piece.
+
+        Args:
+            op, sizes, nonfinite, ranks: of FiniteCheck.
+            loss: a number that is not finite if one was not; None: there was none.
+            scores: [2], the second is the sum of all that were alive.
+            kept: [T], how many the step has left.
+            before: likewise, the step before; None: it is the first one.
+            zero_means: what a score of 0 says; None: that all are 0 is accepted.
+        """
+        pieces = [nonfinite, kept, kept if before is None else before, scores]
+        if loss is not None:
+            pieces.append(loss.to(nonfinite.device).view(1))
+        super().__init__(op, sizes, torch.cat(pieces), ranks)  # as float64
+        self._zero_means = zero_means
+
+    def answer(self) -> None:
+        """Wait for the answer.
+
+        Raises:
+            ValueError: a loss or a score is not finite; scores of 0 have decided; nothing survives.
+        """
+        numbers, tensors = self._numbers(), len(self._sizes)
+        nonfinite, kept, before = (numbers[i * tensors : (i + 1) * tensors] for i in range(3))
+        _, score_sum, *loss = numbers[3 * tensors :]
+        if loss:
+            check_loss(self._op, loss[0])
+        self._check_scores(nonfinite)
+        if kept != before and not score_sum and self._zero_means is not None:
+            facts = by_index(f"{self._op}: all of the entries score 0", self._zero_means)
+            raise ValueError(f"{facts}, or that no target of the batch counts. {REMEDIES}")
+        total = sum(self._sizes.values())
+        if total and not any(kept):
+            raise ValueError(
+                f"{self._op}: something must survive, got none of {total:,} entries: what ranks first costs "
+                "more than macs leaves, or masks= had pruned all"
+            )
+
+
+def check_loss(op: str, loss: float) -> None:
+    """Raise ValueError unless a loss, or a sum of some, is finite."""
+    if not isfinite(loss):
+        raise ValueError(
+            f"{op}: the loss must be finite, got {loss}: are all targets of a batch ignored, its inputs or "
+            "the weights not finite?"
+        )
 
 
 class LateChecks:

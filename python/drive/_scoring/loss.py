@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from drive.distributed.placement import local
 from drive.targets.multiply_adds import tensors_in as all_tensors_in
+
+from .finite import check_loss
 
 Batch = Any
 LossFn = Callable[[Any, Any], Tensor]  # outputs, targets -> loss
@@ -25,7 +29,11 @@ class Loss:
 
     Attributes:
         loss_fn: None where the loss is another.
+        total: the sum of all losses so far, float64, where they are: not finite from the first one on that is
+            not. None: there was none. It is added to in place, which a CUDA graph repeats.
     """
+
+    total: Tensor | None = None
 
     def __init__(
         self, loss_fn: LossFn | None = None, compute_loss: ComputeLoss | None = None, op: str = "prune"
@@ -78,7 +86,23 @@ class Loss:
                 f"{self._op}: the loss must depend on the weights, got one without a gradient: is it "
                 "detached, or computed under torch.no_grad?"
             )
+        self._count(loss.detach())
         return loss
+
+    def check_finite(self, op: str) -> None:
+        """Raise ValueError unless all losses so far were finite. Waits for the device.
+
+        Args:
+            op: in which it was looked at, for the error message.
+        """
+        if self.total is not None:
+            check_loss(op, float(self.total))
+
+    def _count(self, loss: Tensor) -> None:
+        here = local(loss).reshape(())
+        if self.total is None:
+            self.total = torch.zeros((), dtype=torch.float64, device=here.device)
+        self.total.add_(here.to(self.total.device))
 
     def _undivided(self, temperature: float, what: str) -> None:
         if temperature != 1:

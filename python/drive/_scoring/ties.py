@@ -14,6 +14,7 @@ from drive.targets.costs import Goals
 _log = logging.getLogger(__name__)
 _warned = WeakTensorKeyDictionary()
 _NAMED = 5  # layers in a message
+REMEDIES = "Train the model first, take another method, exclude these layers, or accept it by on_ties='index'"
 
 
 class Zeros(NamedTuple):
@@ -94,16 +95,23 @@ def check_ties(check: TieCheck, competitions: Sequence[Competition]) -> None:
     some = sorted((t for t in tensors if 0 < t.zeros < t.alive), key=lambda t: -t.zeros)
     names = [f"all of {t.name}" for t in whole] + [f"{t.zeros / t.alive:.1%} of {t.name}" for t in some]
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    facts = (
-        f"{share} ({', '.join(names[:_NAMED])}{more}), so that not the scores but the lower index decides "
-        f"which of these survive; 0 means that {check.meaning}"
-    )
+    facts = by_index(f"{share} ({', '.join(names[:_NAMED])}{more})", check.meaning)
     if not check.raises or not (check.first or any(c.whole for c in decided)):
         _log.warning("%s", facts)
         return
-    raise ValueError(
-        f"{facts}. Train the model first, take another method, exclude these layers, or accept it by "
-        "on_ties='index'"
+    raise ValueError(f"{facts}. {REMEDIES}")
+
+
+def by_index(share: str, meaning: str) -> str:
+    """That scores of 0 have decided, in words.
+
+    Args:
+        share: how many score 0.
+        meaning: of a score of 0.
+    """
+    return (
+        f"{share}, so that not the scores but the lower index decides which of these survive; 0 means that "
+        f"{meaning}"
     )
 
 
