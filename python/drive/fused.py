@@ -21,8 +21,9 @@ from .holding.zero import zero_pruned_
 from .layers import Layers, Weight
 from .masks import Masks
 from .result import PruneResult
+from .targets.arguments import MOST, whole
 from .targets.choice import Include, Target
-from .targets.costs import MOST, Budget, goal_of, said_of
+from .targets.costs import Budget, goal_of, said_of
 from .targets.matrices import cut, entries
 from .targets.structures import axes_of
 from .targets.targets import Operands, Tensors, operands
@@ -46,7 +47,7 @@ def fused_drive_prune(
     mask_grads: Tensors | None = None,
     *,
     sparsity: float | None = None,
-    masks: Masks | None = None,
+    masks: Mapping[str, Tensor] | None = None,
     min_keep: int = 0,
     include: Include | None = None,
     exclude: Include | None = None,
@@ -92,7 +93,8 @@ def fused_drive_prune(
             cost (the greedy solution of the knapsack problem). That is |theta * (grad * w)|, w =
             float32(cost ** (-alpha / 2)), with `mask_grads` the product times float32(cost ** -alpha); the
             result's threshold and sum are of these.
-        masks: masks to update in place, of the same names and shapes; False entries stay pruned.
+        masks: masks to update in place, of the same names and shapes, as `Masks` or a mapping of bool
+            tensors; False entries stay pruned.
         min_keep: survivors that every tensor keeps at least (all it has, if those are fewer); in a module
             every matrix of it: every expert, group of a convolution, gate, and q, k and v (docs/layers.md).
             Equal scores are then ordered matrix by matrix.
@@ -134,7 +136,7 @@ def prune_step(
     mask_grads: Tensors | None,
     *,
     goal: float | Budget,
-    masks: Masks | None,
+    masks: Mapping[str, Tensor] | None,
     min_keep: int,
     include: Include | None,
     exclude: Include | None,
@@ -166,7 +168,7 @@ class Step:
         self,
         op: str,
         found: Operands,
-        masks: Masks | None,
+        masks: Mapping[str, Tensor] | None,
         min_keep: int,
         team: Team | None,
         axes: Mapping[str, Weight],
@@ -182,13 +184,12 @@ class Step:
         Raises:
             ValueError, TypeError: a mask that does not fit, a bad `min_keep`, DTensors without a team.
         """
-        if not isinstance(min_keep, int) or isinstance(min_keep, bool) or min_keep < 0:
-            raise ValueError(f"{op}: min_keep must be an integer >= 0, got {min_keep!r}")
         if team is None and any(map(is_dtensor, found.weights.values())):
             raise TypeError(f"{op}: tensors must be plain ones, got a DTensor")
-        self._op, self._found, self._min_keep, self._fresh = op, found, min_keep, masks is None
+        self._op, self._found, self._fresh = op, found, masks is None
+        self._min_keep = whole(op, "min_keep", min_keep)
         self._axes = {name: axes.get(name, Weight()) for name in found.weights}
-        masks = new_masks(found.weights) if masks is None else masks
+        masks = new_masks(found.weights) if masks is None else Masks.of(masks)
         masks.check_match(op, found.weights)
         self._masks = [masks[name] for name in found.weights]
         self._shards = None if team is None else Shards(team, found.weights)
@@ -305,16 +306,18 @@ def new_masks(weights: dict[str, Tensor]) -> Masks:
     """Masks to be written, in their weights' memory layouts.
 
     All in one piece of memory: page faults in many small ones take as long as the step itself. Each begins
-    on 64 bytes, as the kernels' vectors do.
+    on 64 bytes, as the kernels' vectors do. None is a view of another tensor, which would keep the piece.
     """
     offsets, end = [], 0
     for weight in weights.values():
         offsets.append(end)
         end += (local(weight).numel() + 63) // 64 * 64
-    room = torch.ops.drive.new_masks(local(next(iter(weights.values()))), end)
     masks = {}
-    for (name, weight), offset in zip(weights.items(), offsets, strict=True):
-        here = local(weight)
-        stride = torch.empty_like(here, device="meta").stride()  # a slice's mask is dense
-        masks[name] = distributed_like(room.as_strided(here.shape, stride, offset), weight)
+    with torch.inference_mode(False):  # to be written to outside of it, too
+        room = torch.ops.drive.new_masks(local(next(iter(weights.values()))), end)
+        for (name, weight), offset in zip(weights.items(), offsets, strict=True):
+            here = local(weight)
+            stride = torch.empty_like(here, device="meta").stride()  # a slice's mask is dense
+            mask = room.new_empty(0).set_(room.untyped_storage(), offset, here.shape, stride)
+            masks[name] = distributed_like(mask, weight)
     return Masks(masks)

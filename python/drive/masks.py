@@ -21,7 +21,7 @@ from .holding.zero import zero_pruned_
 from .layers import Layers
 from .targets.choice import Include, Target
 from .targets.multiply_adds import MULTIPLY_ADDS, dense_work, multiply_adds_on, work
-from .targets.targets import check_data, prunable
+from .targets.targets import check_data, check_dtype, prunable
 from .targets.wrappers import look_up, owners, unwrap
 
 
@@ -40,11 +40,22 @@ class Masks(Mapping[str, Tensor]):
     """
 
     def __init__(self, masks: Mapping[str, Tensor], parameters: int | None = None):
+        if not isinstance(masks, Mapping):
+            raise TypeError(f"Masks: masks must be a mapping of names to tensors, got {type(masks).__name__}")
         for name, mask in masks.items():
             if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
                 got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
                 raise TypeError(f"Masks: {name} must be a bool tensor, got {got}")
         self._masks, self.parameters = dict(masks), parameters
+
+    @classmethod
+    def of(cls, masks: Mapping[str, Tensor]) -> Masks:
+        """These masks, or masks that share the tensors of a mapping.
+
+        Raises:
+            TypeError: neither.
+        """
+        return masks if isinstance(masks, Masks) else cls(masks)
 
     @classmethod
     def dense(
@@ -60,8 +71,14 @@ class Masks(Mapping[str, Tensor]):
             target, include, exclude, layers: as in `fused_drive_prune`.
         """
         weights = prunable(target, include, exclude, layers, op="Masks.dense")
-        ones = {name: torch.ones_like(local(w), dtype=torch.bool) for name, w in weights.items()}
-        return cls({n: distributed_like(ones[n], w) for n, w in weights.items()}, weights.parameters)
+        return cls.ones(weights, weights.parameters)
+
+    @classmethod
+    def ones(cls, weights: Mapping[str, Tensor], parameters: int | None = None) -> Self:
+        """The same of these tensors."""
+        with torch.inference_mode(False):  # to be written to outside of it, too
+            ones = {name: torch.ones_like(local(w), dtype=torch.bool) for name, w in weights.items()}
+        return cls({n: distributed_like(ones[n], w) for n, w in weights.items()}, parameters)
 
     def __getitem__(self, name: str) -> Tensor:
         return self._masks[name]
@@ -258,6 +275,24 @@ class Masks(Mapping[str, Tensor]):
         """The same masks on another device (tensors already there are shared)."""
         return Masks({name: mask.to(device) for name, mask in self.items()}, self.parameters)
 
+    def clone(self) -> Masks:
+        """Copies of the masks."""
+        with torch.inference_mode(False):
+            return Masks({name: mask.clone() for name, mask in self.items()}, self.parameters)
+
+    def apart_(self) -> Self:
+        """Each mask in memory of its own, where several share a piece: `torch.save` of one writes that one.
+
+        The tensors are the same objects as before, so that whatever holds them follows.
+        """
+        for mask in self.values():
+            here = local(mask)
+            if here.untyped_storage().nbytes() > here.numel():
+                if here.is_cuda:
+                    here.record_stream(torch.cuda.current_stream(here.device))  # it may be of another one
+                here.data = here.clone()
+        return self
+
     def _kept(self) -> dict[str, int]:
         kept = {name: mask.sum() for name, mask in self.items()}
         return {name: int(k.full_tensor() if is_dtensor(k) else k) for name, k in kept.items()}
@@ -267,8 +302,7 @@ class Masks(Mapping[str, Tensor]):
         weights = look_up(op, model, self)
         for name, mask in self.items():
             check_data(op, name, weights[name], model)
-            if not weights[name].is_floating_point():
-                raise TypeError(f"{op}: {name} must be of a floating dtype, got {weights[name].dtype}")
+            check_dtype(op, name, weights[name])
             _check_shape(op, name, mask, weights[name])
             check_placed(op, name, mask, weights[name])
         return [(weights[name], mask) for name, mask in self.items()]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from numbers import Real
 from typing import Literal
 
 import torch
@@ -14,10 +13,12 @@ from . import methods, schedules
 from ._scoring.capture import Capture, check_capture
 from .distributed.team import Said
 from .methods.base import Method
-from .targets.costs import check_alpha, check_sparsity
+from .targets.arguments import real, whole
+from .targets.costs import alpha_of, sparsity_of
 from .targets.structures import CHANNELS
 
 DEFAULT_ALPHA = 1.0
+_SEEDS = -(2**63), 2**64 - 1  # that torch.manual_seed takes
 OnTies = Literal["error", "index"]
 Ranks = Literal[
     "one", "copies", "shards"
@@ -85,12 +86,17 @@ class Plan:
         Raises:
             ValueError: an argument of `drive.prune` that is not what it says there.
         """
-        sparsity, alpha = _goal(sparsity, macs, alpha)
+        for argument, given in (("structure", structure), ("scope", "" if scope is None else scope)):
+            if not isinstance(given, str):
+                raise TypeError(f"prune: {argument} must be a name, got {given!r:.80}")
+        sparsity, macs, alpha = _goal(sparsity, macs, alpha)
         chosen = methods.get(method)
         by_outputs = structure == CHANNELS
         own = chosen.iterations_to(sparsity, by_outputs)
-        count = _whole("iterations", own if iterations is None else iterations)
-        taken = _whole("accumulate", chosen.accumulate if accumulate is None else accumulate)
+        count = whole("prune", "iterations", own if iterations is None else iterations, 1)
+        taken = whole("prune", "accumulate", chosen.accumulate if accumulate is None else accumulate, 1)
+        steps = None if round_steps is None else whole("prune", "round_steps", round_steps, 1)
+        seed = whole("prune", "seed", seed, *_SEEDS, words="an integer from -2^63 to 2^64 - 1")
         if ranks != "one" and chosen.spread not in (ranks, "shards"):
             raise ValueError(f"prune: method must be one for {ranks} of a model, got {chosen.name!r}")
         if schedule is None:
@@ -109,6 +115,8 @@ class Plan:
             scope = "global" if by_outputs else chosen.scope
         if min_keep is None:
             min_keep = 1 if by_outputs else 0
+        words = "an integer >= 1 for structure 'channels'" if by_outputs else None
+        min_keep = whole("prune", "min_keep", min_keep, 1 if by_outputs else 0, words=words)
         if by_outputs:
             if ranks != "one":
                 raise ValueError(
@@ -117,10 +125,6 @@ class Plan:
             if scope == "erk":
                 raise ValueError(
                     "prune: scope must be 'global' or 'uniform' for structure 'channels', got 'erk'"
-                )
-            if not isinstance(min_keep, int) or isinstance(min_keep, bool) or min_keep < 1:
-                raise ValueError(
-                    f"prune: min_keep must be an integer >= 1 for structure 'channels', got {min_keep!r}"
                 )
         if macs is not None:
             needs = {
@@ -150,7 +154,7 @@ class Plan:
             scope=scope,
             structure=structure,
             min_keep=min_keep,
-            round_steps=None if round_steps is None else _whole("round_steps", round_steps),
+            round_steps=steps,
             accumulate=taken,
             seed=seed,
             autocast=autocast,
@@ -202,23 +206,17 @@ class Plan:
         )
 
 
-def _goal(sparsity: float | None, macs: float | None, alpha: float | None) -> tuple[float, float]:
-    """The share that goes, of entries or of multiply-adds, and alpha."""
+def _goal(
+    sparsity: float | None, macs: float | None, alpha: float | None
+) -> tuple[float, float | None, float]:
+    """The share that goes, of entries or of multiply-adds; `macs` and `alpha`."""
     if (sparsity is None) == (macs is None):
         raise ValueError(f"prune: sparsity or macs must be given, got {'both' if macs else 'neither'}")
     if macs is None:
         if alpha is not None:
             raise ValueError(f"prune: alpha must be None without macs, got {alpha!r}")
-        check_sparsity("prune", sparsity)
-        assert sparsity is not None
-        return sparsity, 0.0
-    check_alpha("prune", alpha := DEFAULT_ALPHA if alpha is None else alpha)
-    if not isinstance(macs, Real) or isinstance(macs, bool) or not 0 < float(macs) <= 1:
-        raise ValueError(f"prune: macs must be a number in (0, 1], got {macs!r}")
-    return 1 - float(macs), float(alpha)
-
-
-def _whole(name: str, value: object) -> int:
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"prune: {name} must be an integer >= 1, got {value!r}")
-    return value
+        return sparsity_of("prune", sparsity), None, 0.0
+    share = real(macs)
+    if share is None or not 0 < share <= 1:
+        raise ValueError(f"prune: macs must be a number in (0, 1], got {macs!r:.80}")
+    return 1 - share, share, alpha_of("prune", DEFAULT_ALPHA if alpha is None else alpha)

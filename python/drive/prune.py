@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import chain
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from . import schedules
 from ._scoring.capture import Capture, captured
@@ -37,7 +37,7 @@ from .targets.multiply_adds import multiply_adds, samples_of
 from .targets.outputs import Rows, rows_of
 from .targets.restore import scoring, seeded, undone_on_error
 from .targets.structures import CHANNELS
-from .targets.targets import Prunable, prunable
+from .targets.targets import Prunable, check_made_outside, prunable
 
 _log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def prune(
     scope: str | None = None,
     structure: str = "unstructured",
     min_keep: int | None = None,
-    masks: Masks | None = None,
+    masks: Mapping[str, Tensor] | None = None,
     include: Include | None = None,
     exclude: Include | None = None,
     layers: Layers | None = None,
@@ -122,7 +122,8 @@ def prune(
             torch-pruning, and the model as it is before anything wraps it.
         min_keep: survivors that every matrix of every tensor keeps at least, as in `fused_drive_prune`; of
             structure "channels", units that every group of coupled layers keeps, 1 by default.
-        masks: masks to start from, of a model pruned before; they are not changed.
+        masks: masks to start from, of a model pruned before, as `Masks` or a mapping of bool tensors; they
+            are not changed.
         include, exclude, layers: which parameters to prune, as in `fused_drive_prune`.
         process_group: as in `fused_drive_prune`: of a model whose weights are plain tensors, each this rank's
             rows of a larger one; the gradients that `loss_fn` gives are then those of the whole model.
@@ -136,7 +137,7 @@ def prune(
         accumulate: batches whose mean gradient is one score, so that a large batch comes in pieces (equal
             to it if they are of one size and BatchNorm is in eval mode). Default: the method's own, 1
             but for CroP.
-        seed: of the RNG while scoring (dropout, shuffling by the global RNG).
+        seed: of the RNG while scoring (dropout, shuffling by the global RNG); from -2^63 to 2^64 - 1.
         autocast: torch.bfloat16 to run model and loss under `torch.autocast`; gradients keep the
             weights' dtype. Default: as around the call.
         capture: whether forward and backward become a CUDA graph after the first iterations, with the
@@ -154,7 +155,8 @@ def prune(
             a line every few seconds.
 
     Returns:
-        The masks, on the weights' device.
+        The masks, on the weights' device, each in memory of its own (a byte an entry): those that `on_step`
+        was given.
 
     Raises:
         ValueError, TypeError: bad arguments, a sparsity that rounds to everything, batches that run out or
@@ -164,6 +166,7 @@ def prune(
     team = team_of("prune", model, process_group)
     with together(team, "check their arguments") as said:
         weights = prunable(model, include, exclude, layers, op="prune")
+        check_made_outside("prune", model)
         shards = team is not None and (team.rows or any(map(is_dtensor, weights.values())))
         if structure == CHANNELS:
             check_bare("prune", model)
@@ -175,12 +178,13 @@ def prune(
             on_ties=on_ties,
         )  # fmt: skip
         entries: Selection | None = None
+        begun: Masks | None = None
         if not plan.by_outputs:
             entries = Selection(
                 model, weights, plan.structure, plan.scope, plan.sparsity, plan.min_keep, team, layers
             )
             said += entries.said
-            masks = masks if masks is None else entries.begun(masks)
+            begun = None if masks is None else entries.begun(masks)
         loss = Loss(loss_fn, compute_loss)
         check_round(batches, plan.trains, train, plan.round_steps)
         if on_step is not None and not callable(on_step):
@@ -216,7 +220,7 @@ def prune(
             found = removable(model, weights, loss, first, layers, op="prune")
             outputs = rows_of(model, weights, layers)
             selection = ChannelSelection(weights, outputs, found, plan.scope, plan.min_keep)
-            masks = masks if masks is None else selection.begun(masks)
+            begun = None if masks is None else selection.begun(masks)
         groups: list[Goals]
         if plan.macs is None:
             groups = [selection.groups(step) for step in plan.steps]
@@ -229,7 +233,7 @@ def prune(
         problem = Problem(
             model, weights, feed, loss, gradients_of,
             train=train or sgd_round(passes, loss, plan.round_steps), accumulate=plan.accumulate,
-            sparsity=plan.sparsity, iteration=0, iterations=plan.iterations, outputs=outputs, masks=masks,
+            sparsity=plan.sparsity, iteration=0, iterations=plan.iterations, outputs=outputs, masks=begun,
         )  # fmt: skip
         result: PruneResult | None = None
         shown = tracked(groups, f"{chosen.name} to {plan.sparsity:.2%}") if progress else groups
@@ -257,7 +261,7 @@ def prune(
     if device.type == "cuda":
         for mask in result.masks.values():  # they may be of the graph's stream
             mask.record_stream(torch.cuda.current_stream(device))
-    return result.masks
+    return result.masks.apart_()
 
 
 def _costs(
@@ -271,7 +275,7 @@ def _costs(
     """Multiply-adds of an entry of each weight, on several ranks the mean over their batches."""
     with together(team, "count multiply-adds"):
         costs = multiply_adds(
-            model, weights, lambda: loss(model, batch), samples_of(batch), layers, op="prune"
+            model, weights, lambda: loss.value(model, batch), samples_of(batch), layers, op="prune"
         )
     if team is None:
         return costs

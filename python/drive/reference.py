@@ -23,7 +23,7 @@ from .layers import Layers
 from .masks import Masks
 from .result import PruneResult
 from .targets.choice import Include, Target
-from .targets.costs import check_sparsity, goal_of
+from .targets.costs import goal_of, sparsity_of
 from .targets.targets import Tensors, prunable
 
 
@@ -71,12 +71,12 @@ def literal(
     They are those of `fused_drive_prune` wherever its rounding to float32 makes no two scores equal. Of equal
     ones, `torch.topk` has any survive.
     """
-    check_sparsity("literal", sparsity)
+    share = sparsity_of("literal", sparsity)
     masks = Masks.dense(model) if masks is None else masks
     z = literal_scores(model, inputs, targets, loss_fn, masks)
     ranked = torch.cat([scores.flatten() for scores in z.values()])
     keep = torch.zeros_like(ranked, dtype=torch.bool)
-    keep[ranked.topk(ranked.numel() - round(sparsity * ranked.numel())).indices] = True
+    keep[ranked.topk(ranked.numel() - round(share * ranked.numel())).indices] = True
     parts = keep.split([scores.numel() for scores in z.values()])
     return Masks({name: part.view_as(z[name]) & masks[name] for name, part in zip(z, parts, strict=True)})
 

@@ -139,14 +139,15 @@ class Selection:
             )
         return [[(list(self._shapes), Budget(costs, most, alpha, MULTIPLY_ADDS))] for most in left]
 
-    def begun(self, masks: Masks) -> Masks:
+    def begun(self, masks: Mapping[str, Tensor]) -> Masks:
         """A copy of the masks that pruning goes on from.
 
         Raises:
-            ValueError: they do not fit the weights or the structure.
+            ValueError, TypeError: they are none, or do not fit the weights or the structure.
         """
+        masks = Masks.of(masks)
         masks.check_match(self.op, self.weights)
-        copies = Masks({name: masks[name].clone() for name in self.weights}, self._parameters)
+        copies = Masks({name: masks[name] for name in self.weights}, self._parameters).clone()
         if self.structure is not None:
             for name, mask in copies.items():
                 self.structure.check_mask(self.op, name, mask, self.axes[name])
@@ -250,7 +251,7 @@ class Selection:
         Of a budget, none is safe, and all are of as many entries.
         """
         scores = {name: entry_scores(self.op, name, weight, ranking) for name, weight in weights.items()}
-        alive = masks or Masks({name: torch.ones_like(w, dtype=torch.bool) for name, w in weights.items()})
+        alive = masks or Masks.ones(weights)
         bad = torch.stack([(~score.isfinite() & alive[name]).sum() for name, score in scores.items()])
         units, safe, open_ = {}, {}, {}
         for name, score in scores.items():

@@ -258,7 +258,7 @@ def test_the_default_round_is_an_epoch():
         (lambda: methods.Imp(fraction=1.0), r"Imp: fraction must be in \(0, 1\), got 1.0"),
         (lambda: methods.Imp(rounds=2, rewind=2), r"Imp: rewind must be in \[0, rounds\), got 2 of 2"),
         (lambda: methods.RigL(fraction=-1), r"RigL: fraction must be in \[0, 1\], got -1"),
-        (lambda: methods.EarlyCrop(latest=0), "EarlyCrop: latest must be >= 1, got 0"),
+        (lambda: methods.EarlyCrop(latest=0), "EarlyCrop: latest must be an integer >= 1, got 0"),
         (lambda: prune(network(), accumulate=0), "prune: accumulate must be an integer >= 1, got 0"),
     ),
 )

@@ -281,7 +281,7 @@ def test_round_steps_that_go_with_nothing():
         "round_steps must be None where train says what a round is, got 3",
         batches(), method="imp", round_steps=3, train=lambda *_: None,
     )  # fmt: skip
-    for bad in (0, -1, 1.5, "3"):
+    for bad in (0, -1, 1.5, True, "3"):
         refused("round_steps must be an integer >= 1, got ", batches(), method="imp", round_steps=bad)
 
 

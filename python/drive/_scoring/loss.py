@@ -55,7 +55,7 @@ class Loss:
         self.loss_fn, self._compute, self._op = loss_fn, compute_loss, op
 
     def __call__(self, model: nn.Module, batch: Batch, temperature: float = 1.0) -> Tensor:
-        """A scalar.
+        """A scalar, which is added to `total`.
 
         Args:
             temperature: the outputs are divided by it before the loss.
@@ -66,28 +66,40 @@ class Loss:
             ValueError: a temperature other than 1 where the outputs go nowhere but into the model's own loss;
                 a model that gives no loss; a loss that has no gradient.
         """
-        if self._compute is not None:
-            self._undivided(temperature, "compute_loss")
-            loss = self._compute(model, batch)
-        elif self.loss_fn is not None:
-            if not isinstance(batch, tuple | list) or len(batch) != 2:
-                raise TypeError(f"{self._op}: {_FORMS}; got {_described(batch)}, and loss_fn")
-            inputs, targets = batch
-            loss = self.loss_fn(self._divided(model(inputs), temperature), targets)
-        else:
-            if not isinstance(batch, Mapping):
-                raise TypeError(f"{self._op}: {_FORMS}; got {_described(batch)}, and neither of the two")
-            self._undivided(temperature, "the model's own loss")
-            loss = self._own(model(**batch))
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            raise TypeError(f"{self._op}: the loss must be a scalar tensor, got {_described(loss)}")
+        loss = self.uncounted(model, batch, temperature)
+        self._count(loss.detach())
+        return loss
+
+    def uncounted(self, model: nn.Module, batch: Batch, temperature: float = 1.0) -> Tensor:
+        """The same, not added to `total`: of a copy of the model, which is not as it is."""
+        check_gradients_can_be_had(self._op)
+        loss = self.value(model, batch, temperature)
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or loss.is_complex():
+            hint = ""
+            if isinstance(loss, Tensor):
+                hint = ": it is complex" if loss.is_complex() else ": take its mean? (reduction='mean')"
+            raise TypeError(f"{self._op}: the loss must be a scalar tensor, got {_described(loss)}{hint}")
         if not loss.requires_grad:
             raise ValueError(
                 f"{self._op}: the loss must depend on the weights, got one without a gradient: is it "
                 "detached, or computed under torch.no_grad?"
             )
-        self._count(loss.detach())
         return loss
+
+    def value(self, model: nn.Module, batch: Batch, temperature: float = 1.0) -> Any:
+        """What should be the loss, unchecked: for a pass through the model that needs no gradient."""
+        if self._compute is not None:
+            self._undivided(temperature, "compute_loss")
+            return self._compute(model, batch)
+        if self.loss_fn is not None:
+            if not isinstance(batch, tuple | list) or len(batch) != 2:
+                raise TypeError(f"{self._op}: {_FORMS}; got {_described(batch)}, and loss_fn")
+            inputs, targets = batch
+            return self.loss_fn(self._divided(model(inputs), temperature), targets)
+        if not isinstance(batch, Mapping):
+            raise TypeError(f"{self._op}: {_FORMS}; got {_described(batch)}, and neither of the two")
+        self._undivided(temperature, "the model's own loss")
+        return self._own(model(**batch))
 
     def check_finite(self, op: str) -> None:
         """Raise ValueError unless all losses so far were finite. Waits for the device.
@@ -139,6 +151,15 @@ class Loss:
         raise ValueError(
             f"{self._op}: the model must return its loss (.loss, ['loss'], or a dict of losses), got "
             f"{_described(outputs)}: are there labels in the batch?"
+        )
+
+
+def check_gradients_can_be_had(op: str) -> None:
+    """Raise ValueError in inference mode, in which nothing keeps what a backward pass needs."""
+    if torch.is_inference_mode_enabled():
+        raise ValueError(
+            f"{op}: this needs gradients, which cannot be had inside torch.inference_mode(): call it outside "
+            "(torch.no_grad() may stay)"
         )
 
 

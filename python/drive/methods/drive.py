@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
+from drive.targets.arguments import whole
+
 from .base import Method, Problem, Ranking
 
 # Exponents of |theta| and |G| in each term of the score, G = dL/d(theta * m)
@@ -34,8 +36,10 @@ class Drive(Method):
             raise ValueError(f"Drive: terms must be among {', '.join(TERMS)}, got {unknown[0]!r}")
         chosen = [TERMS[term] for term in dict.fromkeys(terms)]
         p, q = powers or (sum(p for p, _ in chosen), sum(q for _, q in chosen))
-        if not all(isinstance(power, int) and 0 <= power <= 3 for power in (p, q)) or p == q == 0:
-            raise ValueError(f"Drive: powers must be whole, 0 to 3 and not both 0, got {(p, q)}")
+        words = "whole, 0 to 3 and not both 0"
+        p, q = (whole("Drive", "powers", power, 0, 3, words=words) for power in (p, q))
+        if p == q == 0:
+            raise ValueError(f"Drive: powers must be {words}, got {(p, q)}")
         self.powers = p, q
 
     def rank(self, problem: Problem) -> Ranking:

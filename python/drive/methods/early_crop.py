@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from drive.targets.arguments import whole
+
 from .base import Problem
 from .crop import Crop
 
@@ -29,8 +31,7 @@ class EarlyCrop(Crop):
     stage = "training"
 
     def __init__(self, latest: int = 30, floor: float = 0.01):
-        if latest < 1:
-            raise ValueError(f"EarlyCrop: latest must be >= 1, got {latest}")
+        latest = whole("EarlyCrop", "latest", latest, 1)
         if not floor >= 0:
             raise ValueError(f"EarlyCrop: floor must be >= 0, got {floor}")
         self.latest, self.floor = latest, floor

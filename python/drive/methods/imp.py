@@ -4,6 +4,7 @@ from math import ceil, log
 
 import torch
 
+from drive.targets.arguments import whole
 from drive.targets.wrappers import unwrap
 
 from .base import Method, Problem, Ranking
@@ -32,7 +33,8 @@ class Imp(Method):
     def __init__(self, fraction: float = 0.2, rounds: int = 1, rewind: int = 0):
         if not 0 < fraction < 1:
             raise ValueError(f"Imp: fraction must be in (0, 1), got {fraction}")
-        if not 0 <= rewind < rounds:
+        rounds, rewind = whole("Imp", "rounds", rounds, 1), whole("Imp", "rewind", rewind)
+        if not rewind < rounds:
             raise ValueError(f"Imp: rewind must be in [0, rounds), got {rewind} of {rounds}")
         self.fraction, self.rounds, self.rewind = fraction, rounds, rewind
 

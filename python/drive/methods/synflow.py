@@ -5,7 +5,7 @@ import copy
 import torch
 from torch import Tensor
 
-from drive._scoring.loss import Batch, tensors_in
+from drive._scoring.loss import Batch, check_gradients_can_be_had, tensors_in
 from drive.targets.wrappers import look_up, uncompiled, unwrap
 
 from .base import Method, Problem, Ranking
@@ -27,6 +27,7 @@ class SynFlow(Method):
     schedule = "exponential"
 
     def rank(self, problem: Problem) -> Ranking:
+        check_gradients_can_be_had(self.name)
         inputs = _inputs(next(problem.batches))
         linear = copy.deepcopy(unwrap(problem.model)).double().eval()
         with torch.no_grad():

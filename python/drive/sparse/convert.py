@@ -62,7 +62,7 @@ def convert(
     if deterministic and any(p.is_cuda for p in model.parameters()):
         raise ValueError("convert: deterministic must be False for a model on CUDA, got True")
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    masks_of = {id(weight): mask for weight, mask in Masks(masks)._pairs(model, "convert")}
+    masks_of = {id(weight): mask for weight, mask in Masks.of(masks)._pairs(model, "convert")}
     names = {module: name for name, module in named_modules(model)}
     seen = _inputs_of_layers(model, inputs)
     costs = Costs(deterministic, model.training)

@@ -35,11 +35,11 @@ def removable(
         ImportError: torch-pruning is not installed.
         ValueError: there are none.
     """
-    found = couplings(model, weights.keys(), lambda: [loss(model, batch)], layers, op=op)
+    found = couplings(model, weights.keys(), lambda: [loss.uncounted(model, batch)], layers, op=op)
 
     def of_copy(copy: nn.Module, some: Any) -> list[Tensor]:
         with torch.enable_grad():  # a loss without a gradient is an error
-            return [loss(copy, some).detach()]
+            return [loss.uncounted(copy, some).detach()]
 
     bad = wrong(model, {group: sampled(group) for group in found.groups}, of_copy, batch, layers)
     if bad:

@@ -91,12 +91,13 @@ class ChannelSelection:
             )
         return [[(list(self.candidates), Budget(costs, most, alpha, MULTIPLY_ADDS))] for most in left]
 
-    def begun(self, masks: Masks) -> Masks:
+    def begun(self, masks: Mapping[str, Tensor]) -> Masks:
         """A copy of the masks that pruning goes on from.
 
         Raises:
-            ValueError: they do not fit the weights, or are not of whole units.
+            ValueError, TypeError: they are none, do not fit the weights, or are not of whole units.
         """
+        masks = Masks.of(masks)
         masks.check_match(self.op, self.weights)
         for name, mask in masks.items():
             rows = mask.movedim(self._axes[name], 0).flatten(1)
@@ -109,7 +110,7 @@ class ChannelSelection:
                     f"{self.op}: masks must leave the same channels of the layers that are coupled with "
                     f"{group.name} for structure channels"
                 )
-        return Masks({name: masks[name].clone() for name in self.weights}, self._parameters)
+        return Masks({name: masks[name] for name in self.weights}, self._parameters).clone()
 
     @torch.no_grad()
     def step(
@@ -125,8 +126,7 @@ class ChannelSelection:
         """
         before = masks
         if masks is None:
-            dense = {name: torch.ones_like(w, dtype=torch.bool) for name, w in self.weights.items()}
-            masks = Masks(dense, self._parameters)
+            masks = Masks.ones(self.weights, self._parameters)
         rows, bad = self._rows(ranking, masks)
         scores, alive = {}, {}
         for name, group in self.candidates.items():

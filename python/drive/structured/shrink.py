@@ -129,7 +129,7 @@ def shrink(
             reasons.
     """
     check_bare("shrink", model)
-    masks = masks if isinstance(masks, Masks) else Masks(masks)
+    masks = Masks.of(masks)
     for name, weight in look_up("shrink", model, masks).items():
         if weight.shape != masks[name].shape:
             raise ValueError(

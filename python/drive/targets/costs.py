@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
-from numbers import Real
-from typing import TypeGuard
+
+from .arguments import MOST, real, whole
 
 LARGEST = 2**31 - 1  # of an entry's cost
-MOST = 2**63 - 1  # that all entries may cost: sums are int64
 
 
 @dataclass(frozen=True)
@@ -66,19 +65,15 @@ def goal_of(
         given = "neither" if sparsity is None else "both"
         raise ValueError(f"{op}: sparsity must be given, or costs and max_cost, got {given}")
     if sparsity is not None:
-        check_sparsity(op, sparsity)
         if alpha != 0:
             raise ValueError(f"{op}: alpha must be 0 without costs, got {alpha!r}")
-        return float(sparsity)
+        return sparsity_of(op, sparsity)
     if not isinstance(costs, Mapping):
         raise TypeError(f"{op}: costs must be a mapping of names to integers, got {costs!r:.80}")
-    for name, cost in costs.items():
-        if not _is_integer(cost) or not 1 <= cost <= LARGEST:
-            raise ValueError(f"{op}: costs[{name!r}] must be an integer from 1 to 2^31 - 1, got {cost!r}")
-    if not _is_integer(max_cost) or max_cost < 0:
-        raise ValueError(f"{op}: max_cost must be an integer >= 0, got {max_cost!r}")
-    check_alpha(op, alpha)
-    return Budget(dict(costs), max_cost, float(alpha))
+    words = "an integer from 1 to 2^31 - 1"
+    own = {name: whole(op, f"costs[{name!r}]", c, 1, LARGEST, words=words) for name, c in costs.items()}
+    most = whole(op, "max_cost", max_cost, most=2**127)
+    return Budget(own, most, alpha_of(op, alpha))
 
 
 def said_of(argument: str, goal: float | Budget, names: Iterable[str]) -> list[tuple[str, object]]:
@@ -93,19 +88,19 @@ def said_of(argument: str, goal: float | Budget, names: Iterable[str]) -> list[t
     return [(argument, None), ("max_cost", goal.max_cost), ("alpha", goal.alpha), *costs]
 
 
-def check_alpha(op: str, alpha: object) -> None:
-    """Raise unless it is a finite number >= 0."""
-    if not isinstance(alpha, Real) or isinstance(alpha, bool) or not 0 <= float(alpha) < inf:
-        raise ValueError(f"{op}: alpha must be a finite number >= 0, got {alpha!r}")
+def alpha_of(op: str, alpha: object) -> float:
+    """As a float. ValueError: it is no finite number >= 0."""
+    number = real(alpha)
+    if number is None or not 0 <= number < inf:
+        raise ValueError(f"{op}: alpha must be a finite number >= 0, got {alpha!r:.80}")
+    return number
 
 
-def check_sparsity(op: str, sparsity: object) -> None:
-    """Raise unless `sparsity` is a real number in [0, 1)."""
-    if not isinstance(sparsity, Real) or isinstance(sparsity, bool):
-        raise TypeError(f"{op}: sparsity must be a number in [0, 1), got {sparsity!r}")
-    if not 0 <= float(sparsity) < 1:  # NaN neither
-        raise ValueError(f"{op}: sparsity must be in [0, 1), got {sparsity}")
-
-
-def _is_integer(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)
+def sparsity_of(op: str, sparsity: object) -> float:
+    """As a float. TypeError: it is no real number. ValueError: it is not in [0, 1)."""
+    number = real(sparsity)
+    if number is None:
+        raise TypeError(f"{op}: sparsity must be a number in [0, 1), got {sparsity!r:.80}")
+    if not 0 <= number < 1:  # NaN neither
+        raise ValueError(f"{op}: sparsity must be in [0, 1), got {sparsity!s:.80}")
+    return number

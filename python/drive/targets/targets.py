@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -68,8 +69,7 @@ def prunable(
     first: dict[int, str] = {}  # by address
     for name, tensor in choice.tensors.items():
         check_data(op, name, tensor, target)
-        if tensor.dtype not in DTYPES:
-            raise TypeError(f"{op}: {name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
+        check_dtype(op, name, tensor)
         here = local(tensor)
         if here.numel() and (other := first.setdefault(here.data_ptr(), name)) != name:
             raise ValueError(
@@ -124,6 +124,27 @@ def check_data(op: str, name: str, tensor: object, target: object) -> None:
         raise ValueError(f"{op}: {name} has no data: it is on the meta device{hint}")
     if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
         raise ValueError(f"{op}: {name} must not overlap itself in memory (it is an expanded tensor)")
+
+
+def check_dtype(op: str, name: str, tensor: Tensor) -> None:
+    """Raise TypeError unless it is of a dtype that is pruned: not complex, of integers, or of 8 bits."""
+    if tensor.dtype not in DTYPES:
+        raise TypeError(f"{op}: {name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
+
+
+def check_made_outside(op: str, model: nn.Module) -> None:
+    """Raise ValueError if the model was made in inference mode, unless that is where we are.
+
+    Outside, its tensors can neither be written to nor differentiated.
+    """
+    if torch.is_inference_mode_enabled():
+        return
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if tensor.is_inference():
+            raise ValueError(
+                f"{op}: {name} must be a tensor that can change, got one made inside torch.inference_mode(): "
+                "make the model outside of it"
+            )
 
 
 def _own_gradient(op: str, name: str, weight: Tensor) -> Tensor:
