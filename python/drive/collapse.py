@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ._scoring.loss import tensors_in
 from .masks import Masks
+from .targets.restore import seeded
 from .targets.wrappers import look_up, uncompiled, unwrap
 
 
@@ -50,9 +51,7 @@ def collapse(model: nn.Module, masks: Masks, inputs: Any) -> Collapse:
         TypeError: there is no floating-point tensor in what the model returns.
     """
     positive = copy.deepcopy(unwrap(model)).double().eval()
-    devices = {w.device for w in positive.parameters() if w.is_cuda}
-    with torch.random.fork_rng(list(devices)), torch.enable_grad():
-        torch.manual_seed(0)
+    with seeded(0), torch.enable_grad():
         masks.apply_(positive)  # raises if they are of another model
         _make_positive(positive, masks)
         masks.apply_(positive)

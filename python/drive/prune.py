@@ -86,6 +86,12 @@ def prune(
     all call this, with the same arguments, and get the same masks, as DTensors where the weights are. Not all
     methods can (`Method.spread`).
 
+    Threads may prune a model each, to the masks that each gets alone. They take turns, for dropout draws from
+    the one RNG of the process, and so do `Masks.summary` with a model, `drive.shrink`, `drive.collapse`,
+    `drive.sparse.convert` and `drive.pipeline`. What is called inside (a loss, `train`, `on_step`) may call
+    them again, but must not wait for another thread that does. Other threads that draw from that RNG
+    meanwhile change what is drawn. Where torch.distributed is initialised nobody takes turns.
+
     Args:
         model: the model; for DRIVE after its dense warm-up, for SNIP at initialisation.
         batches: any iterable of batches, a DataLoader say; started again when short. A batch is (inputs,
@@ -204,8 +210,8 @@ def prune(
     meaning, raises = chosen.zero_means, plan.on_ties == "error"
     zeros = None if plan.zeros_decide else meaning
     with (
+        seeded(plan.seed),
         undone_on_error(model, None if plan.trains else weights),
-        seeded(plan.seed, device),
         nullcontext() if plan.trains else scoring(model, weights),  # once for all iterations
         captured(eager, plan.capture, plan.iterations) as gradients_of,
     ):
@@ -225,7 +231,7 @@ def prune(
         if plan.macs is None:
             groups = [selection.groups(step) for step in plan.steps]
         else:
-            with scoring(model, weights), seeded(plan.seed, device):
+            with scoring(model, weights), seeded(plan.seed):
                 costs = _costs(model, weights, loss, first, layers, team)
             groups = selection.budgets(costs, plan.steps, plan.macs, plan.alpha)
         goals = [[goal for _, goal in some] for some in groups]

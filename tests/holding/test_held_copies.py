@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import drive
 from drive import Masks
-from drive.holding.hold import LIVE
+from drive.holding.hold import live
 
 
 def network(layers: int = 3, width: int = 16) -> nn.Sequential:
@@ -56,16 +56,16 @@ def test_a_dropped_handle_leaves_other_models_alone():
 
 def test_it_ends_with_its_model():
     gc.collect()
-    before = len(LIVE)
+    before = len(live())
     model, masks = pruned()
     weight, module = weakref.ref(model[0].weight), weakref.ref(model)
     handle = masks.attach(model)
     train(model, 1)
     model.zero_grad()
-    assert len(LIVE) == before + len(masks)
+    assert len(live()) == before + len(masks)
     del model
     gc.collect()
-    assert module() is None and weight() is None and len(LIVE) == before
+    assert module() is None and weight() is None and len(live()) == before
     handle.remove()
 
 

@@ -23,7 +23,8 @@ def network() -> nn.Sequential:
 
 
 def prune(model: nn.Module, **options: Any) -> Masks:
-    batches = [(torch.randn(8, 4, 5, 5), torch.arange(8) % 4) for _ in range(3)]
+    seeds = map(torch.Generator().manual_seed, range(3))
+    batches = [(torch.randn(8, 4, 5, 5, generator=seed), torch.arange(8) % 4) for seed in seeds]
     options = {"sparsity": 0.5, "iterations": 3, "progress": False, **options}
     return drive.prune(model, batches, F.cross_entropy, **options)
 

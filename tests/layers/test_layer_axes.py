@@ -125,11 +125,11 @@ def test_layers_of_ones_own(monkeypatch):
     mask = drive.prune(model, [], layers=layers, **options)["0.kernel"]
     assert (mask.sum(0) == 2).all(), "along the inputs"
     monkeypatch.setattr(registry, "_registered", {})
-    registry._layer.cache_clear()
+    registry._looked_up.cache_clear()
     register_layer(Mine, lambda module: {"kernel": Weight(outputs=1, inputs=0)})
     assert list(drive.Masks.dense(nn.Sequential(type("Sub", (Mine,), {})()))) == ["0.kernel"]
     assert list(drive.Masks.dense(model, layers={Mine: {}})) == ["1.weight"]
-    registry._layer.cache_clear()
+    registry._looked_up.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from typing_extensions import Self
 
-from .hold import LIVE, Hold, OnRevived
+from .hold import Hold, OnRevived, changing, live
 from .moments import entrywise
 from .zero import zero_pruned_
 
@@ -59,7 +59,8 @@ class Attachment:
         Raises:
             TypeError: no optimizer, nor something with one in its attribute `optimizer`.
         """
-        if not _clear(innermost(optimizer), self._alive()):
+        inner = innermost(optimizer)
+        if not _clear(inner, self._alive(), _ids(inner)):
             _log.warning(
                 "attach: optimizer %s holds none of these parameters, but perhaps copies of them: what it "
                 "writes back into pruned weights is undone before the next forward pass",
@@ -122,32 +123,36 @@ def innermost(optimizer: object) -> Optimizer:
 
 
 def _hold_on(module: nn.Module, hold: Hold) -> None:
-    if _HOLDS not in module.__dict__:
-        module.__dict__[_HOLDS] = []
-        module.register_forward_pre_hook(_before_forward)
-        module.register_load_state_dict_post_hook(_after_load)
-    module.__dict__[_HOLDS].append(hold)
+    with changing.lock:
+        if _HOLDS not in module.__dict__:
+            module.__dict__[_HOLDS] = []
+            module.register_forward_pre_hook(_before_forward)
+            module.register_load_state_dict_post_hook(_after_load)
+        module.__dict__[_HOLDS].append(hold)
 
 
 def _let_go(module: nn.Module, hold: Hold) -> None:
-    holds = module.__dict__.get(_HOLDS, [])
-    if hold in holds:
-        holds.remove(hold)
-    if not holds and module.__dict__.pop(_HOLDS, None) is not None:
+    with changing.lock:
+        holds = module.__dict__.get(_HOLDS, [])
+        if hold in holds:
+            holds.remove(hold)
+        if holds or module.__dict__.pop(_HOLDS, None) is None:
+            return
         for hooks, ours in (
             (module._forward_pre_hooks, _before_forward),
             (module._load_state_dict_post_hooks, _after_load),
         ):
-            for number in [number for number, hook in hooks.items() if hook is ours]:
+            for number in [number for number, hook in list(hooks.items()) if hook is ours]:
                 del hooks[number]
 
 
 def _before_forward(module: nn.Module, args: object) -> None:
     if torch.compiler.is_compiling():  # steps are watched all the same
         return
-    holds: list[Hold] = module.__dict__.get(_HOLDS, [])
-    if any(hold.module() is None for hold in holds):  # parts of the model that have been replaced
-        holds[:] = [hold for hold in holds if hold.module() is not None]
+    holds: list[Hold] = list(module.__dict__.get(_HOLDS, ()))
+    for hold in holds:
+        if hold.module() is None:  # a part of the model that has been replaced
+            _let_go(module, hold)
     touched = [hold for hold in holds if hold.touched()]
     if not touched:
         return
@@ -165,7 +170,7 @@ def _before_forward(module: nn.Module, args: object) -> None:
 
 
 def _after_load(module: nn.Module, incompatible: object) -> None:
-    holds: Sequence[Hold] = module.__dict__.get(_HOLDS, ())
+    holds: list[Hold] = list(module.__dict__.get(_HOLDS, ()))
     for hold in holds:
         hold.follow()
     _zero(holds)
@@ -176,20 +181,24 @@ _watching = False
 
 def _watch_optimizers() -> None:
     global _watching
-    if not _watching:
-        register_optimizer_step_post_hook(_after_step)
-        _watching = True
+    with changing.lock:
+        if not _watching:
+            register_optimizer_step_post_hook(_after_step)
+            _watching = True
 
 
 def _after_step(optimizer: Optimizer, *_: object) -> None:
-    holds = list(LIVE)
-    _zero([hold for hold in holds if hold.follow()])
-    _clear(optimizer, holds)
+    holds, params = live(), _ids(optimizer)
+    _zero([hold for hold in holds if hold.concerns(params) and hold.follow()])
+    _clear(optimizer, holds, params)
 
 
-def _clear(optimizer: Optimizer, holds: Iterable[Hold]) -> bool:
-    """Zero what the optimizer holds of these: weights and moments. Does it hold any?"""
-    params = {id(param) for group in optimizer.param_groups for param in group["params"]}
+def _clear(optimizer: Optimizer, holds: Iterable[Hold], params: set[int]) -> bool:
+    """Zero what the optimizer holds of these: weights and moments. Does it hold any?
+
+    Args:
+        params: ids of all that it has.
+    """
     its = [hold for hold in holds if id(hold.param) in params]
     zero_pruned_(
         (tensor, hold.mask_there)
@@ -199,6 +208,10 @@ def _clear(optimizer: Optimizer, holds: Iterable[Hold]) -> bool:
     for hold in its:
         hold.stepped()
     return bool(its)
+
+
+def _ids(optimizer: Optimizer) -> set[int]:
+    return {id(param) for group in optimizer.param_groups for param in group["params"]}
 
 
 def _zero(holds: Iterable[Hold]) -> None:

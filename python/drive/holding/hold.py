@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any, Literal
 
@@ -11,13 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from drive.distributed.placement import check_placed, is_dtensor, local
+from drive.distributed.threads import Turns
 
 from .zero import revived, zero_pruned_
 
 OnRevived = Literal["zero", "error"]
 
-# All that live: an optimizer's step looks for its parameters among them. A hold lives as its module does.
-LIVE: weakref.WeakSet[Hold] = weakref.WeakSet()
+# All that live, by their ids. A hold lives as its module does. (A WeakSet cannot be listed while another
+# thread adds to it.)
+_live: dict[int, weakref.ref[Hold]] = {}
+changing = Turns()  # which hooks and holds there are
+
+
+def live() -> list[Hold]:
+    """All that live: an optimizer's step looks for its parameters among them."""
+    return [hold for reference in list(_live.values()) if (hold := reference()) is not None]
 
 
 class Hold:
@@ -56,7 +65,8 @@ class Hold:
         self._stepped = False  # has an optimizer that was seen updated it?
         self.settle()
         self.watch_gradient()
-        LIVE.add(self)
+        self._thread = threading.get_ident()  # in which its model has run last
+        _live[id(self)] = weakref.ref(self, partial(_forget, id(self)))
 
     @property
     def mask_there(self) -> Tensor:
@@ -64,17 +74,20 @@ class Hold:
         device = self.param.device
         if self.mask.device == device:
             return self.mask
-        state = device, *_state(self.mask)
-        if self._copied is None or self._copied[0] != state:
-            self._copied = state, self.mask.to(device)
-        return self._copied[1]
+        state, copied = (device, *_state(self.mask)), self._copied
+        if copied is None or copied[0] != state:
+            copied = self._copied = state, self.mask.to(device)
+        return copied[1]
 
     def watch_gradient(self) -> None:
         """Zero its gradient as soon as it is accumulated, if it has one (a frozen weight may be thawed)."""
-        if self._hook is None and self.param.requires_grad:
-            # by a weak reference: the parameter must not keep alive what keeps it alive
-            hook = partial(_clear_gradient, weakref.ref(self))
-            self._hook = self.param.register_post_accumulate_grad_hook(hook)
+        if self._hook is not None or not self.param.requires_grad:
+            return
+        with changing.lock:  # threads may run one model at once
+            if self._hook is None:
+                # by a weak reference: the parameter must not keep alive what keeps it alive
+                hook = partial(_clear_gradient, weakref.ref(self))
+                self._hook = self.param.register_post_accumulate_grad_hook(hook)
 
     def module(self) -> nn.Module | None:
         return self._module()
@@ -83,7 +96,16 @@ class Hold:
         """Hold it no more."""
         if self._hook is not None:
             self._hook.remove()
-        LIVE.discard(self)
+        _live.pop(id(self), None)
+
+    def concerns(self, params: Collection[int]) -> bool:
+        """May a step with parameters of these ids, in this thread, find that another one is to be held?
+
+        A step of another model, in another thread, must not: what is there then may stand in for a while.
+        """
+        module = self._module()
+        now = self.param if module is None else module._parameters.get(self._key)
+        return id(now) in params or self._thread == threading.get_ident()
 
     def follow(self) -> bool:
         """Hold what the module has under that name now; was it something else before?
@@ -126,6 +148,7 @@ class Hold:
         Not by its version alone, which copies into `.data` do not move: as long as no optimizer has been seen
         to update it, every backward pass may have been followed by one that was not.
         """
+        self._thread = threading.get_ident()
         module = self._module()
         if module is None or module._parameters.get(self._key) is not self.param:
             return False  # another tensor stands in for a while: torch.func.functional_call, FSDP2
@@ -151,6 +174,10 @@ class Hold:
                 "not see has written them (an optimizer's own copy of the weights, an average, a checkpoint)"
             )
         return count
+
+
+def _forget(number: int, _: object) -> None:
+    _live.pop(number, None)
 
 
 def _clear_gradient(reference: weakref.ref[Hold], param: Tensor) -> None:

@@ -76,6 +76,7 @@ _COMMON: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 }
 _ADDED = ("lookahead_slow_buff",)  # by timm's Lookahead, to the state of the optimizer in it
 _registered: dict[type[Optimizer], tuple[str, ...]] = {}
+_registrations = 0  # with each of them what was looked up before, or just now in another thread, is forgotten
 
 
 def register_optimizer(kind: type[Optimizer], *states: str) -> None:
@@ -93,12 +94,13 @@ def register_optimizer(kind: type[Optimizer], *states: str) -> None:
     Raises:
         TypeError: not a class of optimizers, or a name that is no string.
     """
+    global _registrations
     if not (isinstance(kind, type) and issubclass(kind, Optimizer)):
         raise TypeError(f"register_optimizer: kind must be a subclass of torch.optim.Optimizer, got {kind!r}")
     if wrong := [state for state in states if not isinstance(state, str)]:
         raise TypeError(f"register_optimizer: states must be names, got {wrong[0]!r}")
     _registered[kind] = states
-    _names.cache_clear()
+    _registrations += 1
 
 
 def entrywise(optimizer: Optimizer, weight: Tensor) -> Iterator[Tensor]:
@@ -106,7 +108,7 @@ def entrywise(optimizer: Optimizer, weight: Tensor) -> Iterator[Tensor]:
     state = optimizer.state.get(weight)
     if not state:
         return
-    for name in _names(type(optimizer)):  # type: ignore[arg-type, unused-ignore]
+    for name in _names(type(optimizer), _registrations):  # type: ignore[arg-type, unused-ignore]
         tensor = state.get(name)
         plain = type(tensor) in (Tensor, nn.Parameter) or is_dtensor(tensor)  # codes of 8 bits are subclasses
         if plain and tensor.shape == weight.shape and tensor.is_floating_point():
@@ -114,7 +116,7 @@ def entrywise(optimizer: Optimizer, weight: Tensor) -> Iterator[Tensor]:
 
 
 @cache
-def _names(kind: type[Any]) -> tuple[str, ...]:
+def _names(kind: type[Any], registrations: int) -> tuple[str, ...]:
     for base in kind.__mro__:
         known = _registered.get(base)
         if known is None:

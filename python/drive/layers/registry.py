@@ -16,6 +16,7 @@ from .record import Layer, Weight, Weights
 Layers = Mapping[type[nn.Module], Layer]  # one's own, for one call
 
 _registered: dict[type[nn.Module], Layer] = {}
+_registrations = 0  # with each of them what was looked up before, or just now in another thread, is forgotten
 
 
 def register_layer(kind: type[nn.Module], weights: Layer) -> None:
@@ -29,9 +30,10 @@ def register_layer(kind: type[nn.Module], weights: Layer) -> None:
     Raises:
         TypeError: not a type of modules, or weights that are not.
     """
+    global _registrations
     check_layers("register_layer", {kind: weights})
     _registered[kind] = weights
-    _layer.cache_clear()
+    _registrations += 1
 
 
 def check_layers(op: str, layers: object) -> None:
@@ -90,8 +92,12 @@ def fitting(
     return found
 
 
-@cache
 def _layer(kind: type) -> Layer | None:
+    return _looked_up(kind, _registrations)
+
+
+@cache
+def _looked_up(kind: type, registrations: int) -> Layer | None:
     for base in kind.__mro__:
         if base in _registered:
             return _registered[base]

@@ -44,9 +44,8 @@ def check_gradients(
     """
     weights = prunable(model, include, exclude, layers, op=_OP)
     gradients_of = loss_gradients(model, weights, Loss(loss_fn, compute_loss, _OP))
-    device = gradients_of.device
-    with seeded(0, device), scoring(model, weights):
-        gradients = gradients_of(mover(device)(batch))
+    with seeded(0), scoring(model, weights):
+        gradients = gradients_of(mover(gradients_of.device)(batch))
     dead = [name for name, gradient in gradients.items() if gradient.numel() and not gradient.any()]
     if dead:
         raise ValueError(

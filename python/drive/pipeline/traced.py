@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 
-import torch
 from torch import fx, nn
+
+from drive.targets.restore import kept_rng
 
 _log = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ def traced(model: nn.Module, *, op: str) -> fx.Graph | None:
     """
     attributes = [(module, dict(module.__dict__)) for module in model.modules()]
     try:
-        with torch.random.fork_rng(devices=[]):
+        with kept_rng():
             return _Tracer().trace(model)
     except Exception as error:  # whatever a forward pass makes of a stand-in for a tensor
         _log.warning(

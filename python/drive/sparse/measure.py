@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from drive.targets.restore import kept_rng
+
 from .layers import SparseConv2d
 
 CHANNELS_LAST = "dense channels_last"
@@ -123,7 +125,7 @@ def model_times(ways: Mapping[str, nn.Module], inputs: tuple[Any, ...], training
     """
     runs = {}
     cuda = any(p.is_cuda for model in ways.values() for p in model.parameters())
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if cuda else []):
+    with kept_rng():
         for way, model in ways.items():
             model = copy.deepcopy(model)
             if way == CHANNELS_LAST:

@@ -57,7 +57,6 @@ def couplings(
     names = _Names(model, layers)
     heads = list(attentions(model, layers))
     every = list(model.parameters())
-    device = every[0].device if every else torch.device("cpu")
     floats = {str(i): p for i, p in enumerate(every) if p.is_floating_point()}  # frozen ones have no node
     passed, now = list[Tensor](), model.training
 
@@ -68,7 +67,7 @@ def couplings(
 
     with (
         scoring(model, floats),
-        seeded(0, device),
+        seeded(0),
         torch.enable_grad(),
         _in_one_piece(module for _, module, _ in heads),
         warnings.catch_warnings(),

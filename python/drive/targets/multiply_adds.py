@@ -103,8 +103,7 @@ def multiply_adds_on(
             return model(**inputs)
         return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
 
-    device = next((weight.device for weight in weights.values()), torch.device("cpu"))
-    with torch.no_grad(), seeded(0, device), scoring(model, {}):
+    with torch.no_grad(), seeded(0), scoring(model, {}):
         model.eval()
         return multiply_adds(model, weights, run, samples_of(inputs), layers, op=op)
 

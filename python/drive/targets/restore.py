@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+
+from drive.distributed.threads import Turns
 
 
 @contextmanager
@@ -52,12 +55,32 @@ def undone_on_error(model: nn.Module, weights: Mapping[str, Tensor] | None) -> I
         raise
 
 
+_turns = Turns()
+
+
 @contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """A seeded RNG inside, the caller's state afterwards."""
-    devices = [] if device.type == "cpu" else [device]
-    with torch.random.fork_rng(devices, device_type="cuda" if not devices else device.type):
-        torch.manual_seed(seed)
+def kept_rng() -> Iterator[None]:
+    """The caller's random numbers go on afterwards as if nothing had been drawn inside, on all devices.
+
+    They come out of one generator for all threads of a process, from which dropout draws, too: threads take
+    turns here. A thread may come here again inside; it must not wait there for another one that wants to. On
+    ranks, of which some may be threads of one process, nobody waits: they wait for each other inside.
+    """
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    ranks = dist.is_available() and dist.is_initialized()
+    with nullcontext() if ranks else _turns.lock, torch.random.fork_rng(devices):
+        yield
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """The same, and the generators that there are seeded inside.
+
+    Not by torch.manual_seed, which also leaves behind that those of CUDA are to be seeded once they exist.
+    """
+    with kept_rng():
+        for generator in (torch.default_generator, *torch.cuda.default_generators):
+            generator.manual_seed(seed)
         yield
 
 
