@@ -125,6 +125,22 @@ def test_replays_on_every_new_batch():
     assert graph.compute is None and not gradients._grads and not gradients.overwrites
 
 
+@pytest.mark.parametrize("bad", (0, WARM_UP - 1, WARM_UP, WARM_UP + 2))
+def test_losses_are_added_up_in_one_place(bad: int):
+    """Which a graph writes to whenever it is replayed."""
+    data = batches(8)
+    data[bad] = data[bad][0], torch.full_like(data[bad][1], -100)
+    gradients, places = graphed(), set()
+    loss = gradients._eager.loss
+    for number, batch in enumerate(data):
+        gradients(batch)
+        places.add(loss.total.data_ptr())
+        assert bool(loss.total.isfinite()) == (number < bad)
+    assert gradients._graph.replays == 8 - WARM_UP and len(places) == 1
+    with pytest.raises(ValueError, match="^x: the loss must be finite, got nan"):
+        loss.check_finite("x")
+
+
 def test_other_shapes_are_eager():
     """A smaller batch at the end of each epoch of two."""
     full, rest = batches(8), batches(4, size=3, seed=2)
