@@ -147,7 +147,10 @@ def test_what_is_no_number(bad: Any):
         ({"sparsity": Fraction(10**40 - 1, 10**40)}, r"sparsity must be in \[0, 1\), got 9999"),
         ({"sparsity": np.float32("nan")}, r"sparsity must be in \[0, 1\), got nan"),
         ({"macs": 10**400}, r"macs must be a number in \(0, 1\], got 1000"),
-        ({"macs": 0.5, "alpha": np.float64("inf")}, "alpha must be a finite number >= 0, got np.float64"),
+        (
+            {"macs": 0.5, "alpha": np.float64("inf")},
+            "alpha must be a finite number >= 0, got (np.float64|inf)",
+        ),
         (
             {"min_keep": 2**63},
             "min_keep must be an integer >= 0 and <= 9223372036854775807, got 9223372036854775808",

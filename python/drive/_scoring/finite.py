@@ -81,8 +81,9 @@ class StepCheck(FiniteCheck):
         """
         pieces = [nonfinite, kept, kept if before is None else before, scores]
         if loss is not None:
-            pieces.append(loss.to(nonfinite.device).view(1))
-        super().__init__(op, sizes, torch.cat(pieces), ranks)  # as float64
+            pieces.append(loss.view(1))
+        there = [piece.to(nonfinite.device) for piece in pieces]  # what ranks add up is on the CPU
+        super().__init__(op, sizes, torch.cat(there), ranks)  # as float64
         self._zero_means = zero_means
 
     def answer(self) -> None:
