@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from images import image_folder
+from mutations import mutated
 
 from drive.experiments.data import sources as data
 from drive.experiments.data.cache import cached
@@ -253,26 +254,6 @@ def test_links_and_other_files_in_archives(photos: Path) -> None:
 
 
 # ---- bytes of any content
-
-
-def mutated(content: bytes, rng: random.Random) -> bytes:
-    """A few bytes changed, or a piece removed, repeated or added."""
-    found = bytearray(content)
-    begin = rng.randrange(len(found))
-    end = min(len(found), begin + rng.choice((1, 4, 30, 600)))
-    kind = rng.randrange(5)
-    if kind == 0:
-        for _ in range(rng.choice((1, 1, 3, 20))):
-            found[rng.randrange(len(found))] = rng.choice((0, 255, rng.randrange(256)))
-    elif kind == 1:
-        del found[begin:]
-    elif kind == 2:
-        del found[begin:end]
-    elif kind == 3:
-        found[end:end] = found[begin:end]
-    else:
-        found[begin:begin] = rng.randbytes(end - begin)
-    return bytes(found)
 
 
 def check(found: Dataset) -> None:

@@ -1,6 +1,7 @@
 """What runs read again: damaged, crafted, or of another version, it is one line with the file's name."""
 
 import os
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -85,8 +86,8 @@ def test_mutated_configs(run_folder: Path) -> None:
     path = run_folder / "config.json"
     content = path.read_bytes()
     assert resumed(run_folder).options == VALUE["options"]
-    for other in mutated(content, 1000, seed=1):
-        path.write_bytes(other)
+    for number in range(1000):
+        path.write_bytes(mutated(content, random.Random(number)))
         try:
             assert resumed(run_folder).options == VALUE["options"]
         except InputError as error:
@@ -105,8 +106,8 @@ def test_mutated_results(tmp_path: Path) -> None:
 
     experiment = Experiment(tmp_path, [], lambda name: pytest.fail("loaded"))
     assert experiment.result(Cell()) == value  # type: ignore[type-var]
-    for other in mutated(content, 1000, seed=2):
-        path.write_bytes(other)
+    for number in range(1000):
+        path.write_bytes(mutated(content, random.Random(number)))
         try:
             assert experiment.result(Cell()) == value  # type: ignore[type-var]
         except InputError as error:
@@ -118,8 +119,8 @@ def test_mutated_checkpoints(tmp_path: Path) -> None:
     value = {"model": {"weight": torch.arange(8.0)}, "history": [(1, 0.5)]}
     save_tensors(path, value)
     content = path.read_bytes()
-    for other in mutated(content, 2000, seed=3):
-        path.write_bytes(other)
+    for number in range(2000):
+        path.write_bytes(mutated(content, random.Random(number)))
         try:
             found = load_tensors(path)
         except InputError as error:
