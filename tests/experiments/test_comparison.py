@@ -22,6 +22,7 @@ from drive.experiments.paper import report
 from drive.experiments.paper import trainer as cell_run
 from drive.experiments.paper.compare import Comparison, Config
 from drive.experiments.runs.inputs import InputError
+from drive.experiments.runs.locks import LOCK
 from drive.experiments.training import loop as train
 from drive.experiments.training.networks import Network
 
@@ -103,7 +104,7 @@ def test_artefacts(uninterrupted: Path) -> None:
     files = {
         "config.json", "report.json", "timing.json", "tables.md", "checkpoint.pt", "masks.safetensors",
     }  # fmt: skip
-    assert found == {"cells"} | figures | files
+    assert found == {"cells", LOCK} | figures | files
     assert all((uninterrupted / name).read_bytes().startswith(b"\x89PNG") for name in figures)
     written = (uninterrupted / "report.json").read_text()
     assert "seconds" not in written
@@ -172,8 +173,9 @@ def test_a_cell_resumes_inside_its_training(
 def test_other_data_cannot_join_a_run(digits: Dataset, tmp_path: Path) -> None:
     few = config(methods=["snip"], sparsities=[0.9])
     run(Comparison(few, digits, tmp_path))
+    more = config(methods=["snip"], sparsities=[0.9, 0.95])
     with pytest.raises(InputError, match="--data must be what"):
-        run(Comparison(few, digits.limited(255), tmp_path))
+        run(Comparison(more, digits.limited(255), tmp_path))
 
 
 @pytest.mark.parametrize(("drive_right", "word"), [(90, "beats"), (80, "equals"), (70, "does not beat")])

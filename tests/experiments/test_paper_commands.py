@@ -15,7 +15,9 @@ from processes import environment
 from drive.experiments.cli.app import main
 from drive.experiments.paper.grids import Grid
 from drive.experiments.paper.pages import PAGES, Page
+from drive.experiments.paper.queue import IMAGES
 from drive.experiments.paper.trainer import CellRun
+from drive.experiments.runs.stored import write_stamped
 from drive.experiments.training.compute import Compute
 
 pytest.importorskip("matplotlib", reason="tables come with figures")
@@ -91,7 +93,7 @@ def test_bad_data_are_one_clear_error(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_other_images_cannot_join(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["table1", *TINY, "--data-dir", str(images), "--out", str(tmp_path), "--budget", "1e-9"]) == 0
     (tmp_path / "cells").mkdir(exist_ok=True)
-    (tmp_path / "cells/cifar10.json").write_text('{"fingerprint": "another"}')
+    write_stamped(tmp_path / "cells/cifar10.json", IMAGES, {"fingerprint": "another"})
     assert main(["table1", *TINY, "--data-dir", str(images), "--out", str(tmp_path)]) == 2
     assert "--data must be what" in capsys.readouterr().err
 
@@ -120,7 +122,7 @@ def test_figures_take_the_cells_that_tables_made(
         ("--methods rigl", "--methods must be distinct names out of drive, "),
         ("--precision float16", "--precision must be one of float32, bfloat16, got 'float16'"),
         ("--momentum -1", "--momentum must be a finite number >= 0, got '-1'"),
-        ("--seeds 0", "--seeds must be an integer >= 1, got '0'"),
+        ("--seeds 0", "--seeds must be an integer in [1, 10000], got '0'"),
         ("--out /dev/null/run", "--out must be a writable folder, got /dev/null/run (Not a directory)"),
     ],
 )

@@ -23,7 +23,9 @@ from drive.experiments.paper.grids import POWERS, Grid, Key, ablated, ablation, 
 from drive.experiments.paper.published import METHODS, ROWS
 from drive.experiments.paper.queue import Experiment, Outcome
 from drive.experiments.paper.trainer import CellRun
+from drive.experiments.paper.work import RESULT
 from drive.experiments.runs.locks import locked
+from drive.experiments.runs.stored import read_stamped
 from drive.experiments.training import loop as train
 from drive.experiments.training.compute import Compute
 
@@ -67,7 +69,7 @@ def test_every_cell_is_a_folder_of_its_own(whole: tuple[Grid, Outcome, Path]) ->
     assert len(outcome.results) == len(planned.cells) == 2 * (1 + 3) and not outcome.failures
     for cell, result in outcome.results.items():
         inside = folder / "cells" / cell.name
-        assert json.loads((inside / "result.json").read_text()) == result
+        assert read_stamped(inside / "result.json", RESULT, "") == result
         assert json.loads((inside / "config.json").read_text())["recipe"]["epochs"] == 4
         epochs = list(csv.DictReader((inside / "log.csv").open()))
         assert [epoch["epoch"] for epoch in epochs] == ["1", "2", "3", "4"]
@@ -109,12 +111,8 @@ def test_killed_in_the_middle_of_a_write(
 
     kills = 0
     monkeypatch.setattr(os, "replace", replace_or_die)
-    while True:
-        try:
-            outcome = run(experiment(tmp_path, planned, images))
-            break
-        except KeyboardInterrupt:
-            kills += 1
+    while (outcome := run(experiment(tmp_path, planned, images))).interrupted:
+        kills += 1
     assert kills > 1 and untimed(outcome) == untimed(expected)
 
 
