@@ -86,7 +86,7 @@ def test_mutated_configs(run_folder: Path) -> None:
     path = run_folder / "config.json"
     content = path.read_bytes()
     assert resumed(run_folder).options == VALUE["options"]
-    for number in range(1000):
+    for number in range(2000):
         path.write_bytes(mutated(content, random.Random(number)))
         try:
             assert resumed(run_folder).options == VALUE["options"]
@@ -106,7 +106,7 @@ def test_mutated_results(tmp_path: Path) -> None:
 
     experiment = Experiment(tmp_path, [], lambda name: pytest.fail("loaded"))
     assert experiment.result(Cell()) == value  # type: ignore[type-var]
-    for number in range(1000):
+    for number in range(2000):
         path.write_bytes(mutated(content, random.Random(number)))
         try:
             assert experiment.result(Cell()) == value  # type: ignore[type-var]
