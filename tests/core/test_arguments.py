@@ -58,6 +58,7 @@ def test_whole_numbers(kind: Callable[[int], Any], name: str):
     argument, _, channels = name.partition(" of ")
     options: dict[str, Any] = {"method": "gradual"} if argument == "round_steps" else {}
     if channels:
+        pytest.importorskip("torch_pruning")
         options = {"structure": "channels", "sparsity": 0.25}
     assert same(prune(**options, **{argument: kind(2)}), prune(**options, **{argument: 2}))
 
@@ -200,6 +201,8 @@ def test_numbers_of_methods():
 
 @pytest.mark.parametrize("structure", ("unstructured", "2x2", "channels"))
 def test_a_mapping_of_masks(structure: str):
+    if structure == "channels":
+        pytest.importorskip("torch_pruning")
     options = {"method": "magnitude", "structure": structure}
     first = prune(**options, sparsity=0.25)
     plain = {name: mask.clone() for name, mask in first.items()}
@@ -224,6 +227,7 @@ def test_a_mapping_of_masks_is_updated_in_place_by_one_step():
     ),
 )
 def test_masks_that_are_none(bad: Any, message: str):
+    pytest.importorskip("torch_pruning")
     for call in (
         lambda: prune(masks=bad),
         lambda: prune(masks=bad, structure="channels"),
