@@ -341,5 +341,5 @@ def test_any_cache(memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for seed in range(2000):
         path.write_bytes(mutated(whole, random.Random(seed)))
         found = cached(source, None, [], lambda: first)
-        assert found.fingerprint() == first.fingerprint()
+        assert found.fingerprint == first.fingerprint
         assert (found.classes, found.skipped, found.augment) == (2, first.skipped, True)

@@ -40,7 +40,7 @@ def test_digits_split_is_fixed(digits: Dataset) -> None:
     assert digits.train_x.shape == (1437, 1, 8, 8) and digits.test_x.shape == (360, 1, 8, 8)
     assert digits.train_x.dtype == torch.uint8 and int(digits.train_x.max()) == 16
     assert sorted(set(digits.test_y.tolist())) == list(range(10))
-    assert digits.fingerprint() == data.load("digits").fingerprint()
+    assert digits.fingerprint == data.load("digits").fingerprint
     assert not digits.augment
 
 

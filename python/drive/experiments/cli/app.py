@@ -201,7 +201,7 @@ def train(
         images = load(run.options, console)
         training = Training(run.options, images, run.folder)
         files = {name: digest_of(Path(run.options[name])) for name in ("init", "masks") if run.options[name]}
-        run.keep({"data": images.fingerprint(), **files})
+        run.keep({"data": images.fingerprint, **files})
         with bars(console) as progress:
             result = training.run(progress)
         console.print(

@@ -105,7 +105,7 @@ def comparison(
         images = load(run.options, console)
         networks = Comparison(config, images, folder)
         inputs.require("matplotlib.figure")  # now, not after hours of training
-        run.keep({"data": images.fingerprint()})
+        run.keep({"data": images.fingerprint})
         with bars(console) as progress:
             results = networks.run(progress)
         summary = report.summarise(networks, results)

@@ -76,8 +76,9 @@ class Outlet:
             write()
         except OSError as error:
             self.error = error
-            with suppress(OSError):  # Python, when it ends, writes what is left, and fails if it cannot
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            # Python, when it ends, writes what is left, and fails if it cannot
+            with suppress(OSError), open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), self._stream.fileno())
 
 
 @contextmanager

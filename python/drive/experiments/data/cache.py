@@ -101,5 +101,5 @@ def _write(path: Path, data: Dataset) -> None:
 
 def _digest(data: Dataset) -> str:
     """Of all that is kept: a disk may give back other bytes than it was given. A second for each GB."""
-    rest = data.classes, data.augment, data.skipped, data.fingerprint()
+    rest = data.classes, data.augment, data.skipped, data.fingerprint
     return hashlib.blake2b(repr(rest).encode(), digest_size=16).hexdigest()

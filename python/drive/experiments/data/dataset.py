@@ -55,6 +55,7 @@ class Dataset:
         chosen = torch.randperm(len(self.train_y), generator=rng)[:count]
         return replace(self, train_x=self.train_x[chosen], train_y=self.train_y[chosen])
 
+    @cached_property
     def fingerprint(self) -> str:
         """A digest of every image and label."""
         digest = hashlib.blake2b(digest_size=16)

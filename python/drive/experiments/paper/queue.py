@@ -16,7 +16,7 @@ from typing import Any, Generic, cast
 from rich.progress import Progress
 
 from drive.experiments.data.dataset import Dataset
-from drive.experiments.runs.inputs import InputError
+from drive.experiments.runs.inputs import InputError, one_line
 from drive.experiments.runs.locks import locked
 from drive.experiments.runs.stored import AGAIN, read_stamped, write_stamped
 from drive.experiments.training.loop import Paused
@@ -95,7 +95,7 @@ class Experiment(Generic[C]):
                 if not keep_going:
                     raise
                 # not the error itself: its frames would keep the network, and a GPU's memory
-                found.failures[cell] = str(error).strip().partition("\n")[0] or type(error).__name__
+                found.failures[cell] = one_line(error)
             progress.advance(overall)
         return found
 
@@ -150,7 +150,7 @@ class Experiment(Generic[C]):
 
     def _check(self, name: str, data: Dataset) -> None:
         self.cells_folder.mkdir(parents=True, exist_ok=True)
-        path, here = self.cells_folder / f"{name}.json", data.fingerprint()
+        path, here = self.cells_folder / f"{name}.json", data.fingerprint
         if not path.exists():
             write_stamped(path, IMAGES, {"fingerprint": here})
         elif read_stamped(path, IMAGES, "give --out another folder")["fingerprint"] != here:

@@ -35,7 +35,7 @@ def require(module: str) -> Any:
         package = module.partition(".")[0]
         extra = next(name for name, packages in EXTRAS.items() if package in packages)
         raise InputError(
-            f"{package} must be installed (pip install 'drive-prune[{extra}]'), got {_one_line(error)}"
+            f"{package} must be installed (pip install 'drive-prune[{extra}]'), got {one_line(error)}"
         ) from error
 
 
@@ -132,7 +132,7 @@ def device(text: str) -> str:
     try:
         torch.empty(0, device=text)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"must be a device of this machine, got {text!r} ({_one_line(error)})") from error
+        raise InputError(f"must be a device of this machine, got {text!r} ({one_line(error)})") from error
     return text
 
 
@@ -150,6 +150,6 @@ def _number(text: str) -> float:
         return math.nan  # fails every comparison
 
 
-def _one_line(error: BaseException) -> str:
-    """The first sentence of an error's message."""
-    return str(error).strip().partition("\n")[0].rstrip(".")
+def one_line(error: BaseException) -> str:
+    """The first line of an error's message, or what it is."""
+    return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__

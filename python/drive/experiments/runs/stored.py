@@ -18,7 +18,7 @@ import torch
 
 from drive.files import check_regular, write_atomic
 
-from .inputs import InputError
+from .inputs import InputError, one_line
 
 CHECKPOINT = "drive.checkpoint.v1"
 
@@ -37,7 +37,7 @@ def reading(path: Path, expected: str, remedy: str = "", argument: str = "") -> 
     except InputError:
         raise
     except Exception as error:
-        why = "no such file" if isinstance(error, FileNotFoundError) else _one_line(error)
+        why = "no such file" if isinstance(error, FileNotFoundError) else one_line(error)
         if argument:
             raise InputError(f"{argument} must be {expected}, got {path} ({why})") from error
         raise InputError(f"{path} must be {expected}, got {why}: {remedy}") from error
@@ -122,7 +122,3 @@ def digest_of(path: Path) -> str:
 def _checksum(format: str, value: dict[str, Any]) -> str:
     text = json.dumps([format, value], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def _one_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
