@@ -106,6 +106,9 @@ class Segment:
             else:
                 stage.taps += channels * (window[0][0] * window[0][1] if window else 2)
             source = stages[self._plane(sources[0])]
+            moved = channels + sum(self.shapes[value][1] for value in sources)
+            stage.traffic += moved
+            stage.widest = max(stage.widest, moved)
             if window and max(window[0]) > 1:
                 source.channels += self.shapes[sources[0]][1]
             if source is not stage:

@@ -7,12 +7,16 @@ elsewhere lanes move first. Chosen by what both cost, along the sizes as they fo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from .lanes import LANES, Lanes, cut
 
-_FMA, _MOVE, _HALO = 1.3, 14.0, 6.0  # cycles a vector
+_FMA, _MOVE, _HALO = 0.8, 10.0, 4.0  # cycles a vector
+
+# What reading or writing a vector costs beside, by how much memory a layer's input and output take.
+_TRAFFIC = ((700_000, 1.0), (12_000_000, 3.0), (math.inf, 10.0))
 
 
 @dataclass
@@ -22,6 +26,8 @@ class Stage:
     plane: tuple[int, int]
     taps: float = 0.0  # multiply-adds a pixel
     channels: float = 0.0  # that need a border
+    traffic: float = 0.0  # channels that are read and written, by all layers
+    widest: float = 0.0  # and by one of them at most
     strides: set[tuple[int, int]] = field(default_factory=set)  # by which it comes from the stage before
     moved: float = 0.0  # channels that come from there
 
@@ -96,7 +102,9 @@ def _cost(stage: Stage, lanes: Lanes, batch: int, threads: int) -> float:
     # Taps of one pixel next to nothing are as many as those of another: positions count, not pixels.
     work = stage.taps * lanes.positions * _FMA * few
     border = 2 * (lanes.rows + lanes.cols) + 4 + (0 if lanes.full else lanes.rows + lanes.cols)
-    return (work * together + stage.channels * border * _HALO) * units
+    bytes_of_layer = stage.widest * lanes.positions * LANES * 4
+    memory = stage.traffic * lanes.positions * next(cost for most, cost in _TRAFFIC if bytes_of_layer <= most)
+    return (work * together + stage.channels * border * _HALO + memory) * units
 
 
 def _between(before: Lanes, lanes: Lanes, stage: Stage, batch: int) -> float:
