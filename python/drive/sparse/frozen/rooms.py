@@ -7,6 +7,7 @@ with its own units at once, a ring of those that the next one needs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -21,64 +22,82 @@ _PAGE, _SKEW = 1024, 64 * 37
 class Step:
     """What a step reads and writes, and how it is written down when rooms have their places."""
 
-    phase: int
     reads: list[Room]
     writes: list[Room]
     write: Callable[[Program], None]
+
+
+@dataclass
+class Phase:
+    """Steps with units of one size: so many in the batch, each made of `ratio` of the phase before in its level.
+
+    chained: threads go through it with units of their own (csrc/sparse/engine/run.cpp).
+    """
+
+    level: int
+    units: int
+    ratio: int
+    chained: bool
+    steps: list[Step]
+
+
+@dataclass
+class _Life:
+    room: Room
+    first_phase: int
+    first: int
+    last_phase: int
+    last: int
 
 
 def room_size(floats: int) -> int:
     return -(-floats // _PAGE) * _PAGE + _SKEW
 
 
-def arrange(steps: Sequence[Step], units: Sequence[int], ratios: Sequence[int], chained: int, threads: int) -> int:
-    """Give every room its place; returns how many floats all of them take.
-
-    Args:
-        steps: in their order.
-        units: of each phase.
-        ratios: units of the phase before that one of each phase consists of.
-        chained: so many phases form a chain (csrc/sparse/engine/run.cpp).
-        threads: of the chain.
-    """
-    spans: dict[int, tuple[Room, int, int, int, int]] = {}  # first and last step, first and last phase
-    for i, step in enumerate(steps):
-        for room in (*step.reads, *step.writes):
-            _, first, _, phase, _ = spans.get(id(room), (room, i, i, step.phase, step.phase))
-            spans[id(room)] = (room, first, i, phase, step.phase)
-    region = _region(spans.values())
+def arrange(phases: Sequence[Phase], threads: int) -> int:
+    """Give every room its place; returns how many floats all of them take."""
+    lives: dict[int, _Life] = {}
+    for p, phase in enumerate(phases):
+        for i, step in enumerate(phase.steps):
+            for room in (*step.reads, *step.writes):
+                life = lives.setdefault(id(room), _Life(room, p, i, p, i))
+                life.last_phase, life.last = p, i
+    shared = [life for life in lives.values() if life.first_phase == life.last_phase]
+    region = _region(shared)
+    for life in shared:
+        life.room.thread = region
     top = region * threads
-    for room, _, _, first, last in spans.values():
-        if first == last:
-            room.thread = region
+    for life in lives.values():
+        if life.first_phase == life.last_phase:
             continue
-        size = room.floats
-        room.base, room.unit = top, size
-        if last < chained:
-            room.ring = 1
-            for phase in range(first + 1, last + 1):
-                room.ring *= ratios[phase]
-            room.thread = room.ring * size
+        room, made, read = life.room, phases[life.first_phase], phases[life.last_phase]
+        room.base, room.unit = top, room.floats
+        if read.chained and read.level == made.level:
+            between = phases[life.first_phase + 1 : life.last_phase + 1]
+            room.ring = math.prod(phase.ratio for phase in between)
+            room.thread = room.ring * room.floats
             top += room.thread * threads
         else:
-            top += size * units[first]
+            top += room.floats * made.units
     return top
 
 
-def _region(spans: object) -> int:
-    """Offsets for the rooms that one phase uses: the lowest that is free from its first step to its last."""
-    placed: list[tuple[int, int, int, int, int]] = []  # phase, first, last, begin, end
+def _region(lives: Sequence[_Life]) -> int:
+    """Offsets for rooms that one phase uses: the lowest that is free from its first step to its last."""
+    placed: list[_Life] = []
     top = 0
-    for room, first, last, phase, last_phase in spans:  # type: ignore[attr-defined]
-        if phase != last_phase:
-            continue
-        taken = sorted((b, e) for p, f, l, b, e in placed if p == phase and f <= last and first <= l)
+    for life in lives:
+        taken = sorted(
+            (p.room.base, p.room.base + p.room.floats)
+            for p in placed
+            if p.first_phase == life.first_phase and p.first <= life.last and life.first <= p.last
+        )
         at = 0
         for begin, end in taken:
-            if at + room.floats <= begin:
+            if at + life.room.floats <= begin:
                 break
             at = max(at, end)
-        room.base = at
-        placed.append((phase, first, last, at, at + room.floats))
-        top = max(top, at + room.floats)
+        life.room.base = at
+        placed.append(life)
+        top = max(top, at + life.room.floats)
     return top
