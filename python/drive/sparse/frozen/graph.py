@@ -1,4 +1,4 @@
-"""A network for inference as a list of nodes: traced, normalisation folded, epilogues fused (trace.py, fuse.py)."""
+"""A network for inference as a list of nodes: traced (trace.py), normalisation folded, epilogues fused (fuse.py)."""
 
 from __future__ import annotations
 
@@ -8,33 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-# Activations that every kernel knows, with their torch.nn.functional names; "" is none.
+# Activations that every kernel knows, by their names in torch.nn.functional; "" is none.
 ACTIVATIONS = ("", "relu", "relu6", "silu", "hardswish")
-
-
-@dataclass
-class Node:
-    """One step, which makes the value of its name.
-
-    kind, its inputs (names of values before it) and options:
-        conv: (x,) or (x, residual); weight, bias (constants' names; bias may be None), stride, padding, dilation
-            (two ints each; padding is zeros on both sides), groups, act: act(conv(x) + residual)
-        linear: (x,); weight, bias, act
-        act: (x,); act
-        add: (a, b) of one shape; act: act(a + b)
-        scale: (x, s), [N, C, H, W] and [N, C, 1, 1]: x * s
-        max_pool: (x,); kernel, stride, padding, dilation (two ints each), ceil_mode
-        avg_pool: (x,); kernel, stride, padding, ceil_mode, count_include_pad
-        global_mean: (x,), [N, C, H, W] -> [N, C, 1, 1]
-        cat: (a, b, ...) along dimension 1
-        call: any op of torch; target ("aten.flatten.using_ints"), args, kwargs: plain values, in which Ref
-            stands for a value or a constant; its inputs are the values among them
-    """
-
-    name: str
-    kind: str
-    inputs: tuple[str, ...]
-    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -45,28 +20,72 @@ class Ref:
 
 
 @dataclass
+class Node:
+    """One step, which makes the value of its name.
+
+    kind, its inputs (names of values before it) and options:
+        conv: (x,) or (x, residual); weight, bias (constants' names; bias may be None), stride, padding, dilation
+            (two ints each; zeros on both sides), groups, act: act(conv(x) + residual)
+        linear: (x,); weight, bias, act
+        act: (x,); act
+        add: (a, b) of one shape; act: act(a + b)
+        scale: (x, s), [N, C, H, W] and [N, C, 1, 1]: x * s
+        max_pool: (x,); kernel, stride, padding, dilation (two ints each), ceil_mode
+        avg_pool: (x,); kernel, stride, padding, ceil_mode, count_include_pad
+        global_mean: (x,), [N, C, H, W] -> [N, C, 1, 1]
+        cat: (a, b, ...) along dimension 1
+        call: any op of torch, or of the module operator; target ("aten.view.default", "operator.getitem"), args,
+            kwargs: plain values, in which Ref stands for a value or a constant; inputs are the values among them
+    """
+
+    name: str
+    kind: str
+    inputs: tuple[str, ...]
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Input:
+    """A leaf of the arguments.
+
+    sizes: of a tensor's dimensions, a number or a symbol, which is one number wherever it stands.
+    dtype: of a tensor ("float32"); None: no tensor, and `value` is what it has to be.
+    """
+
+    name: str
+    sizes: list[int | str] = field(default_factory=list)
+    dtype: str | None = None
+    value: Any = None
+
+
+@dataclass
 class Graph:
     """The nodes in an order in which they can run.
 
-    inputs: names of the values that a call gives, in the order of the flattened arguments.
-    outputs: names of the values that make up the result, flattened; `spec` is how (torch.utils._pytree).
-    constants: weights (masked, normalisation folded), biases, and whatever else calls use.
+    constants: weights (masked, normalisation folded), biases, and whatever else nodes use.
     masked: of constants that are weights with a mask, the parameter's name in the model.
+    outputs: names of the values that make up the result; None where that is None.
+    ranges: least and most of each symbol.
+    guards: what else must hold of the inputs' sizes, as expressions (guards.py).
+    arguments, result: how inputs and outputs are nested (torch.utils._pytree.treespec_dumps).
     """
 
-    inputs: list[str]
+    inputs: list[Input]
     nodes: list[Node]
-    outputs: list[str]
+    outputs: list[str | None]
     constants: dict[str, Tensor]
     masked: dict[str, str]
-    spec: Any = None
+    ranges: dict[str, tuple[int, int | None]]
+    guards: list[str]
+    arguments: str
+    result: str
 
-    def users(self) -> dict[str, list[Node]]:
+    def readers(self) -> dict[str, list[Node]]:
         """The nodes that read each value."""
-        found: dict[str, list[Node]] = {name: [] for name in self.inputs}
+        found: dict[str, list[Node]] = {input.name: [] for input in self.inputs}
         for node in self.nodes:
             found[node.name] = []
-            for name in node.inputs:
+            for name in dict.fromkeys(node.inputs):
                 found[name].append(node)
         return found
 

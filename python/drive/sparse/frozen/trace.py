@@ -1,0 +1,189 @@
+"""From a model to its graph, by torch.export: every op that runs for the example, whatever Python is around it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
+
+from drive.targets.restore import kept_rng
+
+from .graph import Graph, Input, Node, Ref
+
+# What changes nothing, in a network that does not train. Checks of sizes are kept as guards.
+_NOTHING = ("aten.alias.default", "aten.detach.default", "aten.dropout.default", "aten.lift_fresh_copy.default")
+_CHECKS = ("aten._assert_tensor_metadata.default", "aten.sym_constrain_range_for_size.default")
+
+
+class Untraceable(Exception):
+    """The model's graph depends on more than the shapes of its inputs; the message says how."""
+
+
+def trace(model: nn.Module, masks: Mapping[int, tuple[str, Tensor]], arguments: tuple[Any, ...]) -> Graph:
+    """The model's graph for these arguments, and for those of other sizes as far as they can be.
+
+    Args:
+        model: in evaluation mode; it is left as it is.
+        masks: name and mask of each parameter that has one, by the parameter's id.
+        arguments: positional ones.
+
+    Raises:
+        Untraceable: torch.export cannot make it one graph.
+    """
+    exported = _export(model, arguments)
+    signature = exported.graph_signature
+    states = {**exported.constants, **exported.state_dict}
+    lifted = {
+        **signature.inputs_to_parameters,
+        **signature.inputs_to_buffers,
+        **signature.inputs_to_lifted_tensor_constants,
+    }
+    originals = {name: p for name, p in model.named_parameters(remove_duplicate=False)}
+    constants: dict[str, Tensor] = {}
+    masked: dict[str, str] = {}
+    names: dict[str, str] = {}  # of the placeholders that are constants
+    inputs: list[Input] = []
+    leaves = pytree.tree_leaves(arguments)
+    for node in exported.graph.nodes:
+        if node.op != "placeholder":
+            continue
+        if node.name in lifted:
+            constant = names[node.name] = lifted[node.name]
+            tensor = states[constant].detach()
+            name, mask = masks.get(id(originals.get(constant)), ("", None))
+            if mask is not None:
+                masked[constant] = name
+                tensor = torch.where(mask, tensor, 0)
+            constants[constant] = tensor.clone()
+        else:
+            inputs.append(_input(node, leaves[len(inputs)]))
+    nodes, outputs = _Reader(names).read(exported.graph.nodes)
+    guards, ranges = _guards(exported, inputs)
+    return Graph(
+        inputs, nodes, outputs, constants, masked, ranges, guards,
+        _nesting(exported.call_spec.in_spec), _nesting(exported.call_spec.out_spec),
+    )  # fmt: skip
+
+
+def _export(model: nn.Module, arguments: tuple[Any, ...]) -> ExportedProgram:
+    """With as many free dimensions as the model allows: all, the first ones, none."""
+    tensors = [t for t in pytree.tree_leaves(arguments) if isinstance(t, Tensor)]
+    # A dimension of 1 would be taken for a constant, so an example of one image is made two.
+    single = bool(tensors) and all(t.dim() > 0 and t.shape[0] == 1 for t in tensors)
+    doubled = pytree.tree_map_only(Tensor, lambda t: torch.cat([t, t]), arguments) if single else arguments
+    flat = all(isinstance(argument, Tensor) for argument in arguments)  # else guards could not be read
+    tries: list[tuple[tuple[Any, ...], Any]] = [(arguments, None)]
+    if flat:
+        batch = tuple({0: Dim.AUTO} if t.dim() else None for t in doubled)
+        every = tuple({d: Dim.AUTO for d in range(t.dim())} for t in doubled)
+        tries = [(doubled, every), (doubled, batch), *tries]
+    with torch.no_grad(), kept_rng(), _quiet():
+        for example, free in tries:
+            try:
+                exported = torch.export.export(model, example, dynamic_shapes=free, strict=False)
+                return exported.run_decompositions({})  # nothing is written in place from here on
+            except Exception as error:  # of the model's own code, or of any part of the exporter
+                why = error
+    raise Untraceable(f"{type(why).__name__}: {(str(why).splitlines() or [''])[0]}") from why
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter warns of sizes that it cannot solve for; they stay guards."""
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _input(node: fx.Node, leaf: Any) -> Input:
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor):
+        return Input(node.name, value=leaf)
+    sizes = [size if isinstance(size, int) else str(size) for size in value.shape]
+    return Input(node.name, sizes, str(value.dtype).removeprefix("torch."))
+
+
+def _guards(
+    exported: ExportedProgram, inputs: Iterable[Input]
+) -> tuple[list[str], dict[str, tuple[int, int | None]]]:
+    """Conditions on the sizes; where they are not known, the symbols may only be what they were."""
+    symbols = {size for input in inputs for size in input.sizes if isinstance(size, str)}
+    ranges: dict[str, tuple[int, int | None]] = {}
+    for symbol, bounds in exported.range_constraints.items():
+        if str(symbol) in symbols:
+            upper = bounds.upper
+            # free, it was assumed not to be 0 or 1; what depends on that is a guard
+            least = int(bounds.lower)
+            ranges[str(symbol)] = (1 if least == 2 else least, int(upper) if upper.is_Integer else None)
+    return list(getattr(exported, "_guards_code", None) or []), ranges
+
+
+def _nesting(spec: pytree.TreeSpec) -> str:
+    try:
+        return pytree.treespec_dumps(spec)
+    except NotImplementedError:  # a class of the user's, or of a library
+        return ""
+
+
+class _Reader:
+    """fx's nodes as ours."""
+
+    def __init__(self, constants: Mapping[str, str]):
+        self._constants = constants
+        self._renamed: dict[str, str] = {}
+
+    def read(self, nodes: Iterable[fx.Node]) -> tuple[list[Node], list[str | None]]:
+        found: list[Node] = []
+        for node in nodes:
+            if node.op == "output":
+                return found, [self._output(value) for value in node.args[0]]  # type: ignore[union-attr]
+            if node.op == "get_attr" or (node.op == "call_function" and not _known(node.target)):
+                raise Untraceable(f"an op that is no function of tensors: {node.target}")
+            if node.op != "call_function" or str(node.target) in _CHECKS:
+                continue
+            target = _name(node.target)
+            if target in _NOTHING and isinstance(node.args[0], fx.Node):
+                self._renamed[node.name] = self._renamed.get(node.args[0].name, node.args[0].name)
+                continue
+            values: dict[str, None] = {}
+            arguments = [self._plain(argument, values) for argument in node.args]
+            keywords = {key: self._plain(value, values) for key, value in node.kwargs.items()}
+            options = {"target": target, "args": arguments, "kwargs": keywords}
+            found.append(Node(node.name, "call", tuple(values), options))
+        raise AssertionError("a graph ends with its output")
+
+    def _output(self, value: Any) -> str | None:
+        if value is None:
+            return None
+        if not isinstance(value, fx.Node):
+            raise Untraceable(f"an output that is no tensor: {value!r}")
+        return self._renamed.get(value.name, value.name)
+
+    def _plain(self, argument: Any, values: dict[str, None]) -> Any:
+        if isinstance(argument, fx.Node):
+            if argument.name in self._constants:
+                return Ref(self._constants[argument.name])
+            name = self._renamed.get(argument.name, argument.name)
+            values[name] = None
+            return Ref(name)
+        if isinstance(argument, (list, tuple)):
+            return [self._plain(part, values) for part in argument]
+        return argument
+
+
+def _known(target: Any) -> bool:
+    return isinstance(target, torch._ops.OpOverload) or getattr(target, "__module__", "") == "_operator"
+
+
+def _name(target: Any) -> str:
+    return str(target) if isinstance(target, torch._ops.OpOverload) else f"operator.{target.__name__}"
