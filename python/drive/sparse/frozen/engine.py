@@ -132,11 +132,11 @@ class Engine:
         place, channels = self._places[node.name], self._shapes[node.name][1]
         lanes = place.field.lanes
         if node.name in self._plain:
-            number, field = self._plain[node.name], Field(lanes, channels)
+            number, field = self._plain[node.name], Field(lanes, channels)  # of a plain tensor: no border
             offsets, masks = lanes_of.plain_offsets(field, lanes.height * lanes.width * channels, False)
             self._add(lanes, [place], [], lambda p: p.leave(place, number, offsets, masks, channels))
         # a concatenation's channels have their borders from those who wrote them, or from here
-        if node.kind != "cat" and place.field.top + place.field.left > 0:
+        if node.kind not in ("cat", "slice") and place.field.top + place.field.left > 0:
             moves, parts = lanes_of.halo(place.field), self._parts(lanes)
             if moves.positions.numel():
                 self._add(
@@ -220,6 +220,10 @@ class Engine:
             self._add(
                 lanes, [target], [target], lambda p: p.move(target, target, 1, moves, channels, parts, False)
             )
+
+    def _slice(self, node: Node) -> None:
+        whole = self._source(node.inputs[0])
+        self._places[node.name] = Place(whole.room, whole.field, whole.first + node.options["start"])
 
     def _scale(self, node: Node) -> None:
         source, target = self._read(node, 0), self._room_for(node.name)

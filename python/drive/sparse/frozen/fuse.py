@@ -17,7 +17,7 @@ def fuse(graph: Graph, values: Mapping[str, Any]) -> Graph:
     constants = dict(graph.constants)
     nodes = [found for node in graph for found in recognise(node, values, constants)]
     graph = Graph(**{**vars(graph), "nodes": nodes, "constants": constants})
-    for step in (_skip_items, _fold_norms, _fold_pads, _fuse_sums, _fuse_activations, _drop_dead):
+    for step in (_take_items, _fold_norms, _fold_pads, _fuse_sums, _fuse_activations, _drop_dead):
         step(graph)
     return graph
 
@@ -56,15 +56,24 @@ def _only_reader(graph: Graph) -> Callable[[str], Node | None]:
     return lambda name: readers[name][0] if len(readers[name]) == 1 and name not in outside else None
 
 
-def _skip_items(graph: Graph) -> None:
-    """Normalisation returns a tuple of which only the first item is used."""
-    norms = {node.name for node in graph if node.kind == "norm"}
-    items = {
-        node.name: node.inputs[0]
-        for node in graph
-        if node.options.get("target") == "operator.getitem" and node.inputs[0] in norms
-    }
-    _replace(graph, items, set(items))
+def _take_items(graph: Graph) -> None:
+    """Items of tuples: normalisation's first one, and the parts of a split."""
+    made = {node.name: node for node in graph}
+    norms: dict[str, str] = {}
+    for i, node in enumerate(graph.nodes):
+        if node.options.get("target") != "operator.getitem":
+            continue
+        whole, item = made.get(node.inputs[0]), node.options["args"][1]
+        if whole is not None and whole.kind == "norm":
+            norms[node.name] = whole.name
+        elif whole is not None and whole.kind == "split":
+            start, size = whole.options["parts"][item]
+            graph.nodes[i] = Node(node.name, "slice", whole.inputs, {"start": start, "size": size})
+    _replace(graph, norms, set(norms))
+    others = {name for node in graph for name in node.inputs}
+    for i, node in enumerate(graph.nodes):
+        if node.kind == "split" and node.name in others:
+            graph.nodes[i] = Node(node.name, "call", node.inputs, node.options["call"])
 
 
 def _scale_and_shift(graph: Graph, norm: Node) -> tuple[Tensor, Tensor]:
@@ -123,13 +132,12 @@ def _fold_pads(graph: Graph) -> None:
     for pad in graph:
         if pad.kind != "pad":
             continue
-        conv, sides = reader(pad.name), pad.options["sides"]
-        if conv is not None and conv.kind == "conv" and len(conv.inputs) == 1 and sides[0] == sides[1]:
-            (left, _), (top, _) = sides
-            padding = conv.options["padding"]
-            if sides[0][0] == sides[0][1]:
-                conv.options["padding"] = [padding[0] + top, padding[1] + left]
-                names[pad.name] = pad.inputs[0]
+        conv = reader(pad.name)
+        if conv is not None and conv.kind == "conv" and len(conv.inputs) == 1:
+            (left, right), (top, bottom) = pad.options["sides"]
+            (y, x), o = conv.options["padding"], conv.options
+            o["padding"], o["after"] = [y + top, x + left], [y + bottom, x + right]
+            names[pad.name] = pad.inputs[0]
     _replace(graph, names, set(names))
     for i, pad in enumerate(graph.nodes):
         if pad.kind == "pad":
@@ -174,14 +182,15 @@ def _drop_dead(graph: Graph) -> None:
     kept = []
     for node in reversed(graph.nodes):
         if node.name in wanted:
-            wanted |= {*node.inputs, *_constants_of(node)}
+            wanted |= {*node.inputs, *constants_of(node)}
             kept.append(node)
     graph.nodes = kept[::-1]
     graph.constants = {name: t for name, t in graph.constants.items() if name in wanted}
     graph.masked = {name: of for name, of in graph.masked.items() if name in wanted}
 
 
-def _constants_of(node: Node) -> list[str]:
+def constants_of(node: Node) -> list[str]:
+    """Names of the constants that a node uses; of a call, of its values too."""
     if node.kind != "call":
         return [node.options[key] for key in ("weight", "bias") if node.options.get(key)]
 

@@ -25,7 +25,9 @@ class Node:
 
     kind, its inputs (names of values before it) and options:
         conv: (x,) or (x, residual); weight, bias (constants' names; bias may be None), stride, padding, dilation
-            (two ints each; zeros on both sides), groups, act: act(conv(x) + residual)
+            (two ints each; zeros above and to the left), after (those below and to the right, if others), groups,
+            act: act(conv(x) + residual)
+        slice: (x,); start, size: channels of it
         linear: (x,); weight, bias, act
         act: (x,); act
         add: (a, b) of one shape; act: act(a + b)

@@ -42,7 +42,9 @@ class Layout:
         self.home: dict[str, tuple[str, int]] = {}
         self.in_place: dict[str, str] = {}
         self._not_negative: set[str] = set()
-        self._makers = {node.name for node in nodes if node.kind != "cat"}
+        # values that have memory of their own, which no slice shares
+        sliced = {node.inputs[0] for node in nodes if node.kind == "slice"}
+        self._makers = {node.name for node in nodes if node.kind not in ("cat", "slice")} - sliced
         self._survey()
 
     def window(self, node: Node) -> Window | None:
@@ -115,7 +117,7 @@ class Layout:
         for node in self._nodes:
             for i, value in enumerate(node.inputs):
                 readers.setdefault(value, []).append(node.name)
-                if value not in self.lanes or node.kind == "global_mean":
+                if value not in self.lanes or node.kind in ("global_mean", "slice"):
                     continue
                 read = self._read_of(node, i)
                 self.reads[node.name, i] = read
@@ -142,6 +144,7 @@ class Layout:
     def _share_borders(self) -> None:
         """Values that share a room have the same border."""
         pairs = [*self.in_place.items(), *((value, cat) for value, (cat, _) in self.home.items())]
+        pairs += [(node.name, node.inputs[0]) for node in self._nodes if node.kind == "slice"]
         changed = True
         while changed:
             changed = False
@@ -164,7 +167,7 @@ class Layout:
 
     def _note_sign(self, node: Node) -> None:
         known = node.options.get("act", "") in ("relu", "relu6")
-        through = node.kind in ("max_pool", "avg_pool", "cat", "act")
+        through = node.kind in ("max_pool", "avg_pool", "cat", "act", "slice")
         if known or (through and all(value in self._not_negative for value in node.inputs)):
             self._not_negative.add(node.name)
 

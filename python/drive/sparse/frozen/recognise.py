@@ -16,8 +16,8 @@ _ACTS = {"relu": "relu", "silu": "silu", "hardswish": "hardswish", "relu6": "rel
 def recognise(node: Node, values: Mapping[str, Any], constants: Mapping[str, Tensor]) -> list[Node]:
     """What a call is; itself if it is nothing that is known. `values`: their shapes.
 
-    Two kinds are of fuse.py alone, which lets none remain: norm (weight, bias, mean, var, eps) and pad (sides,
-    call).
+    Three kinds are of fuse.py alone, which lets none remain: norm (weight, bias, mean, var, eps), pad (sides, call)
+    and split (parts, call).
     """
     target = node.options["target"]
     if not target.startswith("aten."):
@@ -30,7 +30,7 @@ def recognise(node: Node, values: Mapping[str, Any], constants: Mapping[str, Ten
 
 
 def _of_other_dtypes(node: Node, values: Mapping[str, Any]) -> bool:
-    tensors = [values[name] for name in (*node.inputs, node.name) if isinstance(values[name], Tensor)]
+    tensors = [values[name] for name in (*node.inputs, node.name) if isinstance(values.get(name), Tensor)]
     return any(t.dtype != torch.float32 for t in tensors)
 
 
@@ -188,9 +188,30 @@ def _pad(node: Node, a: _Arguments) -> list[Node] | None:
     return [Node(node.name, "pad", node.inputs, {"sides": pairs, "call": node.options})]
 
 
+def _split(node: Node, a: _Arguments) -> list[Node] | None:
+    parts = a._values[node.name]
+    if not a.image("self") or a["dim"] not in (1, -3) or not isinstance(parts, (list, tuple)):
+        return None
+    spans, start = [], 0
+    for part in parts:
+        spans.append((start, part.shape[1]))
+        start += part.shape[1]
+    return [Node(node.name, "split", node.inputs, {"parts": spans, "call": node.options})]
+
+
+def _slice(node: Node, a: _Arguments) -> list[Node] | None:
+    if not a.image("self") or a["dim"] not in (1, -3) or a["step"] != 1:
+        return None
+    size = a._values[node.name].shape[1]
+    start, stop, _ = slice(a["start"], a["end"]).indices(a._values[node.inputs[0]].shape[1])
+    if stop - start != size:
+        return None
+    return [Node(node.name, "slice", node.inputs, {"start": start, "size": size})]
+
+
 _MAKERS = {
     "conv2d": _conv, "linear": _linear, "_native_batch_norm_legit_no_training": _norm, "batch_norm": _norm,
     "relu": _act, "hardtanh": _act, "silu": _act, "hardswish": _act, "relu6": _act, "add": _add, "mul": _mul,
     "max_pool2d": _max_pool, "avg_pool2d": _avg_pool, "adaptive_avg_pool2d": _adaptive, "mean": _mean,
-    "cat": _cat, "constant_pad_nd": _pad,
+    "cat": _cat, "constant_pad_nd": _pad, "split": _split, "split_with_sizes": _split, "chunk": _split, "slice": _slice,
 }  # fmt: skip

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -11,6 +13,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .graph import Graph, Node, Ref
+
+
+# Where functions of sizes come from: of operator and math any, of torch sym_max and the like.
+_NUMBERS: dict[str, Any] = {
+    "operator": operator,
+    "math": math,
+    "torch": SimpleNamespace(**{name: getattr(torch, name) for name in dir(torch) if name.startswith("sym_")}),
+}
 
 
 def activate(act: str, x: Tensor) -> Tensor:
@@ -30,9 +40,11 @@ def run_node(node: Node, values: Mapping[str, Any], constants: Mapping[str, Tens
             )
         case "conv":
             bias = constants[o["bias"]] if o["bias"] else None
-            output = F.conv2d(
-                inputs[0], constants[o["weight"]], bias, o["stride"], o["padding"], o["dilation"], o["groups"]
-            )
+            (top, left), (bottom, right) = o["padding"], o.get("after", o["padding"])
+            x, padding = inputs[0], o["padding"]
+            if (top, left) != (bottom, right):
+                x, padding = F.pad(x, (left, right, top, bottom)), [0, 0]
+            output = F.conv2d(x, constants[o["weight"]], bias, o["stride"], padding, o["dilation"], o["groups"])
             return activate(o["act"], output + inputs[1] if len(inputs) > 1 else output)
         case "linear":
             bias = constants[o["bias"]] if o["bias"] else None
@@ -53,6 +65,8 @@ def run_node(node: Node, values: Mapping[str, Any], constants: Mapping[str, Tens
             )
         case "global_mean":
             return inputs[0].mean((2, 3), keepdim=True)
+        case "slice":
+            return inputs[0].narrow(1, o["start"], o["size"])
         case "cat":
             return torch.cat(inputs, 1)
     raise ValueError(f"run_node: kind must be one of graph.Node's, got {node.kind!r}")
@@ -66,8 +80,8 @@ def function(target: str) -> Callable[..., Any]:
     """
     namespace, *rest = target.split(".")
     try:
-        if namespace == "operator" and len(rest) == 1 and not rest[0].startswith("_"):
-            found: Any = getattr(operator, rest[0])
+        if namespace in _NUMBERS and len(rest) == 1:
+            found: Any = getattr(_NUMBERS[namespace], rest[0])
         else:
             name, overload = rest
             found = getattr(getattr(getattr(torch.ops, namespace), name), overload)

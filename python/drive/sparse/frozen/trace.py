@@ -182,8 +182,12 @@ class _Reader:
 
 
 def _known(target: Any) -> bool:
-    return isinstance(target, torch._ops.OpOverload) or getattr(target, "__module__", "") == "_operator"
+    return isinstance(target, torch._ops.OpOverload) or _home(target) in ("operator", "math", "torch")
+
+
+def _home(target: Any) -> str:
+    return str(getattr(target, "__module__", "")).removeprefix("_")
 
 
 def _name(target: Any) -> str:
-    return str(target) if isinstance(target, torch._ops.OpOverload) else f"operator.{target.__name__}"
+    return str(target) if isinstance(target, torch._ops.OpOverload) else f"{_home(target)}.{target.__name__}"
