@@ -1,4 +1,5 @@
-"""drive::engine_* - whole networks by their non-zeros, in lanes that are never neighbours (csrc/sparse/engine).
+"""drive::engine_* - whole networks by their non-zeros, in lanes that are never neighbours
+(csrc/sparse/engine).
 
 Written by and for drive.sparse.frozen, which plans; there is no version of these ops but the compiled one.
 """
@@ -12,7 +13,7 @@ library.define(
     "int block, int in_block, "  # output channels, and input channels of a group, that are together
     "int[2] padding, int[2] dilation, "
     "int[2] field"  # of the input: channels, vectors a row with its borders
-    ") -> (Tensor taps, Tensor counts, Tensor starts)"  # [nnz, 2] int32 (bytes, float32), int32, [blocks] int64
+    ") -> (Tensor taps, Tensor counts, Tensor starts)"  # [nnz, 2] int32 (bytes, float32), int32, int64
 )
 library.define("engine_sums() -> int")  # positions whose sums fit the registers
 library.define("engine_arena(int bytes) -> Tensor")  # [bytes] uint8, not initialised

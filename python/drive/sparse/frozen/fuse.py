@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .graph import Graph, Node, Ref
@@ -104,7 +103,9 @@ def _fold_norms(graph: Graph) -> None:
             weight = graph.constants[o["weight"]]
             shape = (-1, *[1] * (weight.dim() - 1))
             bias = graph.constants[o["bias"]].double() if o["bias"] else 0
-            o["weight"] = _constant(graph, norm.name + ".weight", weight.double() * scale.view(shape), o["weight"])
+            o["weight"] = _constant(
+                graph, norm.name + ".weight", weight.double() * scale.view(shape), o["weight"]
+            )
             o["bias"] = _constant(graph, norm.name + ".bias", shift + bias * scale)
             names[norm.name] = before.name
             gone.add(norm.name)
@@ -156,11 +157,12 @@ def _fuse_sums(graph: Graph) -> None:
         a, b = node.inputs
         for conv, residual in sorted(((a, b), (b, a)), key=lambda pair: -position.get(pair[0], -1)):
             found = made.get(conv)
-            if found is not None and found.kind == "conv" and a != b and reader(conv) is node:
-                if len(found.inputs) == 1 and not found.options["act"]:
-                    graph.nodes[i] = Node(node.name, "conv", (found.inputs[0], residual), found.options)
-                    gone.add(conv)
-                    break
+            if found is None or found.kind != "conv" or a == b or reader(conv) is not node:
+                continue
+            if len(found.inputs) == 1 and not found.options["act"]:
+                graph.nodes[i] = Node(node.name, "conv", (found.inputs[0], residual), found.options)
+                gone.add(conv)
+                break
     _replace(graph, {}, gone)
 
 

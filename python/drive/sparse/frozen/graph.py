@@ -1,4 +1,5 @@
-"""A network for inference as a list of nodes: traced (trace.py), normalisation folded, epilogues fused (fuse.py)."""
+"""A network for inference as a list of nodes: traced (trace.py), normalisation folded, epilogues fused
+(fuse.py)."""
 
 from __future__ import annotations
 
@@ -24,8 +25,10 @@ class Node:
     """One step, which makes the value of its name.
 
     kind, its inputs (names of values before it) and options:
-        conv: (x,) or (x, residual); weight, bias (constants' names; bias may be None), stride, padding, dilation
-            (two ints each; zeros above and to the left), after (those below and to the right, if others), groups,
+        conv: (x,) or (x, residual); weight, bias (constants' names; bias may be None), stride, padding,
+        dilation
+            (two ints each; zeros above and to the left), after (those below and to the right, if others),
+            groups,
             act: act(conv(x) + residual)
         slice: (x,); start, size: channels of it
         linear: (x,); weight, bias, act
@@ -36,8 +39,10 @@ class Node:
         avg_pool: (x,); kernel, stride, padding, ceil_mode, count_include_pad
         global_mean: (x,), [N, C, H, W] -> [N, C, 1, 1]
         cat: (a, b, ...) along dimension 1
-        call: any op of torch, or of the module operator; target ("aten.view.default", "operator.getitem"), args,
-            kwargs: plain values, in which Ref stands for a value or a constant; inputs are the values among them
+        call: any op of torch, or of the module operator; target ("aten.view.default", "operator.getitem"),
+        args,
+            kwargs: plain values, in which Ref stands for a value or a constant; inputs are the values among
+            them
     """
 
     name: str

@@ -1,7 +1,7 @@
 """From a graph and the shapes of its inputs to something that runs: the engine, and the other nodes between.
 
-A node is the engine's if it works on images in lanes: convolutions, and what lies between them. The rest are called
-as they are, Linear layers by their non-zeros.
+A node is the engine's if it works on images in lanes: convolutions, and what lies between them. The rest are
+called as they are, Linear layers by their non-zeros.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ Values = dict[str, Any]
 # A Linear layer, or a convolution of single pixels, by its non-zeros: from so few on it is faster.
 _SPARSE_LINEAR = 0.3
 
-# The engine is tried against PyTorch's layers, for so many seconds each, from such a density on. It was ahead of
-# them at 65 % in ResNet-18 and ResNet-50, batches of 1 to 32.
+# The engine is tried against PyTorch's layers, for so many seconds each, from such a density on. It was
+# ahead of them at 65 % in ResNet-18 and ResNet-50, batches of 1 to 32.
 _TRIED, _TRIAL = 0.5, 0.2
 
 ENGINE, CONTIGUOUS, CHANNELS_LAST = WAYS = ("engine", "contiguous", "channels_last")
@@ -44,7 +44,8 @@ class Runner:
         graph: as traced.
         inputs: leaves of the arguments.
         threads: that will run it.
-        way: one of WAYS: nodes are the engine's where they can be, or all are PyTorch's, images contiguous or not.
+        way: one of WAYS: nodes are the engine's where they can be, or all are PyTorch's, images contiguous
+        or not.
     """
 
     def __init__(self, graph: Graph, inputs: Sequence[Any], threads: int, way: str = ENGINE):
@@ -123,7 +124,8 @@ def _fits(node: Node, graph: Graph, shapes: Mapping[str, Shape]) -> bool:
 
 
 def _levels(graph: Graph, engine: set[str]) -> tuple[list[list[Node]], list[list[Node]]]:
-    """The engine's nodes by level, and the others: those before all levels, after the first, after the second ..."""
+    """The engine's nodes by level, and the others: those before all levels, after the first, after the
+    second ..."""
     level: dict[str, int] = {input.name: 0 for input in graph.inputs}
     kinds = {node.name: node.kind for node in graph}
     levels: dict[int, list[Node]] = {}
@@ -198,8 +200,8 @@ def _density(graph: Graph, shapes: Mapping[str, Shape]) -> float:
 def lower(graph: Graph, inputs: Sequence[Any]) -> Runner:
     """What runs a graph for inputs like these, with as many threads as torch has now.
 
-    The engine is tried against PyTorch's own layers, on these inputs, where it may be slower: where values leave it
-    and come back, or half of the multiply-adds are left.
+    The engine is tried against PyTorch's own layers, on these inputs, where it may be slower: where values
+    leave it and come back, or half of the multiply-adds are left.
     """
     threads = torch.get_num_threads()
     runner = Runner(graph, inputs, threads)

@@ -16,8 +16,8 @@ _ACTS = {"relu": "relu", "silu": "silu", "hardswish": "hardswish", "relu6": "rel
 def recognise(node: Node, values: Mapping[str, Any], constants: Mapping[str, Tensor]) -> list[Node]:
     """What a call is; itself if it is nothing that is known. `values`: their shapes.
 
-    Three kinds are of fuse.py alone, which lets none remain: norm (weight, bias, mean, var, eps), pad (sides, call)
-    and split (parts, call).
+    Three kinds are of fuse.py alone, which lets none remain: norm (weight, bias, mean, var, eps), pad
+    (sides, call) and split (parts, call).
     """
     target = node.options["target"]
     if not target.startswith("aten."):
@@ -44,7 +44,9 @@ class _Arguments:
         self._found: dict[str, Any] = {}
         for i, argument in enumerate(schema.arguments):
             default = argument.default_value if argument.has_default_value() else None
-            self._found[argument.name] = given[i] if i < len(given) else node.options["kwargs"].get(argument.name, default)
+            self._found[argument.name] = (
+                given[i] if i < len(given) else node.options["kwargs"].get(argument.name, default)
+            )
         self._values, self._constants = values, constants
 
     def __getitem__(self, name: str) -> Any:
@@ -140,14 +142,21 @@ def _mul(node: Node, a: _Arguments) -> list[Node] | None:
 
 
 def _max_pool(node: Node, a: _Arguments) -> list[Node] | None:
-    options = {name: a.pair(f"{name}_size" if name == "kernel" else name, "kernel_size") for name in ("kernel", "stride", "padding", "dilation")}
+    options = {
+        name: a.pair(f"{name}_size" if name == "kernel" else name, "kernel_size")
+        for name in ("kernel", "stride", "padding", "dilation")
+    }
     if not a.image("self") or None in options.values():
         return None
     return [Node(node.name, "max_pool", node.inputs, {**options, "ceil_mode": a["ceil_mode"]})]
 
 
 def _avg_pool(node: Node, a: _Arguments) -> list[Node] | None:
-    options = {"kernel": a.pair("kernel_size"), "stride": a.pair("stride", "kernel_size"), "padding": a.pair("padding")}
+    options = {
+        "kernel": a.pair("kernel_size"),
+        "stride": a.pair("stride", "kernel_size"),
+        "padding": a.pair("padding"),
+    }
     if not a.image("self") or None in options.values() or a["divisor_override"] is not None:
         return None
     rest = {"ceil_mode": a["ceil_mode"], "count_include_pad": a["count_include_pad"]}
@@ -182,7 +191,8 @@ def _cat(node: Node, a: _Arguments) -> list[Node] | None:
 
 def _pad(node: Node, a: _Arguments) -> list[Node] | None:
     sides = a["pad"]
-    if not a.image("self") or a["value"] != 0 or len(sides) != 4 or not all(isinstance(n, int) for n in sides):
+    zeros = a["value"] in (None, 0) and a._found.get("mode", "constant") == "constant"
+    if not a.image("self") or not zeros or len(sides) != 4 or not all(isinstance(n, int) for n in sides):
         return None
     pairs = [(sides[0], sides[1]), (sides[2], sides[3])]
     return [Node(node.name, "pad", node.inputs, {"sides": pairs, "call": node.options})]
@@ -213,5 +223,6 @@ _MAKERS = {
     "conv2d": _conv, "linear": _linear, "_native_batch_norm_legit_no_training": _norm, "batch_norm": _norm,
     "relu": _act, "hardtanh": _act, "silu": _act, "hardswish": _act, "relu6": _act, "add": _add, "mul": _mul,
     "max_pool2d": _max_pool, "avg_pool2d": _avg_pool, "adaptive_avg_pool2d": _adaptive, "mean": _mean,
-    "cat": _cat, "constant_pad_nd": _pad, "split": _split, "split_with_sizes": _split, "chunk": _split, "slice": _slice,
+    "cat": _cat, "constant_pad_nd": _pad, "pad": _pad, "split": _split,
+    "split_with_sizes": _split, "chunk": _split, "slice": _slice,
 }  # fmt: skip

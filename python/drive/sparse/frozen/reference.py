@@ -14,12 +14,13 @@ from torch.nn import functional as F
 
 from .graph import Graph, Node, Ref
 
-
 # Where functions of sizes come from: of operator and math any, of torch sym_max and the like.
 _NUMBERS: dict[str, Any] = {
     "operator": operator,
     "math": math,
-    "torch": SimpleNamespace(**{name: getattr(torch, name) for name in dir(torch) if name.startswith("sym_")}),
+    "torch": SimpleNamespace(
+        **{name: getattr(torch, name) for name in dir(torch) if name.startswith("sym_")}
+    ),
 }
 
 
@@ -44,7 +45,9 @@ def run_node(node: Node, values: Mapping[str, Any], constants: Mapping[str, Tens
             x, padding = inputs[0], o["padding"]
             if (top, left) != (bottom, right):
                 x, padding = F.pad(x, (left, right, top, bottom)), [0, 0]
-            output = F.conv2d(x, constants[o["weight"]], bias, o["stride"], padding, o["dilation"], o["groups"])
+            output = F.conv2d(
+                x, constants[o["weight"]], bias, o["stride"], padding, o["dilation"], o["groups"]
+            )
             return activate(o["act"], output + inputs[1] if len(inputs) > 1 else output)
         case "linear":
             bias = constants[o["bias"]] if o["bias"] else None
@@ -117,6 +120,11 @@ def meta_values(graph: Graph, inputs: Sequence[Any]) -> dict[str, Any]:
     for node in graph:
         options = node.options
         if "device" in options.get("kwargs", ()):
-            node = Node(node.name, node.kind, node.inputs, {**options, "kwargs": {**options["kwargs"], "device": "meta"}})
+            node = Node(
+                node.name,
+                node.kind,
+                node.inputs,
+                {**options, "kwargs": {**options["kwargs"], "device": "meta"}},
+            )
         values[node.name] = run_node(node, values, constants)
     return values

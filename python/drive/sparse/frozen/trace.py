@@ -1,4 +1,5 @@
-"""From a model to its graph, by torch.export: every op that runs for the example, whatever Python is around it."""
+"""From a model to its graph, by torch.export: every op that runs for the example, whatever Python is around
+it."""
 
 from __future__ import annotations
 
@@ -17,7 +18,12 @@ from drive.targets.restore import kept_rng
 from .graph import Graph, Input, Node, Ref
 
 # What changes nothing, in a network that does not train. Checks of sizes are kept as guards.
-_NOTHING = ("aten.alias.default", "aten.detach.default", "aten.dropout.default", "aten.lift_fresh_copy.default")
+_NOTHING = (
+    "aten.alias.default",
+    "aten.detach.default",
+    "aten.dropout.default",
+    "aten.lift_fresh_copy.default",
+)
 _CHECKS = ("aten._assert_tensor_metadata.default", "aten.sym_constrain_range_for_size.default")
 
 
@@ -44,7 +50,7 @@ def trace(model: nn.Module, masks: Mapping[int, tuple[str, Tensor]], arguments: 
         **signature.inputs_to_buffers,
         **signature.inputs_to_lifted_tensor_constants,
     }
-    originals = {name: p for name, p in model.named_parameters(remove_duplicate=False)}
+    originals = dict(model.named_parameters(remove_duplicate=False))
     constants: dict[str, Tensor] = {}
     masked: dict[str, str] = {}
     names: dict[str, str] = {}  # of the placeholders that are constants
@@ -78,19 +84,40 @@ def _export(model: nn.Module, arguments: tuple[Any, ...]) -> ExportedProgram:
     single = bool(tensors) and all(t.dim() > 0 and t.shape[0] == 1 for t in tensors)
     doubled = pytree.tree_map_only(Tensor, lambda t: torch.cat([t, t]), arguments) if single else arguments
     flat = all(isinstance(argument, Tensor) for argument in arguments)  # else guards could not be read
-    tries: list[tuple[tuple[Any, ...], Any]] = [(arguments, None)]
-    if flat:
-        batch = tuple({0: Dim.AUTO} if t.dim() else None for t in doubled)
-        every = tuple({d: Dim.AUTO for d in range(t.dim())} for t in doubled)
-        tries = [(doubled, every), (doubled, batch), *tries]
     with torch.no_grad(), kept_rng(), _quiet():
-        for example, free in tries:
+        free: list[tuple[tuple[Any, ...], Any]] = [(arguments, None)]
+        if flat:
+            batch = tuple({0: Dim.AUTO} if t.dim() else None for t in doubled)
+            every = tuple(dict.fromkeys(range(t.dim()), Dim.AUTO) for t in doubled)
+            free = (
+                [(doubled, batch), *free]
+                if _pads(model, arguments)
+                else [(doubled, every), (doubled, batch), *free]
+            )
+        for example, dimensions in free:
             try:
-                exported = torch.export.export(model, example, dynamic_shapes=free, strict=False)
-                return exported.run_decompositions({})  # nothing is written in place from here on
+                exported = torch.export.export(model, example, dynamic_shapes=dimensions, strict=False)
+                functional: ExportedProgram = exported.run_decompositions({})  # nothing in place any more
+                return functional
             except Exception as error:  # of the model's own code, or of any part of the exporter
                 why = error
     raise Untraceable(f"{type(why).__name__}: {(str(why).splitlines() or [''])[0]}") from why
+
+
+def _pads(model: nn.Module, arguments: tuple[Any, ...]) -> bool:
+    """Does it pad, by what may depend on its input's size?
+
+    With symbols for sizes, TensorFlow's "same" padding takes the exporter minutes.
+    """
+    try:
+        graph = torch.export.export(model, arguments, strict=False).graph
+    except Exception:  # what is wrong with it, the tries that follow find out
+        return False
+    return any(
+        str(node.target).startswith(("aten.pad", "aten.constant_pad"))
+        for node in graph.nodes
+        if node.op == "call_function"
+    )
 
 
 @contextmanager
@@ -109,7 +136,7 @@ def _input(node: fx.Node, leaf: Any) -> Input:
     value = node.meta.get("val")
     if not isinstance(value, Tensor):
         return Input(node.name, value=leaf)
-    sizes = [size if isinstance(size, int) else str(size) for size in value.shape]
+    sizes: list[int | str] = [size if isinstance(size, int) else str(size) for size in value.shape]
     return Input(node.name, sizes, str(value.dtype).removeprefix("torch."))
 
 

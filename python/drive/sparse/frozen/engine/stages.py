@@ -1,8 +1,9 @@
 """Which lanes planes of each size are cut into.
 
-Planes of one size are cut alike, so that what is added or concatenated lies alike. Where a strided convolution finds
-its input in pieces twice (three times ...) as large as its output's, in the same grid, it reads it as it is;
-elsewhere lanes move first. Chosen by what both cost, along the sizes as they follow one another.
+Planes of one size are cut alike, so that what is added or concatenated lies alike. Where a strided
+convolution finds its input in pieces twice (three times ...) as large as its output's, in the same grid, it
+reads it as it is; elsewhere lanes move first. Chosen by what both cost, along the sizes as they follow one
+another.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ _TRAFFIC = ((700_000, 1.0), (12_000_000, 3.0), (math.inf, 10.0))
 
 @dataclass
 class Stage:
-    """Planes of one size, and what is computed of them for one image: taps and channels, for all their pixels."""
+    """Planes of one size, and what is computed of them for one image: taps and channels, for all their
+    pixels."""
 
     plane: tuple[int, int]
     taps: float = 0.0  # multiply-adds a pixel
@@ -56,8 +58,8 @@ def assign(stages: Sequence[Stage], batch: int, threads: int, one_size: bool) ->
                 if (before.images == lanes.images if one_size else before.images <= lanes.images)
             ]
             if rivals:
-                total, chosen = min(rivals, key=lambda r: r[0])
-                costs[lanes] = (own + total, chosen)
+                total, before_it = min(rivals, key=lambda r: r[0])
+                costs[lanes] = (own + total, before_it)
         best.append(costs)
     found: dict[tuple[int, int], Lanes] = {}
     chosen: Lanes | None = min(best[-1], key=lambda lanes: best[-1][lanes][0])

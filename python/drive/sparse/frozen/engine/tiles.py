@@ -1,7 +1,7 @@
 """How the convolution's loop walks: which outputs are in registers, which are together, which inputs.
 
-By a model of the loop, fitted to 8,700 measured layers, tiles and blocks (AMD EPYC, Zen 5): what it chooses takes 1.04
-times as long as the best that was measured, in the mean of 64 layers, 1.2 times at worst.
+By a model of the loop, fitted to 8,700 measured layers, tiles and blocks (AMD EPYC, Zen 5): what it chooses
+takes 1.04 times as long as the best that was measured, in the mean of 64 layers, 1.2 times at worst.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ import torch
 from .lanes import LANES, Lanes
 
 _VECTOR = LANES * 4
-# Cycles a vector (4 GHz): an FMA whose input comes from L1 or L2, and what lies between by how much the tile's input
-# exceeds L1; a broadcast; an output in a block of inputs; its sums' way to L2 and back; its way out; a line's way to L1.
+# Cycles a vector (4 GHz): an FMA whose input comes from L1 or L2, and what lies between by how much the
+# tile's input exceeds L1; a broadcast; an output in a block of inputs; its sums' way to L2 and back; its way
+# out; a line's way to L1.
 _FROM_L1, _FROM_L2, _EXCESS = 0.62, 0.99, (0.7, 4.0)
 _BROADCAST, _OUTPUT, _SUM, _OUT, _LINE = 0.13, 2.9, 0.95, 2.2, 0.6
 _LATENCY = 3.0  # so many sums hide an FMA's latency
 _MOST_WAITING = 900_000  # bytes of sums between blocks of inputs: nearly L2
+
 
 @functools.cache
 def _l1() -> int:
@@ -82,7 +84,9 @@ def choose(
     for tile in _tiles(lanes):
         for in_block in in_blocks:
             for block in blocks:
-                cycles = _cycles(lanes, channels, outputs, taps, kernel, stride, threads, tile, block, in_block)
+                cycles = _cycles(
+                    lanes, channels, outputs, taps, kernel, stride, threads, tile, block, in_block
+                )
                 if best is None or cycles < best.cycles:
                     best = Walk(tile, block, in_block, cycles)
     assert best is not None
@@ -126,8 +130,10 @@ def _cycles(
     cycles = taps * (sums * fma + _BROADCAST) + outputs * in_blocks * _OUTPUT
     cycles += outputs * sums * (_OUT + (in_blocks - 1) * _SUM)
     if kernel == (1, 1):  # some lines no tap may ask for
-        in_bytes *= min(1.0, taps / out_blocks / channels)
-    cycles += out_blocks * in_blocks * in_bytes / _VECTOR * (1 - missing) * _LINE
+        lines = in_bytes / _VECTOR * min(1.0, taps / out_blocks / channels)
+    else:
+        lines = in_bytes / _VECTOR
+    cycles += out_blocks * in_blocks * lines * (1 - missing) * _LINE
     tiles = -(-lanes.rows // tile[0]) * -(-lanes.cols // tile[1])
     items = tiles * out_blocks
     slowest = -(-items // threads) * threads / items

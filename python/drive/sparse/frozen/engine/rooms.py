@@ -1,8 +1,8 @@
 """Where values lie while a program runs: one arena, planned once.
 
-What one phase alone uses shares a region, a copy of it for each thread; memory is used again as soon as nothing
-reads it any more. What a later phase reads has a room of its own: for all units, or, where a thread goes on
-with its own units at once, a ring of those that the next one needs.
+What one phase alone uses shares a region, a copy of it for each thread; memory is used again as soon as
+nothing reads it any more. What a later phase reads has a room of its own: for all units, or, where a thread
+goes on with its own units at once, a ring of those that the next one needs.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from .program import Program, Room
 
-# A unit's size is rounded up so that units, whose sizes are powers of two often, do not all fall into the same sets
-# of the caches.
+# A unit's size is rounded up so that units, whose sizes are powers of two often, do not all fall into the
+# same sets of the caches.
 _PAGE, _SKEW = 1024, 64 * 37
 
 
@@ -29,7 +29,8 @@ class Step:
 
 @dataclass
 class Phase:
-    """Steps with units of one size: so many in the batch, each made of `ratio` of the phase before in its level.
+    """Steps with units of one size: so many in the batch, each made of `ratio` of the phase before in its
+    level.
 
     chained: threads go through it with units of their own (csrc/sparse/engine/run.cpp).
     """

@@ -1,7 +1,7 @@
 """The nodes that the engine runs, as programs of it: steps in lanes, rooms for their values.
 
-Where other nodes need what these make, and these what others make, there are several programs, levels, which run
-with the others' nodes between them; values stay where they lie.
+Where other nodes need what these make, and these what others make, there are several programs, levels, which
+run with the others' nodes between them; values stay where they lie.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from drive.sparse.frozen.graph import Node
 from . import lanes as lanes_of
-from .graph import Node
 from .lanes import Field, Lanes
 from .layout import Layout, Shape
 from .program import Place, Program, Room
@@ -95,9 +95,7 @@ class Engine:
             area = field.lanes.height * field.lanes.width
             offsets, masks = lanes_of.plain_offsets(field, area * channels, True)
             number = self._plain[value]
-            self._add(
-                field.lanes, [], [place], lambda p: p.enter(number, place, offsets, masks, channels)
-            )
+            self._add(field.lanes, [], [place], lambda p: p.enter(number, place, offsets, masks, channels))
             self._places[value] = place
         return self._places[value]
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from .graph import Node
+from drive.sparse.frozen.graph import Node
 from .lanes import Field, Lanes
 from .reads import Read, looks_beyond, read_plain, read_window
 from .stages import Stage, assign
@@ -36,7 +36,7 @@ class Layout:
     ):
         self._nodes, self._shapes, self._constants = nodes, shapes, constants
         self.lanes = self._cut(batch, threads)
-        self.border: dict[str, tuple[int, int]] = {value: (0, 0) for value in self.lanes}
+        self.border: dict[str, tuple[int, int]] = dict.fromkeys(self.lanes, (0, 0))
         self.reads: dict[tuple[str, int], Read] = {}
         self.moved_border: dict[tuple[str, Lanes, tuple[int, int], bool], tuple[int, int]] = {}
         self.home: dict[str, tuple[str, int]] = {}

@@ -1,8 +1,8 @@
 """Where the pixels of a batch lie: 16 lanes, each a piece of an image's plane, that are never neighbours.
 
-A field is [rows + 2 top][channels][cols + 2 left][16] floats; what lies beyond a piece's edges, in the field's
-border, is what its neighbours hold there, or zeros. So whatever a convolution's tap looks at is one vector at a
-distance that is the same for all positions, strided or not.
+A field is [rows + 2 top][channels][cols + 2 left][16] floats; what lies beyond a piece's edges, in the
+field's border, is what its neighbours hold there, or zeros. So whatever a convolution's tap looks at is one
+vector at a distance that is the same for all positions, strided or not.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ LANES = 16
 
 @dataclass(frozen=True)
 class Lanes:
-    """How planes of height x width are cut: `images` of them, each into down x across pieces of rows x cols."""
+    """How planes of height x width are cut: `images` of them, each into down x across pieces of rows x
+    cols."""
 
     images: int
     down: int
@@ -132,14 +133,16 @@ def halo(field: Field) -> Moves:
 
 @lru_cache(maxsize=256)
 def between(source: Field, unit: int, target: Field, stride: tuple[int, int]) -> Moves:
-    """From other lanes, whose units are so many floats apart: every vector, or those of every stride-th row and
-    column of the source's plane."""
+    """From other lanes, whose units are so many floats apart: every vector, or those of every stride-th row
+    and column of the source's plane."""
     image, y, x, inside = _places(target.lanes, target.top, target.left)
     everything = torch.ones(inside.shape[:2], dtype=torch.bool)
     lanes = source.lanes
     inside = inside & (y * stride[0] < lanes.height) & (x * stride[1] < lanes.width)
     y, x = y * stride[0], x * stride[1]
-    return _moves(target, everything, image, y, x, inside, (lanes, source.channels, source.top, source.left), unit)
+    return _moves(
+        target, everything, image, y, x, inside, (lanes, source.channels, source.top, source.left), unit
+    )
 
 
 def _moves(
@@ -159,7 +162,9 @@ def _moves(
     offsets, lane_of, there = offset.tolist(), lane.tolist(), inside.tolist()
     target_row = target.channels * target.pitch * LANES
     shuffles: dict[tuple[int, ...], int] = {}
-    positions, pieces, rows = [], [], [0]
+    positions: list[tuple[int, int, int]] = []
+    pieces: list[tuple[int, int]] = []
+    rows = [0]
     for r, wanted_row in enumerate(wanted.tolist()):
         for c in (c for c, w in enumerate(wanted_row) if w):
             first = len(pieces)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .graph import ACTIVATIONS
+from drive.sparse.frozen.graph import ACTIVATIONS
 from .lanes import Field, Moves
 
 CONV, MOVE, ENTER, LEAVE, MEAN, POOL, ADD, SCALE = range(8)
@@ -81,7 +81,12 @@ class Program:
     ) -> None:
         lanes, outputs = output.field.lanes, bias.numel()
         items = -(-lanes.rows // tile[0]) * -(-lanes.cols // tile[1]) * -(-outputs // block)
-        rest = [*input.numbers(), *output.numbers(), *_numbers(residual), *map(self.constant, (*packed, bias))]
+        rest = [
+            *input.numbers(),
+            *output.numbers(),
+            *_numbers(residual),
+            *map(self.constant, (*packed, bias)),
+        ]
         self._step(CONV, items, [*rest, outputs, block, in_blocks, *stride, *tile, ACTIVATIONS.index(act)])
 
     def move(
