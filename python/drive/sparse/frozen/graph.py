@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 # Activations that every kernel knows, by their names in torch.nn.functional; "" is none.
 ACTIVATIONS = ("", "relu", "relu6", "silu", "hardswish")
@@ -74,7 +75,7 @@ class Graph:
     outputs: names of the values that make up the result; None where that is None.
     ranges: least and most of each symbol.
     guards: what else must hold of the inputs' sizes, as expressions (guards.py).
-    arguments, result: how inputs and outputs are nested (torch.utils._pytree.treespec_dumps).
+    arguments, result: how inputs and outputs are nested.
     """
 
     inputs: list[Input]
@@ -84,8 +85,8 @@ class Graph:
     masked: dict[str, str]
     ranges: dict[str, tuple[int, int | None]]
     guards: list[str]
-    arguments: str
-    result: str
+    arguments: pytree.TreeSpec
+    result: pytree.TreeSpec
 
     def readers(self) -> dict[str, list[Node]]:
         """The nodes that read each value."""

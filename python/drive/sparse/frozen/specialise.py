@@ -32,4 +32,5 @@ def specialise(graph: Graph, values: Mapping[str, Any]) -> Graph:
         }
         inputs = tuple(name for name in node.inputs if name not in numbers)
         nodes.append(Node(node.name, node.kind, inputs, options))
-    return Graph(**{**vars(graph), "nodes": nodes, "constants": dict(graph.constants)})
+    changed = {"nodes": nodes, "constants": dict(graph.constants), "masked": dict(graph.masked)}
+    return Graph(**{**vars(graph), **changed})

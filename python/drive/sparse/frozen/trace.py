@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from drive.targets.restore import kept_rng
 
 from .graph import Graph, Input, Node, Ref
+from .guards import readable
 
 # What changes nothing, in a network that does not train. Checks of sizes are kept as guards.
 _NOTHING = (
@@ -73,7 +74,7 @@ def trace(model: nn.Module, masks: Mapping[int, tuple[str, Tensor]], arguments: 
     guards, ranges = _guards(exported, inputs)
     return Graph(
         inputs, nodes, outputs, constants, masked, ranges, guards,
-        _nesting(exported.call_spec.in_spec), _nesting(exported.call_spec.out_spec),
+        exported.call_spec.in_spec, exported.call_spec.out_spec,
     )  # fmt: skip
 
 
@@ -97,11 +98,19 @@ def _export(model: nn.Module, arguments: tuple[Any, ...]) -> ExportedProgram:
         for example, dimensions in free:
             try:
                 exported = torch.export.export(model, example, dynamic_shapes=dimensions, strict=False)
-                functional: ExportedProgram = exported.run_decompositions({})  # nothing in place any more
-                return functional
+                if dimensions is None or _all_readable(exported):
+                    functional: ExportedProgram = exported.run_decompositions({})  # nothing in place any more
+                    return functional
             except Exception as error:  # of the model's own code, or of any part of the exporter
                 why = error
     raise Untraceable(f"{type(why).__name__}: {(str(why).splitlines() or [''])[0]}") from why
+
+
+def _all_readable(exported: ExportedProgram) -> bool:
+    """Can it be told for which sizes the graph is right?"""
+    names = [name for name in exported.graph_signature.user_inputs if isinstance(name, str)]
+    found = getattr(exported, "_guards_code", None)
+    return found is not None and all(readable(guard, names) for guard in found)
 
 
 def _pads(model: nn.Module, arguments: tuple[Any, ...]) -> bool:
@@ -141,25 +150,17 @@ def _input(node: fx.Node, leaf: Any) -> Input:
 
 
 def _guards(
-    exported: ExportedProgram, inputs: Iterable[Input]
+    exported: ExportedProgram, inputs: list[Input]
 ) -> tuple[list[str], dict[str, tuple[int, int | None]]]:
-    """Conditions on the sizes; where they are not known, the symbols may only be what they were."""
+    """Conditions on the sizes, and least and most of each symbol."""
     symbols = {size for input in inputs for size in input.sizes if isinstance(size, str)}
     ranges: dict[str, tuple[int, int | None]] = {}
     for symbol, bounds in exported.range_constraints.items():
         if str(symbol) in symbols:
-            upper = bounds.upper
-            # free, it was assumed not to be 0 or 1; what depends on that is a guard
-            least = int(bounds.lower)
-            ranges[str(symbol)] = (1 if least == 2 else least, int(upper) if upper.is_Integer else None)
-    return list(getattr(exported, "_guards_code", None) or []), ranges
-
-
-def _nesting(spec: pytree.TreeSpec) -> str:
-    try:
-        return pytree.treespec_dumps(spec)
-    except NotImplementedError:  # a class of the user's, or of a library
-        return ""
+            # free, a size was assumed not to be 0 or 1; what depends on that is a guard
+            least, most = int(bounds.lower), bounds.upper
+            ranges[str(symbol)] = (1 if least == 2 else least, int(most) if most.is_Integer else None)
+    return list(getattr(exported, "_guards_code", [])), ranges
 
 
 class _Reader:

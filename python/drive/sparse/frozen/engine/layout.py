@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from drive.sparse.frozen.graph import Node
+
 from .lanes import Field, Lanes
 from .reads import Read, looks_beyond, read_plain, read_window
 from .stages import Stage, assign

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from drive.sparse.frozen.graph import Node
+
 from . import lanes as lanes_of
 from .lanes import Field, Lanes
 from .layout import Layout, Shape

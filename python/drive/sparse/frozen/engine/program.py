@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from drive.sparse.frozen.graph import ACTIVATIONS
+
 from .lanes import Field, Moves
 
 CONV, MOVE, ENTER, LEAVE, MEAN, POOL, ADD, SCALE = range(8)
