@@ -233,7 +233,6 @@ std::tuple<Tensor, Tensor, Tensor> blocked_norm(const Tensor& input, c10::SymInt
 TORCH_LIBRARY_IMPL(drive, CPU, m) {
   m.impl("sparse_conv2d", &sparse_conv2d_cpu);
   m.impl("sparse_conv2d_backward", &sparse_conv2d_backward_cpu);
-  m.impl("sparse_conv2d_pair", &sparse_conv2d_pair_cpu);
   m.impl("sparse_linear", &sparse_linear_cpu);
   m.impl("sparse_linear_backward", &sparse_linear_backward_cpu);
   m.impl("sparse_gather", &sparse_gather_cpu);

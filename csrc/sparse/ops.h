@@ -24,11 +24,6 @@ Gradients sparse_conv2d_backward_cpu(const at::Tensor& grad, const at::Tensor& i
                                      at::TensorList pattern, at::IntArrayRef shape, at::IntArrayRef stride,
                                      at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
                                      std::array<bool, 3> needed);
-at::Tensor sparse_conv2d_pair_cpu(const at::Tensor& input, at::TensorList values, at::TensorList pattern,
-                                  at::TensorList bias, at::IntArrayRef shape, at::IntArrayRef stride,
-                                  at::IntArrayRef padding, at::IntArrayRef dilation, at::IntArrayRef groups,
-                                  const Maybe& residual, std::array<bool, 2> relu);
-
 at::Tensor sparse_linear_cpu(const at::Tensor& input, const at::Tensor& values, at::TensorList pattern,
                              const Maybe& bias, at::IntArrayRef shape);
 Gradients sparse_linear_backward_cpu(const at::Tensor& grad, const at::Tensor& input, const at::Tensor& values,

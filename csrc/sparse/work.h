@@ -34,9 +34,7 @@ enum ScratchSlot {
   kInputScratch,
   kOutputScratch,
   kPlaneScratch,
-  kBetweenScratch,
   kTapScratch,
-  kSecondTapScratch,
   kProductScratch,
   kScratchSlots
 };

@@ -41,7 +41,6 @@ OPS = {
     "prune_": Op(("cpu", "cuda"), "prune.triton.launch"),
     "sparse_conv2d": Op(("cpu",)),
     "sparse_conv2d_backward": Op(("cpu",)),
-    "sparse_conv2d_pair": Op(("cpu",)),
     "sparse_linear": Op(("cpu",)),
     "sparse_linear_backward": Op(("cpu",)),
     "prune_to_cost_": Op(("cpu", "cuda"), "prune.triton.launch"),

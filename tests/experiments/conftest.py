@@ -9,6 +9,9 @@ import pytest
 import torch
 from images import image_folder
 
+from drive.experiments.bench import inference
+from drive.experiments.bench.turns import in_turns
+
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
@@ -32,3 +35,9 @@ def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def short_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A round of one call each, where `drive sparse-bench` measures inference."""
+    monkeypatch.setattr(inference, "in_turns", lambda bursts, rounds: in_turns(bursts, 1, 0.0))

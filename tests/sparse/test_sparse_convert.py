@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import drive
 from drive.sparse import SparseConv2d, SparseLinear, convert, measure, report
 from drive.sparse.chains import link, trace
-from drive.sparse.convert import CHAINS, _chained, _replaced
+from drive.sparse.convert import CHAINS, PLAN, _chained, _replaced
 from drive.sparse.laid_out import KINDS as LAID_OUT
 
 convert_module = import_module("drive.sparse.convert")  # drive.sparse.convert is the function
@@ -148,8 +148,7 @@ def test_chains_know_these_layers():
         model.set_submodule(name, layer)
     link(graph := trace(model), {name for name, layer in sparse.items() if isinstance(layer, SparseConv2d)})
     targets = [getattr(node.target, "__name__", str(node.target)) for node in graph.graph.nodes]
-    assert targets.count("_convolved_twice") == 2  # the residual blocks
-    assert targets.count("_convolved") == 3
+    assert targets.count("_convolved") == 7
     assert targets.count("_to_blocks") == 2  # the input, and behind the sigmoid
     assert not [target for target in targets if "bn" in target or "relu" in target]
 
@@ -228,13 +227,13 @@ def test_convert_leaves_what_it_cannot_compute():
 
 @pytest.mark.parametrize("name", LAID_OUT)
 def test_convert_takes_a_laid_out_linear(name: str, monkeypatch: pytest.MonkeyPatch):
-    """In inference, and in chains too; in training there is no such candidate."""
+    """In inference, and beside a plan too; in training there is no such candidate."""
     seconds = dict.fromkeys(LAID_OUT, 1.6) | {"dense": 2.0, "sparse": 1.5, name: 1.0}
     monkeypatch.setattr(
         measure, "layer_times", lambda layer, found, *_: {n: seconds[n] for n in ("dense", *found)}
     )
     monkeypatch.setattr(
-        convert_module, "model_times", lambda ways, *_: {w: 0.5 if w == CHAINS else 1.0 for w in ways}
+        convert_module, "model_times", lambda ways, *_: {w: 0.5 if w in (CHAINS, PLAN) else 1.0 for w in ways}
     )
     model, masks = pruned(Small())
     model, x = model.float(), torch.randn(19, 3, 16, 16)
@@ -242,7 +241,7 @@ def test_convert_takes_a_laid_out_linear(name: str, monkeypatch: pytest.MonkeyPa
         pytest.skip(why)
     for training in (False, True):
         ours = convert(model.train(training), masks, x)
-        assert report(ours).chosen == CHAINS
+        assert report(ours).chosen == (CHAINS if training else PLAN)
         assert isinstance(ours.fc, SparseLinear if training else LAID_OUT[name])
         assert report(ours).choices[-1].chosen == ("sparse" if training else name)
         with torch.no_grad():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,11 +62,11 @@ def read(path: Path) -> list[Row]:
     return [Row(**json.loads(line)) for line in path.read_text().splitlines()]
 
 
-def version() -> str:
+def version(measured: Sequence[str] = MEASURED) -> str:
     """The commit that last changed what is measured here, with a + if something has changed since."""
 
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(ROOT), *arguments, "--", *MEASURED]
+        command = ["git", "-C", str(ROOT), *arguments, "--", *measured]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     return git("log", "-1", "--format=%h") + ("+" if git("status", "--porcelain") else "")

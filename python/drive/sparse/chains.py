@@ -3,7 +3,6 @@
 1. What follows a sparse convolution - normalisation, addition, ReLU - becomes part of it.
 2. In the order of the graph, each node that can work in blocks and has an input in blocks does so;
    conversions stand where the two layouts meet.
-3. Two convolutions in a row become one step, for what lies between them to stay in the cache.
 """
 
 from __future__ import annotations
@@ -44,24 +43,12 @@ def link(graph_module: fx.GraphModule, names: set[str]) -> None:
         if node.op == "call_module" and node.target in names:
             _absorb_followers(graph, node, modules, once)
     _Layouts(graph, modules).assign()
-    _pair(graph, modules)
     graph.lint()
     graph_module.recompile()
 
 
 def _convolved(conv: SparseConv2d, input: Tensor, batch: int, residual: Tensor | None, relu: bool) -> Tensor:
     return conv.blocked(input, batch, residual, relu)
-
-
-def _convolved_twice(
-    first: SparseConv2d,
-    second: SparseConv2d,
-    input: Tensor,
-    batch: int,
-    residual: Tensor | None,
-    relu: tuple[bool, bool],
-) -> Tensor:
-    return first.blocked_twice(second, input, batch, residual, relu)
 
 
 def _pooled(pool: nn.Module, input: Tensor) -> Tensor:
@@ -141,28 +128,6 @@ def _absorb_followers(graph: fx.Graph, conv: fx.Node, modules: dict[str, nn.Modu
     last.replace_all_uses_with(fused)
     for node in reversed(absorbed):
         graph.erase_node(node)
-
-
-def _pair(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
-    """(Step 3) A convolution without residual and its only user, one with stride 1."""
-    node: fx.Node
-    for node in list(graph.nodes):
-        if node.target is not _convolved:
-            continue
-        arguments: tuple[Any, ...] = node.args
-        layer, before, _, residual, relu = arguments
-        if before.target is not _convolved or _only_user(before) is not node:
-            continue
-        first, input, batch, added, relu_before = before.args
-        if added is not None or modules[layer.target].stride != (1, 1):
-            continue
-        with graph.inserting_before(node):
-            both = graph.call_function(
-                _convolved_twice, (first, layer, input, batch, residual, (relu_before, relu))
-            )
-        node.replace_all_uses_with(both)
-        graph.erase_node(node)
-        graph.erase_node(before)
 
 
 class _Layouts:

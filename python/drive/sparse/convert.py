@@ -14,6 +14,8 @@ from drive.masks import Masks
 from drive.targets.wrappers import named_modules, unwrap
 
 from .chains import link, trace
+from .following import Following, follow
+from .frozen.trace import Untraceable
 from .gpu import candidates, reasons_against
 from .laid_out import KINDS as LAID_OUT
 from .layers import SparseConv2d, SparseLinear, _share
@@ -28,7 +30,8 @@ _MARGIN = 0.97
 # others in the turns.
 _CLEAR = 0.8
 
-BY_LAYER, CHAINS = "layer by layer", "sparse chains"  # how the layers that won work together
+# How layers work together: each for itself, in chains, or, in evaluation and float32, as one plan.
+BY_LAYER, CHAINS, PLAN = "layer by layer", "sparse chains", "one plan"
 
 
 def convert(
@@ -75,10 +78,10 @@ def convert(
         choices.append(choice)
         if found is not None:
             layers[name] = found
-    ways = _ways(model, layers)
+    ways = _ways(model, layers, masks_of, inputs)
     whole: dict[str, float] = {}
     if deterministic:
-        way = next(w for w in (CHAINS, BY_LAYER, "dense") if w in ways)
+        way = next(w for w in (PLAN, CHAINS, BY_LAYER, "dense") if w in ways)
     else:
         way, whole = _fastest(ways, inputs, model.training)
     result = ways[way]
@@ -88,14 +91,21 @@ def convert(
     return result
 
 
-def _ways(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+def _ways(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    masks_of: Mapping[int, Tensor],
+    inputs: tuple[Any, ...],
+) -> dict[str, nn.Module]:
     """The whole model in each way that there is."""
     ways: dict[str, nn.Module] = {"dense": _copied(model)}
     if any(isinstance(module, nn.Conv2d) for module in model.modules()):
         ways[CHANNELS_LAST] = _copied(model)
+    if not model.training and (planned := _planned(model, layers, masks_of, inputs)) is not None:
+        ways[PLAN] = planned
     if layers:
         ways[BY_LAYER] = _replaced(model, layers)
-        if (chained := _chained(model, layers)) is not None:
+        if PLAN not in ways and (chained := _chained(model, layers)) is not None:
             ways[CHAINS] = chained
     return ways
 
@@ -109,7 +119,7 @@ def _fastest(
     """
     whole = model_times(ways, inputs, training)
     best = "dense"
-    for kind, margin in (((CHANNELS_LAST,), 1.0), ((BY_LAYER, CHAINS), _MARGIN)):
+    for kind, margin in (((CHANNELS_LAST,), 1.0), ((BY_LAYER, CHAINS, PLAN), _MARGIN)):
         rival = min((w for w in kind if w in whole), key=whole.__getitem__, default=best)
         if _CLEAR * whole[best] < whole[rival] < margin * whole[best]:
             again = model_times({w: ways[w] for w in (best, rival)}, inputs, training)
@@ -212,6 +222,25 @@ def _replaced(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:
     for name, layer in layers.items():
         result.set_submodule(name, _share(type(layer), layer))  # chains change the layer, the others do not
     return result
+
+
+def _planned(
+    model: nn.Module, layers: Mapping[str, nn.Module], masks_of: Mapping[int, Tensor], inputs: tuple[Any, ...]
+) -> nn.Module | None:
+    """None: it is no model for `drive.sparse.freeze`, or no convolution of it is in one program."""
+    if any(p.device.type != "cpu" or p.dtype != torch.float32 for p in model.parameters()):
+        return None
+    if not any(isinstance(module, nn.Conv2d) for module in model.modules()):
+        return None
+    named = {id(p): name for name, p in model.named_parameters()}
+    replaced = _replaced(model, layers) if layers else _copied(model)
+    try:
+        plan = Following(model, {key: (named[key], mask) for key, mask in masks_of.items()}, inputs)
+        plan(*inputs)
+    except (Untraceable, ValueError):
+        return None
+    follow(replaced, plan)
+    return replaced
 
 
 def _chained(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module | None:

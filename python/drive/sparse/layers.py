@@ -78,30 +78,6 @@ class SparseConv2d(nn.Conv2d):
             return _normed(norm, self._convolve(input, pattern, *_packed(self)), batch, residual, relu)
         return self._convolve(input, pattern, *_packed(self, norm), residual, relu)
 
-    def blocked_twice(
-        self,
-        second: SparseConv2d,
-        input: Tensor,
-        batch: int,
-        residual: Tensor | None,
-        relu: tuple[bool, bool],
-    ) -> Tensor:
-        """`blocked` of this layer, then of a second one with stride 1; as one op where that can be."""
-        layers = (self, second)
-        apart = torch.is_grad_enabled() or any(_of_batch(norm) for la in layers for norm in la._norm)
-        packed = [] if apart else [_packed(la, *la._norm) for la in layers]
-        biases = [bias for _, bias in packed if bias is not None]
-        if len(biases) < 2:
-            between = self.blocked(input, batch, None, relu[0])
-            return second.blocked(between, batch, residual, relu[1])
-        output: Tensor = torch.ops.drive.sparse_conv2d_pair(
-            input, [values for values, _ in packed], [*self.packing.pattern, *second.packing.pattern], biases,
-            [*self.weight.shape, *second.weight.shape], [*self.stride, *second.stride],
-            [*_padding(self), *_padding(second)], [*self.dilation, *second.dilation],
-            [self.groups, second.groups], residual, relu,
-        )  # fmt: skip
-        return output
-
     def _convolve(
         self,
         input: Tensor,

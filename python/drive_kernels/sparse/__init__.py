@@ -4,5 +4,4 @@ from . import blocked as blocked
 from . import conv as conv
 from . import engine as engine
 from . import linear as linear
-from . import pair as pair
 from . import pattern as pattern

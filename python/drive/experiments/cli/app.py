@@ -53,6 +53,7 @@ from .options import (
 )
 from .paper import reproduce
 from .pipeline import pipeline
+from .sparse_bench import sparse_bench
 
 # the root of typer's usage errors, whichever click it stands on
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -125,6 +126,7 @@ app.command(
 
 
 app.command("pipeline")(pipeline)
+app.command("sparse-bench")(sparse_bench)
 
 
 @app.command()
@@ -252,50 +254,6 @@ def bench(
                 write_json(out / "bench.json", [one.as_dict() for one in measured])
     if out is not None:
         page.draw(measured, out / "bench.png")
-        console.print(f"results in {out}", highlight=False)
-
-
-@app.command("sparse-bench")
-def sparse_bench(
-    checkpoint: Annotated[
-        Path, file("--checkpoint", "checkpoint.pt of drive prune or drive train [required]")
-    ],
-    masks: Annotated[
-        Path | None, file("--masks", "its masks.safetensors [default: weights that are 0 are pruned]")
-    ] = None,
-    batch_size: Annotated[int, option("--batch-size", "images in a batch", inputs.whole_number(1))] = 32,
-    out: Annotated[
-        Path | None,
-        file("--out", "folder for sparse.json and a figure each of inference and training", "DIR"),
-    ] = None,
-) -> None:
-    """Time a saved sparse network on the sparse ops against the dense ones, layer by layer and as a whole.
-
-    Examples:
-
-        drive sparse-bench --checkpoint runs/prune/checkpoint.pt
-
-        drive sparse-bench --checkpoint runs/train/checkpoint.pt --batch-size 1 --out runs/sparse
-    """
-    from drive.experiments.bench import step as timing
-    from drive.experiments.bench.sparse import MODES, Saved
-
-    if out is not None:
-        inputs.require("matplotlib.figure")
-        make_folder(out)
-    saved = Saved(checkpoint, masks)
-    console = Console()
-    console.print(timing.machine(), highlight=False)
-    found = {}
-    for mode in MODES:
-        with console.status(f"measuring {mode}"):
-            found[mode] = saved.convert(mode, batch_size)
-        console.print(f"\n{mode}, {batch_size} images a batch", highlight=False)
-        console.print(str(found[mode]), highlight=False, soft_wrap=True)
-    if out is not None:
-        write_json(out / "sparse.json", {mode: one.as_dict() for mode, one in found.items()})
-        for mode, one in found.items():
-            one.draw(out / f"{mode}.png", f"{saved.network.name}, {mode}, {batch_size} images a batch")
         console.print(f"results in {out}", highlight=False)
 
 

@@ -15,6 +15,7 @@ EXTRAS = {
     "cli": ("typer", "rich"),
     "vision": ("torchvision", "PIL"),
     "structured": ("torch_pruning",),
+    "rivals": ("onnx", "onnxruntime", "openvino"),
     "experiments": ("sklearn", "matplotlib", "lightning", "tensorboard"),
 }
 

@@ -153,7 +153,7 @@ def _check_tensor(input: Input, leaf: Any) -> None:
 
 
 def _wrong_shape(input: Input, leaf: Tensor, rest: str = "") -> ValueError:
-    expected = "x".join(str(size) for size in input.sizes) or "no dimension"
+    expected = "x".join(str(s) if isinstance(s, int) else "any" for s in input.sizes) or "no dimension"
     got = "x".join(map(str, leaf.shape))
     return ValueError(f"freeze: {input.name} must have sizes {expected}{rest}, got {got}")
 

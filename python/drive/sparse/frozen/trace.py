@@ -3,9 +3,10 @@ it."""
 
 from __future__ import annotations
 
+import io
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 import torch
@@ -131,12 +132,13 @@ def _pads(model: nn.Module, arguments: tuple[Any, ...]) -> bool:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter warns of sizes that it cannot solve for; they stay guards."""
+    """The exporter warns of sizes that it cannot solve for, and prints graphs that it gives up."""
     logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
-        yield
+        with redirect_stderr(io.StringIO()):
+            yield
     finally:
         logger.setLevel(level)
 
@@ -145,7 +147,7 @@ def _input(node: fx.Node, leaf: Any) -> Input:
     value = node.meta.get("val")
     if not isinstance(value, Tensor):
         return Input(node.name, value=leaf)
-    sizes: list[int | str] = [size if isinstance(size, int) else str(size) for size in value.shape]
+    sizes: list[int | str] = [int(s) if str(s).isdigit() else str(s) for s in value.shape]
     return Input(node.name, sizes, str(value.dtype).removeprefix("torch."))
 
 
