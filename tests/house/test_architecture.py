@@ -23,6 +23,8 @@ HEADERS = {
     "csrc/sparse": {"csrc/common", "csrc/sparse/kernels"},
     "csrc/sparse/kernels": set(),
     "csrc/sparse/blocked": {"csrc/common", "csrc/sparse", "csrc/sparse/kernels"},
+    "csrc/sparse/engine": {"csrc/common", "csrc/sparse", "csrc/sparse/engine/kernels"},
+    "csrc/sparse/engine/kernels": {"csrc/sparse/kernels"},
 }
 
 

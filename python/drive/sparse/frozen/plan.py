@@ -43,7 +43,6 @@ class Frozen:
             raise ValueError(
                 f"freeze: arguments must be as in the example ({len(self._graph.inputs)}), got {len(leaves)}"
             )
-        self._check(leaves)
         results = self._runner(leaves)(leaves)
         return pytree.tree_unflatten(results, self._graph.result)
 
@@ -93,15 +92,15 @@ class Frozen:
                 )
 
     def _runner(self, leaves: Sequence[Any]) -> Runner:
-        shapes = tuple(tuple(leaf.shape) for leaf in leaves if isinstance(leaf, Tensor))
-        key = (shapes, torch.get_num_threads())
+        key = (torch.get_num_threads(), *map(_kind, leaves))
         with self._lock:
-            if key not in self._runners:
-                self._runners[key] = lower(self._graph, leaves)
+            if (found := self._runners.get(key)) is None:
+                self._check(leaves)
+                found = self._runners[key] = lower(self._graph, leaves)
                 if len(self._runners) > _PLANS:
                     self._runners.popitem(last=False)
             self._runners.move_to_end(key)
-            return self._runners[key]
+            return found
 
 
 class PartlyFrozen:
@@ -136,6 +135,12 @@ class PartlyFrozen:
 
     def __repr__(self) -> str:
         return f"PartlyFrozen({len(self._parts)} parts)\n{self.report}"
+
+
+def _kind(leaf: Any) -> object:
+    """What a plan depends on."""
+    tensor = isinstance(leaf, Tensor)
+    return (tuple(leaf.shape), leaf.dtype, leaf.device, leaf.layout) if tensor else (type(leaf), repr(leaf))
 
 
 def _check_tensor(input: Input, leaf: Any) -> None:
