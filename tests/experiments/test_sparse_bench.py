@@ -116,6 +116,12 @@ def test_what_the_race_says_of_others() -> None:
     ]
 
 
+def test_milliseconds() -> None:
+    assert [*map(inference.milliseconds, (0.00012345, 0.1, 0.9994, 0.9996, 12.3456))] == [
+        "0.123", "100", "999", "1000", "12346",
+    ]  # fmt: skip
+
+
 def test_turns() -> None:
     called: list[str] = []
     times = {"a": iter([1.0, 3.0, 2.0]), "b": iter([5.0] * 3)}

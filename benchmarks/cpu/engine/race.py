@@ -10,7 +10,8 @@ of them run in the first cell of a network and batch size, and the best of these
 turns as ours. All compute in float32 with as many threads, and keep the memory that they free
 (benchmarks/cpu/sparse/measure.py says why).
 
-A cell that this version has measured is skipped: the same command goes on.
+A cell that this version has measured is skipped, unless something else disturbed it (rows.py): the same
+command goes on.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from benchmarks.cpu.engine.rows import DEEPSPARSE, Cell, Row, Rows
 from benchmarks.cpu.engine.served import served
 from benchmarks.cpu.sparse.measure import keep_freed_memory
 from drive.experiments.bench import rivals
+from drive.experiments.bench.inference import milliseconds
 from drive.experiments.bench.networks import build, noise
 from drive.experiments.bench.rivals import DENSE, OURS, Run
 from drive.experiments.bench.step import processor
@@ -41,7 +43,7 @@ from drive.experiments.training.macs import macs_left
 BATCHES = {"resnet50": (1, 16), "resnet18": (1, 32), "mobilenet_v2": (1, 16), "vgg16": (1,)}
 SPARSITIES = (0.9, 0.8, 0.95, 0.98)
 ROUNDS = 9
-PREPARED = 15.0  # seconds a cell before its turns, roughly: masks, plan, DeepSparse's compilation
+PREPARED = 20.0  # seconds a cell before its turns, roughly: masks, plan, DeepSparse's compilation
 MASKS = ROOT / "build" / "engine-masks"
 
 Dense = dict[str, Run]
@@ -111,7 +113,7 @@ def _version(package: str) -> str:
 def shown(row: Row) -> str:
     """A row in a line."""
     cell = row.cell
-    times = ", ".join(f"{name} {1e3 * time.median:.3g}" for name, time in row.seconds.items())
+    times = ", ".join(f"{name} {milliseconds(time.median)}" for name, time in row.seconds.items())
     wrong = max(row.differences.values())
     return (
         f"{cell.network}, batch {cell.batch}, {cell.sparsity:.0%}, {cell.masks}: {times} ms; "

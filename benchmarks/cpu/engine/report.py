@@ -16,9 +16,9 @@ from statistics import median
 
 from benchmarks.cpu.engine.masks import IMAGES, ITERATIONS, KINDS, UNIFORM
 from benchmarks.cpu.engine.race import ROUNDS
-from benchmarks.cpu.engine.rows import DEEPSPARSE, Cell, Row, read
+from benchmarks.cpu.engine.rows import DEEPSPARSE, DISTURBED, Cell, Row, read
 from benchmarks.pages import markdown
-from drive.experiments.bench.inference import TOLERATED, draw
+from drive.experiments.bench.inference import TOLERATED, draw, milliseconds
 from drive.experiments.bench.rivals import CHANNELS_LAST, CONTIGUOUS, DENSE, ONNX_RUNTIME, OPENVINO, OURS
 from drive.experiments.bench.turns import SECONDS
 from drive.files import write_atomic
@@ -35,7 +35,7 @@ PAGE = """# Sparse inference on a CPU
 
 Milliseconds a call of `drive.sparse.freeze`'s plan, beside torch, ONNX Runtime, OpenVINO and DeepSparse, all
 in float32 with as many threads; and how many times as long as ours the best dense one of the same turns took,
-and DeepSparse. {picture}
+and DeepSparse.{picture}
 
 - **Networks**: torchvision's, untrained; what survives in a layer has the norm that all its weights had, and
   BatchNorm the statistics of noise, so that activations neither vanish nor grow. ResNet-18 has a 3x3 stem and
@@ -47,8 +47,9 @@ and DeepSparse. {picture}
   size. The best of them runs in the turns of every other cell too, and "best dense / ours" is of these.
 - **Turns**: {rounds} rounds, in each a burst of {seconds:g} s of everyone, in an order of its own, in which
   nothing else runs: a burst begins when all threads sleep, and its first call is not timed. A figure is the
-  median of the bursts' medians. Half of all quartiles are within {typical:.1%} of the median, 9 of 10 within
-  {most:.1%}.
+  median of the bursts' medians. Half of all quartiles are within {typical:.1%} of it, 9 of 10 within
+  {most:.1%}; {disturbed} of {rows} rows have more than {tolerated:.0%} between them, which the next run
+  measures again.
 - **Outputs** were compared with the dense network's before: {outputs}.
 - DeepSparse 1.8.0 is the last version, in a process of its own environment (benchmarks/cpu/engine/served.py).
 {absent}
@@ -88,7 +89,7 @@ def _line(row: Row, dense: Row) -> list[str]:
     over = row.over_deepsparse()
     return [
         str(cell.batch), f"{cell.sparsity:.0%}", cell.masks, f"{row.left:.1%}",
-        *(f"{1e3 * seconds[name].median:.3g}" if name in seconds else "-" for name in columns()),
+        *(milliseconds(seconds[name].median) if name in seconds else "-" for name in columns()),
         f"{row.over_dense():.2f}", "-" if over is None else f"{over:.2f}",
     ]  # fmt: skip
 
@@ -133,8 +134,8 @@ def page(rows: list[Row], figure: str) -> str:
     return PAGE.format(
         machines=_machines(rows), picture=figure and f"\n\n![milliseconds of a call]({figure})",
         iterations=ITERATIONS, images=IMAGES, rounds=ROUNDS, seconds=SECONDS, typical=median(off),
-        most=off[int(0.9 * (len(off) - 1))], outputs=_outputs(rows), absent=_absent(rows),
-        tables="\n\n".join(tables(rows)),
+        most=off[int(0.9 * (len(off) - 1))], disturbed=sum(row.disturbed for row in rows), rows=len(rows),
+        tolerated=DISTURBED, outputs=_outputs(rows), absent=_absent(rows), tables="\n\n".join(tables(rows)),
     )  # fmt: skip
 
 
@@ -149,7 +150,7 @@ def picture(rows: list[Row], path: Path) -> bool:
         f"{NETWORKS[row.cell.network]}, {row.cell.sparsity:.0%} pruned, batch {row.cell.batch}: ms a call\n"
         f"{row.processor}, {row.threads} threads, float32"
     )
-    draw({name: 1e3 * seconds[name].median for name in columns() if name in seconds}, title, path)
+    draw({name: seconds[name] for name in columns() if name in seconds}, title, path)
     return True
 
 

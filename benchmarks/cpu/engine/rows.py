@@ -13,6 +13,7 @@ from drive.experiments.bench.turns import Spread
 from drive.files import write_atomic
 
 DEEPSPARSE = "DeepSparse"
+DISTURBED = 0.25  # so much of the median may lie between the quartiles
 
 MEASURED = (  # of the last commit that changed one of these a row is
     "csrc", "python/drive_kernels", "python/drive/sparse", "python/drive/experiments/bench/networks.py",
@@ -55,13 +56,20 @@ class Row:
     commit: str
 
     @property
-    def best_dense(self) -> float:
-        """Seconds of the fastest of those that compute with the zeros."""
-        return min(time.median for name, time in self.seconds.items() if name in DENSE)
+    def disturbed(self) -> bool:
+        """Whether the machine was too busy with something else for the row to count."""
+        counts = [self.seconds[name] for name in (OURS, DEEPSPARSE) if name in self.seconds] + [self._best]
+        return any(time.high - time.low > DISTURBED * time.median for time in counts)
+
+    @property
+    def _best(self) -> Spread:
+        """Of those that compute with the zeros."""
+        dense = (time for name, time in self.seconds.items() if name in DENSE)
+        return min(dense, key=lambda time: time.median)
 
     def over_dense(self) -> float:
-        """How many times faster than that."""
-        return self.best_dense / self.seconds[OURS].median
+        """How many times faster than the best dense one it is."""
+        return self._best.median / self.seconds[OURS].median
 
     def over_deepsparse(self) -> float | None:
         """The same of DeepSparse; None: it was not there."""
@@ -89,9 +97,12 @@ class Rows:
         self._known = {row.cell: row for row in read(path)} if path.exists() else {}
 
     def missing(self, cells: Iterable[Cell]) -> list[Cell]:
-        """Those that this version has not measured."""
+        """Those that this version has not measured, or not without being disturbed."""
         known = self._known
-        return [cell for cell in cells if cell not in known or known[cell].commit != self.commit]
+        return [
+            cell for cell in cells
+            if cell not in known or known[cell].commit != self.commit or known[cell].disturbed
+        ]  # fmt: skip
 
     def add(self, row: Row) -> None:
         """Keep it."""

@@ -76,26 +76,31 @@ def table(found: Race, title: str) -> Table:
     for name, time in sorted(found.seconds.items(), key=lambda item: item[1].median):
         result.add_row(
             name,
-            f"{1e3 * time.median:.3g}",
-            f"{1e3 * time.low:.3g} - {1e3 * time.high:.3g}",
+            milliseconds(time.median),
+            f"{milliseconds(time.low)} - {milliseconds(time.high)}",
             f"{time.median / found.seconds[OURS].median:.2f}",
             f"{found.differences[name]:.0e}",
         )
     return result
 
 
-def draw(milliseconds: dict[str, float], title: str, path: Path) -> None:
-    """PNG: a bar for each, from zero; ours in colour.
+def milliseconds(seconds: float) -> str:
+    """Three digits, or all before the point."""
+    value = 1e3 * seconds
+    return f"{value:.3g}" if value < 999.5 else f"{value:.0f}"
+
+
+def draw(seconds: dict[str, Spread], title: str, path: Path) -> None:
+    """PNG: a bar for the milliseconds of each, from zero; ours in colour.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
-    figure = figure_of(8.0, 0.8 + 0.4 * len(milliseconds))
+    figure = figure_of(8.0, 0.8 + 0.4 * len(seconds))
     axes = figure.subplots()
-    names = list(milliseconds)
-    colors = ["C0" if name == OURS else "C7" for name in names]
-    bars = axes.barh(names, list(milliseconds.values()), color=colors)
-    axes.bar_label(bars, fmt="%.3g ms", padding=3)
+    times = [time.median for time in seconds.values()]
+    bars = axes.barh(list(seconds), times, color=["C0" if name == OURS else "C7" for name in seconds])
+    axes.bar_label(bars, [f"{milliseconds(time)} ms" for time in times], padding=3)
     axes.invert_yaxis()
     axes.margins(x=0.12)
     axes.spines[["top", "right", "bottom"]].set_visible(False)

@@ -138,6 +138,6 @@ def _inference(
         console.print(note, highlight=False, soft_wrap=True)
     if out is not None:
         write_json(out / "sparse.json", {"race": found.as_dict()})
-        inference.draw({n: 1e3 * t.median for n, t in found.seconds.items()}, title, out / "race.png")
+        inference.draw(found.seconds, title, out / "race.png")
         console.print(f"results in {out}", highlight=False)
     return found.as_dict()
