@@ -49,9 +49,7 @@ class Following:
         """Is it for such arguments? float32 on the CPU as its own."""
         leaves, nesting = pytree.tree_flatten((inputs, {}))
         return nesting == self._graph.arguments and all(
-            isinstance(leaf, Tensor)
-            and input.dtype == "float32" == str(leaf.dtype)[6:]
-            and leaf.device.type == "cpu"
+            isinstance(leaf, Tensor) and leaf.dtype == torch.float32 and leaf.device.type == "cpu"
             for leaf in leaves
         )
 
