@@ -32,6 +32,9 @@ results: $(BUILT)
 	$(BIN)/python -m benchmarks.cpu.prune --out docs/results/cpu.md
 	$(BIN)/python -m benchmarks.cpu.sparse.measure --out docs/results/sparse-cpu.jsonl
 	$(BIN)/python -m benchmarks.cpu.sparse.report docs/results/sparse-cpu.jsonl docs/results/sparse-cpu.md
+	$(BIN)/python -m benchmarks.cpu.engine.race --out docs/results/sparse-engine.jsonl \
+	    $(if $(DEEPSPARSE),--deepsparse $(DEEPSPARSE))
+	$(BIN)/python -m benchmarks.cpu.engine.report docs/results/sparse-engine.jsonl docs/results/sparse-engine.md
 
 # The paper's experiments at a size for two cores (docs/paper.md), in docs/results: hours, and what is
 # finished is not run again. make paper DATA=cifar10.tar.gz

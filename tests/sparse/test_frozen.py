@@ -223,6 +223,42 @@ def test_a_model_that_is_no_graph_is_frozen_by_parts():
         plan.save("plan.safetensors")
 
 
+class Counts(nn.Module):
+    """Writes to a buffer, which a plan would forget; drops units in evaluation too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.conv(x)
+
+
+def test_what_a_plan_would_forget_stays_the_models_code():
+    model, masks = pruned(Counts())
+    plan = freeze(model, masks, torch.randn(2, 3, 8, 8))
+    assert isinstance(plan, PartlyFrozen)
+    assert "it writes to calls" in plan.report
+    assert float(model.calls) == 0
+    assert error(plan, model, torch.randn(3, 3, 9, 8)) < TOLERANCE
+
+
+def test_sizes_that_values_decide():
+    class Picks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x)[:, :, 0, 0].flatten()[x.flatten()[:8].gt(0).nonzero().squeeze(1)]
+
+    model, masks = pruned(Picks())
+    x = torch.ones(2, 3, 8, 8)
+    assert error(freeze(model, masks, x), model, x) < TOLERANCE
+
+
 def test_the_graph_alone_is_the_model():
     """Before anything is fused or lowered."""
     model, masks = pruned(Small())

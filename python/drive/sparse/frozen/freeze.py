@@ -16,7 +16,7 @@ from drive.targets.wrappers import unwrap
 
 from . import store
 from .plan import Frozen, PartlyFrozen
-from .trace import Untraceable, trace
+from .trace import Untraceable, run_once, trace
 
 
 def freeze(
@@ -51,11 +51,9 @@ def freeze(
     masks_of = {id(weight): (named[id(weight)], mask) for weight, mask in pairs}
     arguments = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     try:
-        plan = Frozen(trace(model, masks_of, arguments))
+        return _planned(model, masks_of, arguments)
     except Untraceable as error:
         return _by_parts(model, found, masks_of, arguments, str(error))
-    plan(*arguments)  # the first plan is made now, and what is wrong with it shows
-    return plan
 
 
 def load(path: str | os.PathLike[str]) -> Frozen:
@@ -66,6 +64,20 @@ def load(path: str | os.PathLike[str]) -> Frozen:
         OSError: it cannot be read.
     """
     return Frozen(store.load(path))
+
+
+def _planned(model: nn.Module, masks: Mapping[int, tuple[str, Tensor]], arguments: tuple[Any, ...]) -> Frozen:
+    """With its first plan: sizes that depend on values show there.
+
+    Raises:
+        Untraceable: it is no graph of the shapes of its inputs.
+    """
+    plan = Frozen(trace(model, masks, arguments))
+    try:
+        plan(*arguments)
+    except (NotImplementedError, RuntimeError) as error:
+        raise Untraceable(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}") from error
+    return plan
 
 
 def _check(model: nn.Module) -> None:
@@ -97,9 +109,8 @@ def _by_parts(
             path = f"{prefix}{name}"
             if path in seen and any(True for _ in child.parameters()):
                 try:
-                    part = Frozen(trace(child, masks_of, seen[path]))
-                    part(*seen[path])
-                except (Untraceable, ValueError):
+                    part = _planned(child, masks_of, seen[path])
+                except Untraceable:
                     pass
                 else:
                     parts[path] = part
@@ -135,7 +146,7 @@ def _arguments_of_parts(model: nn.Module, arguments: tuple[Any, ...]) -> dict[st
     hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in names]
     try:
         with torch.no_grad(), kept_rng():
-            model(*arguments)
+            run_once(model, arguments)
     finally:
         for hook in hooks:
             hook.remove()

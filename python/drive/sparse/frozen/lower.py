@@ -186,6 +186,11 @@ def _channels_last(value: Any) -> Any:
     return value.contiguous(memory_format=torch.channels_last) if image else value
 
 
+def _compiled() -> bool:
+    """Is the engine there? Where nothing was compiled, PyTorch's own layers serve."""
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key("drive::engine_run", "CPU"))
+
+
 def _density(graph: Graph, shapes: Mapping[str, Shape]) -> float:
     """Share of the convolutions' multiply-adds that is left."""
     left = all_of_them = 0
@@ -204,6 +209,8 @@ def lower(graph: Graph, inputs: Sequence[Any]) -> Runner:
     leave it and come back, or half of the multiply-adds are left.
     """
     threads = torch.get_num_threads()
+    if not _compiled():
+        return Runner(graph, inputs, threads, CONTIGUOUS)
     runner = Runner(graph, inputs, threads)
     if runner.levels <= 1 and runner.density <= _TRIED:
         return runner

@@ -17,15 +17,11 @@ from torch.utils import _pytree as pytree
 from drive.targets.restore import kept_rng
 
 from .graph import Graph, Input, Node, Ref
-from .guards import readable
+from .guards import holds, readable
 
 # What changes nothing, in a network that does not train. Checks of sizes are kept as guards.
-_NOTHING = (
-    "aten.alias.default",
-    "aten.detach.default",
-    "aten.dropout.default",
-    "aten.lift_fresh_copy.default",
-)
+_NOTHING = ("aten.alias.default", "aten.detach.default", "aten.lift_fresh_copy.default")
+_DROPOUT = "aten.dropout.default"
 _CHECKS = ("aten._assert_tensor_metadata.default", "aten.sym_constrain_range_for_size.default")
 
 
@@ -52,6 +48,8 @@ def trace(model: nn.Module, masks: Mapping[int, tuple[str, Tensor]], arguments: 
         **signature.inputs_to_buffers,
         **signature.inputs_to_lifted_tensor_constants,
     }
+    if others := [str(o.target) for o in signature.output_specs if o.kind.name != "USER_OUTPUT"]:
+        raise Untraceable(f"it writes to {others[0]}")
     originals = dict(model.named_parameters(remove_duplicate=False))
     constants: dict[str, Tensor] = {}
     masked: dict[str, str] = {}
@@ -87,6 +85,7 @@ def _export(model: nn.Module, arguments: tuple[Any, ...]) -> ExportedProgram:
     doubled = pytree.tree_map_only(Tensor, lambda t: torch.cat([t, t]), arguments) if single else arguments
     flat = all(isinstance(argument, Tensor) for argument in arguments)  # else guards could not be read
     with torch.no_grad(), kept_rng(), _quiet():
+        run_once(model, arguments)  # some packages register their results' classes now
         free: list[tuple[tuple[Any, ...], Any]] = [(arguments, None)]
         if flat:
             batch = tuple({0: Dim.AUTO} if t.dim() else None for t in doubled)
@@ -99,7 +98,7 @@ def _export(model: nn.Module, arguments: tuple[Any, ...]) -> ExportedProgram:
         for example, dimensions in free:
             try:
                 exported = torch.export.export(model, example, dynamic_shapes=dimensions, strict=False)
-                if dimensions is None or _all_readable(exported):
+                if dimensions is None or _for_this(exported, arguments):
                     functional: ExportedProgram = exported.run_decompositions({})  # nothing in place any more
                     return functional
             except Exception as error:  # of the model's own code, or of any part of the exporter
@@ -107,11 +106,17 @@ def _export(model: nn.Module, arguments: tuple[Any, ...]) -> ExportedProgram:
     raise Untraceable(f"{type(why).__name__}: {(str(why).splitlines() or [''])[0]}") from why
 
 
-def _all_readable(exported: ExportedProgram) -> bool:
-    """Can it be told for which sizes the graph is right?"""
+def run_once(model: nn.Module, arguments: tuple[Any, ...]) -> None:
+    """The model as it is, on buffers that are copies: those that it writes to stay as they were."""
+    torch.func.functional_call(model, {name: b.clone() for name, b in model.named_buffers()}, arguments)
+
+
+def _for_this(exported: ExportedProgram, arguments: tuple[Any, ...]) -> bool:
+    """Can it be told for which sizes the graph is right, and is it for the example's?"""
     names = [name for name in exported.graph_signature.user_inputs if isinstance(name, str)]
+    sizes = {name: tuple(t.shape) for name, t in zip(names, arguments, strict=True)}
     found = getattr(exported, "_guards_code", None)
-    return found is not None and all(readable(guard, names) for guard in found)
+    return found is not None and all(readable(g, names) and holds(g, sizes) for g in found)
 
 
 def _pads(model: nn.Module, arguments: tuple[Any, ...]) -> bool:
@@ -182,7 +187,8 @@ class _Reader:
             if node.op != "call_function" or str(node.target) in _CHECKS:
                 continue
             target = _name(node.target)
-            if target in _NOTHING and isinstance(node.args[0], fx.Node):
+            if target in _NOTHING or (target == _DROPOUT and not node.args[2]):
+                assert isinstance(node.args[0], fx.Node)
                 self._renamed[node.name] = self._renamed.get(node.args[0].name, node.args[0].name)
                 continue
             values: dict[str, None] = {}
@@ -197,6 +203,8 @@ class _Reader:
             return None
         if not isinstance(value, fx.Node):
             raise Untraceable(f"an output that is no tensor: {value!r}")
+        if value.name in self._constants:
+            raise Untraceable(f"an output that is a parameter: {self._constants[value.name]}")
         return self._renamed.get(value.name, value.name)
 
     def _plain(self, argument: Any, values: dict[str, None]) -> Any:
