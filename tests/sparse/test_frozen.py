@@ -203,6 +203,24 @@ def test_sizes_that_the_models_code_decides_by():
         plan(torch.randn(2, 3, 17, 16))
 
 
+def test_images_of_another_batch_inside():
+    """A model may stack its inputs, or fold frames into the batch."""
+
+    class Stacks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            return self.second(torch.cat([y, y.flip(3), y * 2]))
+
+    model, masks = pruned(Stacks())
+    for batch in (1, 2, 5):
+        x = torch.randn(batch, 3, 12, 12)
+        assert error(freeze(model, masks, x), model, x) < TOLERANCE
+
+
 class Untraceable(Small):
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         found = super().forward(x)

@@ -40,6 +40,17 @@ def test_batches(batch: int):
         assert n.error({"c", "d", "e"}, threads) < TOLERANCE
 
 
+@pytest.mark.parametrize("batch", (1, 4, 16, 32))
+def test_a_residual_that_a_later_phase_reads_too(batch: int):
+    """Its last reader adds in place; another one, of more images a unit, comes before it in the graph, and runs after."""
+    n = Network(torch.randn(batch, 16, 56, 56, generator=torch.Generator().manual_seed(batch)))
+    n.conv("r", "x", outputs=64)
+    n.conv("small", "r", outputs=256, stride=4)
+    n.conv("smaller", "small", outputs=512, stride=2)
+    n.conv("sum", "x", "r", outputs=64)
+    assert n.error({"sum", "small", "smaller"}, 2) < TOLERANCE
+
+
 @pytest.mark.parametrize("groups", (1, 2, 4, 32))
 def test_groups_and_asymmetric_padding(groups: int):
     n = Network(torch.randn(2, 32, 13, 9))

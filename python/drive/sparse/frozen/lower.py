@@ -94,14 +94,18 @@ def _run(steps: Sequence[tuple[str, Callable[[Values], Any]]], values: Values) -
 
 
 def in_lanes(graph: Graph, shapes: Mapping[str, Shape]) -> set[str]:
-    """Names of the nodes that are the engine's."""
+    """Names of the nodes that are the engine's: those that work on as many images as the first one."""
     found: set[str] = set()
+    batch: int | None = None
     for node in graph:
         if node.kind not in _IN_LANES or not _is_image(shapes.get(node.inputs[0])):
             continue
         starts = node.kind == "conv"
         if (starts or any(name in found for name in node.inputs)) and _fits(node, graph, shapes):
-            found.add(node.name)
+            images = {shapes[name][0] for name in (*node.inputs, node.name)}
+            if images == {shapes[node.name][0] if batch is None else batch}:
+                batch = shapes[node.name][0]
+                found.add(node.name)
     return found
 
 

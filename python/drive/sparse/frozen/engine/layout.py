@@ -140,7 +140,9 @@ class Layout:
         input, residual = node.inputs
         alone = residual in self._makers and not {node.name, residual} & self.home.keys()
         last = readers[residual][-1] == node.name and residual != input
-        return alone and last and self.as_it_is(residual, self.reads[node.name, 1])
+        # those who want other lanes may run in a later phase, though they come before in the graph
+        others = any(value == residual for value, *_ in self.moved_border)
+        return alone and last and not others and self.as_it_is(residual, self.reads[node.name, 1])
 
     def _share_borders(self) -> None:
         """Values that share a room have the same border."""
