@@ -15,6 +15,7 @@ from drive.targets.wrappers import named_modules, unwrap
 
 from .chains import link, trace
 from .following import Following, follow
+from .frozen.plan import OtherInput
 from .frozen.trace import Untraceable
 from .gpu import candidates, reasons_against
 from .laid_out import KINDS as LAID_OUT
@@ -78,7 +79,7 @@ def convert(
         choices.append(choice)
         if found is not None:
             layers[name] = found
-    ways = _ways(model, layers, masks_of, inputs)
+    ways = _ways(model, layers, masks_of, inputs, not deterministic)
     whole: dict[str, float] = {}
     if deterministic:
         way = next(w for w in (PLAN, CHAINS, BY_LAYER, "dense") if w in ways)
@@ -96,12 +97,13 @@ def _ways(
     layers: Mapping[str, nn.Module],
     masks_of: Mapping[int, Tensor],
     inputs: tuple[Any, ...],
+    measured: bool,
 ) -> dict[str, nn.Module]:
     """The whole model in each way that there is."""
     ways: dict[str, nn.Module] = {"dense": _copied(model)}
     if any(isinstance(module, nn.Conv2d) for module in model.modules()):
         ways[CHANNELS_LAST] = _copied(model)
-    if not model.training and (planned := _planned(model, layers, masks_of, inputs)) is not None:
+    if not model.training and (planned := _planned(model, layers, masks_of, inputs, measured)) is not None:
         ways[PLAN] = planned
     if layers:
         ways[BY_LAYER] = _replaced(model, layers)
@@ -225,7 +227,11 @@ def _replaced(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:
 
 
 def _planned(
-    model: nn.Module, layers: Mapping[str, nn.Module], masks_of: Mapping[int, Tensor], inputs: tuple[Any, ...]
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    masks_of: Mapping[int, Tensor],
+    inputs: tuple[Any, ...],
+    measured: bool,
 ) -> nn.Module | None:
     """None: it is no model for `drive.sparse.freeze`, or no convolution of it is in one program."""
     if any(p.device.type != "cpu" or p.dtype != torch.float32 for p in model.parameters()):
@@ -235,9 +241,9 @@ def _planned(
     named = {id(p): name for name, p in model.named_parameters()}
     replaced = _replaced(model, layers) if layers else _copied(model)
     try:
-        plan = Following(model, {key: (named[key], mask) for key, mask in masks_of.items()}, inputs)
-        plan(*inputs)
-    except (Untraceable, ValueError):
+        plan = Following(model, {key: (named[key], mask) for key, mask in masks_of.items()}, inputs, measured)
+        plan.begin(inputs)
+    except (Untraceable, OtherInput):
         return None
     follow(replaced, plan)
     return replaced

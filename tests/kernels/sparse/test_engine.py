@@ -42,7 +42,7 @@ def test_batches(batch: int):
 
 @pytest.mark.parametrize("batch", (1, 4, 16, 32))
 def test_a_residual_that_a_later_phase_reads_too(batch: int):
-    """Its last reader adds in place; another one, of more images a unit, comes before it in the graph, and runs after."""
+    """Its last reader adds in place; another, of more images a unit, stands before it, and runs after."""
     n = Network(torch.randn(batch, 16, 56, 56, generator=torch.Generator().manual_seed(batch)))
     n.conv("r", "x", outputs=64)
     n.conv("small", "r", outputs=256, stride=4)

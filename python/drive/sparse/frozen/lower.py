@@ -49,7 +49,8 @@ class Runner:
     """
 
     def __init__(self, graph: Graph, inputs: Sequence[Any], threads: int, way: str = ENGINE):
-        graph = fuse(specialise(graph, meta_values(graph, inputs)), meta_values(graph, inputs))
+        values = meta_values(graph, inputs)
+        graph = fuse(specialise(graph, values), values)
         shapes = {n: v.shape for n, v in meta_values(graph, inputs).items() if isinstance(v, Tensor)}
         self.nodes = [Node(node.name, node.kind, node.inputs, dict(node.options)) for node in graph]
         self.way = way
@@ -206,11 +207,12 @@ def _density(graph: Graph, shapes: Mapping[str, Shape]) -> float:
     return left / max(all_of_them, 1)
 
 
-def lower(graph: Graph, inputs: Sequence[Any]) -> Runner:
+def lower(graph: Graph, inputs: Sequence[Any], measured: bool) -> Runner:
     """What runs a graph for inputs like these, with as many threads as torch has now.
 
     The engine is tried against PyTorch's own layers, on these inputs, where it may be slower: where values
-    leave it and come back, or half of the multiply-adds are left.
+    leave it and come back, or half of the multiply-adds are left. Not `measured`: PyTorch's
+    have it from more than half on.
     """
     threads = torch.get_num_threads()
     if not _compiled():
@@ -218,6 +220,8 @@ def lower(graph: Graph, inputs: Sequence[Any]) -> Runner:
     runner = Runner(graph, inputs, threads)
     if runner.levels <= 1 and runner.density <= _TRIED:
         return runner
+    if not measured:
+        return runner if runner.density <= _TRIED else Runner(graph, inputs, threads, CONTIGUOUS)
     ways = {ENGINE: runner, **{way: Runner(graph, inputs, threads, way) for way in WAYS if way != ENGINE}}
     seconds = interleaved({way: partial(found, inputs) for way, found in ways.items()}, seconds=_TRIAL)
     return ways[min(seconds, key=seconds.__getitem__)]

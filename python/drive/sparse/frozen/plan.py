@@ -16,8 +16,13 @@ from torch.utils import _pytree as pytree
 from . import guards, store
 from .graph import Graph, Input, Ref
 from .lower import Runner, lower
+from .trace import Untraceable
 
 _PLANS = 8  # of sizes; the one that was not used for longest goes
+
+
+class OtherInput(ValueError):
+    """Arguments that a plan is not for."""
 
 
 class Frozen:
@@ -27,8 +32,8 @@ class Frozen:
     plan of its own, made at its first call and kept (8 at most); several threads may call at once.
     """
 
-    def __init__(self, graph: Graph):
-        self._graph = graph
+    def __init__(self, graph: Graph, measured: bool = True):
+        self._graph, self._measured = graph, measured
         self._runners: OrderedDict[tuple[object, ...], Runner] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -40,11 +45,22 @@ class Frozen:
         """
         leaves, nesting = pytree.tree_flatten((arguments, {}))
         if nesting != self._graph.arguments:
-            raise ValueError(
+            raise OtherInput(
                 f"freeze: arguments must be as in the example ({len(self._graph.inputs)}), got {len(leaves)}"
             )
         results = self._runner(leaves)(leaves)
         return pytree.tree_unflatten(results, self._graph.result)
+
+    def begin(self, arguments: tuple[Any, ...]) -> None:
+        """Make the first plan: what depends on values, not on shapes, shows there.
+
+        Raises:
+            Untraceable: something does.
+        """
+        try:
+            self(*arguments)
+        except (NotImplementedError, RuntimeError) as error:
+            raise Untraceable(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file: the graph as JSON, weights with a mask as their non-zeros; no pickle.
@@ -71,7 +87,7 @@ class Frozen:
             if input.dtype is None:
                 same = type(leaf) is type(input.value) and leaf == input.value
                 if isinstance(leaf, Tensor) or not same:
-                    raise ValueError(
+                    raise OtherInput(
                         f"freeze: {input.name} must be {input.value!r} as in the example, got {leaf!r}"
                     )
                 continue
@@ -87,7 +103,7 @@ class Frozen:
         sizes = {i.name: tuple(t.shape) for i, t in zip(self._graph.inputs, leaves, strict=True) if i.dtype}
         for guard in self._graph.guards:
             if not guards.holds(guard, sizes):
-                raise ValueError(
+                raise OtherInput(
                     f"freeze: sizes must be with {guards.plain(guard)} for this plan, got {sizes}"
                 )
 
@@ -96,7 +112,7 @@ class Frozen:
         with self._lock:
             if (found := self._runners.get(key)) is None:
                 self._check(leaves)
-                found = self._runners[key] = lower(self._graph, leaves)
+                found = self._runners[key] = lower(self._graph, leaves, self._measured)
                 if len(self._runners) > _PLANS:
                     self._runners.popitem(last=False)
             self._runners.move_to_end(key)
@@ -145,22 +161,22 @@ def _kind(leaf: Any) -> object:
 
 def _check_tensor(input: Input, leaf: Any) -> None:
     if not isinstance(leaf, Tensor):
-        raise ValueError(
+        raise OtherInput(
             f"freeze: {input.name} must be a tensor as in the example, got {type(leaf).__name__}"
         )
     if (dtype := str(leaf.dtype).removeprefix("torch.")) != input.dtype:
-        raise ValueError(f"freeze: {input.name} must be {input.dtype} as in the example, got {dtype}")
+        raise OtherInput(f"freeze: {input.name} must be {input.dtype} as in the example, got {dtype}")
     if leaf.device.type != "cpu" or leaf.layout != torch.strided:
         got = f"{leaf.layout} on {leaf.device}"
-        raise ValueError(f"freeze: {input.name} must be a dense tensor on the CPU, got {got}")
+        raise OtherInput(f"freeze: {input.name} must be a dense tensor on the CPU, got {got}")
     if leaf.dim() != len(input.sizes):
         raise _wrong_shape(input, leaf)
 
 
-def _wrong_shape(input: Input, leaf: Tensor, rest: str = "") -> ValueError:
+def _wrong_shape(input: Input, leaf: Tensor, rest: str = "") -> OtherInput:
     expected = "x".join(str(s) if isinstance(s, int) else "any" for s in input.sizes) or "no dimension"
     got = "x".join(map(str, leaf.shape))
-    return ValueError(f"freeze: {input.name} must have sizes {expected}{rest}, got {got}")
+    return OtherInput(f"freeze: {input.name} must have sizes {expected}{rest}, got {got}")
 
 
 def _report(graph: Graph, runner: Runner) -> str:

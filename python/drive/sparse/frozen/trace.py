@@ -40,7 +40,7 @@ def trace(model: nn.Module, masks: Mapping[int, tuple[str, Tensor]], arguments: 
     Raises:
         Untraceable: torch.export cannot make it one graph.
     """
-    exported = _export(model, arguments)
+    exported, guards = _export(model, arguments)
     signature = exported.graph_signature
     states = {**exported.constants, **exported.state_dict}
     lifted = {
@@ -70,22 +70,22 @@ def trace(model: nn.Module, masks: Mapping[int, tuple[str, Tensor]], arguments: 
         else:
             inputs.append(_input(node, leaves[len(inputs)]))
     nodes, outputs = _Reader(names).read(exported.graph.nodes)
-    guards, ranges = _guards(exported, inputs)
     return Graph(
-        inputs, nodes, outputs, constants, masked, ranges, guards,
+        inputs, nodes, outputs, constants, masked, _ranges(exported, inputs), guards,
         exported.call_spec.in_spec, exported.call_spec.out_spec,
     )  # fmt: skip
 
 
-def _export(model: nn.Module, arguments: tuple[Any, ...]) -> ExportedProgram:
-    """With as many free dimensions as the model allows: all, the first ones, none."""
+def _export(model: nn.Module, arguments: tuple[Any, ...]) -> tuple[ExportedProgram, list[str]]:
+    """With as many free dimensions as the model allows, all, the first ones, none; and their guards."""
     tensors = [t for t in pytree.tree_leaves(arguments) if isinstance(t, Tensor)]
     # A dimension of 1 would be taken for a constant, so an example of one image is made two.
     single = bool(tensors) and all(t.dim() > 0 and t.shape[0] == 1 for t in tensors)
     doubled = pytree.tree_map_only(Tensor, lambda t: torch.cat([t, t]), arguments) if single else arguments
     flat = all(isinstance(argument, Tensor) for argument in arguments)  # else guards could not be read
-    with torch.no_grad(), kept_rng(), _quiet():
+    with torch.no_grad(), kept_rng():
         run_once(model, arguments)  # some packages register their results' classes now
+    with torch.no_grad(), kept_rng(), _quiet():
         free: list[tuple[tuple[Any, ...], Any]] = [(arguments, None)]
         if flat:
             batch = tuple({0: Dim.AUTO} if t.dim() else None for t in doubled)
@@ -99,8 +99,8 @@ def _export(model: nn.Module, arguments: tuple[Any, ...]) -> ExportedProgram:
             try:
                 exported = torch.export.export(model, example, dynamic_shapes=dimensions, strict=False)
                 if dimensions is None or _for_this(exported, arguments):
-                    functional: ExportedProgram = exported.run_decompositions({})  # nothing in place any more
-                    return functional
+                    guards = list(getattr(exported, "_guards_code", []))
+                    return exported.run_decompositions({}), guards  # nothing is written in place any more
             except Exception as error:  # of the model's own code, or of any part of the exporter
                 why = error
     raise Untraceable(f"{type(why).__name__}: {(str(why).splitlines() or [''])[0]}") from why
@@ -156,10 +156,8 @@ def _input(node: fx.Node, leaf: Any) -> Input:
     return Input(node.name, sizes, str(value.dtype).removeprefix("torch."))
 
 
-def _guards(
-    exported: ExportedProgram, inputs: list[Input]
-) -> tuple[list[str], dict[str, tuple[int, int | None]]]:
-    """Conditions on the sizes, and least and most of each symbol."""
+def _ranges(exported: ExportedProgram, inputs: list[Input]) -> dict[str, tuple[int, int | None]]:
+    """Least and most of each symbol."""
     symbols = {size for input in inputs for size in input.sizes if isinstance(size, str)}
     ranges: dict[str, tuple[int, int | None]] = {}
     for symbol, bounds in exported.range_constraints.items():
@@ -167,7 +165,7 @@ def _guards(
             # free, a size was assumed not to be 0 or 1; what depends on that is a guard
             least, most = int(bounds.lower), bounds.upper
             ranges[str(symbol)] = (1 if least == 2 else least, int(most) if most.is_Integer else None)
-    return list(getattr(exported, "_guards_code", [])), ranges
+    return ranges
 
 
 class _Reader:

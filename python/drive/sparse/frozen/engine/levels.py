@@ -25,6 +25,8 @@ from .tiles import choose
 # Room for the sums of a block of outputs (tiles.py), and for the last tile's.
 _SUMS = 1_000_000 // 4
 
+_ABSENT = torch.empty(0)  # an input that is not there yet
+
 
 class Engine:
     """Programs for one shape of the inputs.
@@ -276,7 +278,7 @@ class Call:
     def __init__(self, engine: Engine):
         self._engine = engine
         shapes = [engine._shapes[name] for name in engine.outputs]
-        self._plain = [torch.empty(0)] * len(engine.inputs) + [torch.empty(shape) for shape in shapes]
+        self._plain = [_ABSENT] * len(engine.inputs) + [torch.empty(shape) for shape in shapes]
 
     def __enter__(self) -> Call:
         try:
@@ -292,7 +294,7 @@ class Call:
         """Take what there is of the inputs from `values`."""
         engine = self._engine
         for i, name in enumerate(engine.inputs):
-            if name in values:
+            if self._plain[i] is _ABSENT and name in values:
                 self._plain[i] = values[name].contiguous()
         torch.ops.drive.engine_run(
             self._plain, engine._program, engine._phases[level], engine._chained[level], engine._tensors,
