@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import drive
 from drive.sparse import Frozen, PartlyFrozen, freeze
+from drive.sparse.frozen import lower
 from drive.sparse.frozen.reference import run_reference
 
 TOLERANCE = 1e-5  # of the largest output, float32
@@ -161,12 +162,25 @@ def test_what_is_pruned_does_not_matter_and_the_model_may_change():
     assert torch.equal(plan(x)["logits"], expected)
 
 
-def test_hardly_pruned_networks_may_stay_pytorchs():
+@pytest.mark.parametrize("way", lower.WAYS)
+def test_hardly_pruned_networks_go_the_fastest_way(way: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(lower, "interleaved", lambda runs, **_: {name: float(name != way) for name in runs})
     model, masks = pruned(Small(), density=0.97)
     x = torch.randn(2, 3, 16, 16)
     plan = freeze(model, masks, x)
+    (runner,) = plan._runners.values()
+    assert runner.way == way
+    assert bool(runner.in_lanes) == (way == lower.ENGINE)
     assert error(plan, model, x) < TOLERANCE
-    assert "called as they are" in plan.report
+
+
+def test_where_nothing_is_compiled_pytorchs_layers_serve(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(lower, "_compiled", lambda: False)
+    model, masks = pruned(Small())
+    x = torch.randn(2, 3, 16, 16)
+    plan = freeze(model, masks, x)
+    assert "in lanes (0 programs): nothing" in plan.report
+    assert error(plan, model, x) < TOLERANCE
 
 
 def test_shared_weights_and_several_inputs():
@@ -242,7 +256,7 @@ def test_a_model_that_is_no_graph_is_frozen_by_parts():
 
 
 class Counts(nn.Module):
-    """Writes to a buffer, which a plan would forget; drops units in evaluation too."""
+    """Writes to a buffer, which a plan would forget."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -81,7 +81,13 @@ def test_foreign_and_later_files(file: Path):
 def test_ops_that_are_not_known(file: Path):
     with safetensors.safe_open(file, framework="pt") as opened:
         graph = json.loads(opened.metadata()["graph"])
-    for target in ("os.system", "operator.__import__", "aten.no_such_op.default", "builtins.eval"):
+    for target in (
+        "os.system",
+        "operator.__import__",
+        "aten.no_such_op.default",
+        "builtins.eval",
+        "aten.from_file.default",
+    ):
         graph["nodes"][0][3]["dict"]["target"] = target
         rewritten(file, graph=json.dumps(graph))
         with pytest.raises(ValueError, match=f"ops must be known to this PyTorch, got '{target}'"):

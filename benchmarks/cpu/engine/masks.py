@@ -18,7 +18,7 @@ ITERATIONS, IMAGES, BATCHES = (
     5,
     4,
     5,
-)  # of DRIVE, on noise: what survives need not be good, but unlike uniform
+)  # of DRIVE, on noise: survivors need not be good, but not uniform
 
 
 def sparse_network(name: str, kind: str, sparsity: float, folder: Path) -> tuple[nn.Module, drive.Masks]:

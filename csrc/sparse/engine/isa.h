@@ -74,8 +74,6 @@ struct Kernels {
   void (*largest)(const float* from, int64_t rows, int64_t row, int64_t cols, int64_t col, float* to);
   // sum += the lanes of a that mask has
   void (*accumulate)(const float* a, uint16_t mask, float* sum);
-  // 16 rows of 16 floats (null: zeros) become 16 vectors, one a column.
-  void (*transpose)(const float* const* rows, float* to);
   // lane i becomes from[offsets[i]] where mask has bit i, else `fill`
   void (*gather)(const float* from, const int32_t* offsets, uint16_t mask, float fill, float* to);
   int64_t most_sums;  // positions of a tile

@@ -174,11 +174,11 @@ void run(const PoolStep& s, const Memory& m, const Unit& unit, int64_t row) {
 }
 
 void run(const AddStep& s, const Memory& m, const Unit& unit, int64_t row) {
-  const Field a(s.a, m, unit), out(s.out, m, unit);
+  const Field a(s.a, m, unit), b(s.b, m, unit), out(s.out, m, unit);
   const Finish finish = finish_of(s.act);
   for (int64_t c = 0; c < s.channels; ++c) {
-    const float* const b = s.b.base >= 0 ? Field(s.b, m, unit).at(row, c, 0) : nullptr;
-    kernels().add(a.at(row, c, 0), b, out.at(row, c, 0), s.out.cols, finish);
+    const float* const other = s.b.base >= 0 ? b.at(row, c, 0) : nullptr;
+    kernels().add(a.at(row, c, 0), other, out.at(row, c, 0), s.out.cols, finish);
   }
 }
 

@@ -12,7 +12,7 @@ from processes import run_on
 
 from drive.sparse.frozen.engine import Engine
 from drive.sparse.frozen.engine.lanes import cut
-from drive.sparse.frozen.engine.tiles import choose
+from drive.sparse.frozen.engine.tiles import Work, choose
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -110,7 +110,7 @@ def test_walks_fit_the_registers_and_the_outputs():
     for lanes in (cut(1, 4, 4, 56, 56), cut(16, 1, 1, 7, 7), cut(1, 8, 2, 13, 29)):
         for kernel, stride in (((1, 1), (1, 1)), ((3, 3), (2, 2)), ((7, 7), (2, 2))):
             for threads in (1, 2, 8):
-                walk = choose(lanes, 64, 128, 3000, kernel, stride, 1, threads)
+                walk = choose(Work(lanes, 64, 128, 3000, kernel, stride, threads), 1)
                 assert 1 <= walk.tile[0] * walk.tile[1] <= torch.ops.drive.engine_sums()
                 assert 1 <= walk.block <= 128
                 assert 1 <= walk.in_block <= 64

@@ -41,12 +41,16 @@ DRIVE_INLINE V<float> exponential(V<float> x) {
   return fma(p, x * x, x + 1.0f) * reinterpret_cast<V<float>>(bits);
 }
 
+DRIVE_INLINE V<float> clamped(V<float> x, const engine::Finish& f) {
+  return smaller(fill(f.high), larger(fill(f.low), x));
+}
+
 DRIVE_INLINE V<float> finished(V<float> x, const engine::Finish& f) {
   if (f.then == engine::Activation::silu) return x / (1.0f + exponential(-x));
   if (f.then == engine::Activation::hardswish) {
     return x * smaller(fill(6.0f), larger(fill(0.0f), x + 3.0f)) * (1.0f / 6.0f);
   }
-  return smaller(fill(f.high), larger(fill(f.low), x));
+  return clamped(x, f);
 }
 
 }  // namespace DRIVE_ISA

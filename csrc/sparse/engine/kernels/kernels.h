@@ -18,7 +18,6 @@ inline engine::Kernels engine_kernels() {
   found.scale = &scale;
   found.largest = &largest;
   found.accumulate = &accumulate;
-  found.transpose = &transpose;
   found.gather = &gather;
   found.most_sums = kMostSums;
   return found;

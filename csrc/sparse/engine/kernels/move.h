@@ -64,11 +64,5 @@ DRIVE_TARGET inline void gather(const float* from, const int32_t* offsets, uint1
 #endif
 }
 
-DRIVE_TARGET inline void transpose(const float* const* rows, float* to) {
-  for (int lane = 0; lane < kLanes; ++lane) {
-    for (int j = 0; j < kLanes; ++j) to[j * kLanes + lane] = rows[lane] ? rows[lane][j] : 0.0f;
-  }
-}
-
 }  // namespace DRIVE_ISA
 }  // namespace drive

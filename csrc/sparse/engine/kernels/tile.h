@@ -100,7 +100,7 @@ struct TileOf {
           const int64_t at = x * kLanes + i * Register<float>::N;
           if (residual) a[y][x][i] += read(residual + y * t.residual_row + at);
           if (t.finish.then == engine::Activation::none) {
-            write(out + y * t.out_row + at, smaller(fill(t.finish.high), larger(fill(t.finish.low), a[y][x][i])));
+            write(out + y * t.out_row + at, clamped(a[y][x][i], t.finish));
           } else {
             write(out + y * t.out_row + at, a[y][x][i]);
           }

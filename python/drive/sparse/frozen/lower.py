@@ -25,7 +25,9 @@ from .specialise import specialise
 Shape = torch.Size
 Values = dict[str, Any]
 
-# A Linear layer, or a convolution of single pixels, by its non-zeros: from so few on it is faster.
+# A Linear layer, or a convolution of single pixels, goes by its non-zeros up to this density: at 30 %,
+# 2048-1000 and 4096-4096 took dense 1.0 to 3.3 times as long, with 1 to 64 rows (AMD EPYC, 2 threads);
+# 512-10 0.4 to 0.8, of some us.
 _SPARSE_LINEAR = 0.3
 
 # The engine is tried against PyTorch's layers, for so many seconds each, from such a density on. It was

@@ -83,17 +83,17 @@ class Layout:
                 order.append(plane)
             return stages[plane]
 
-        in_lanes: list[str] = []
+        in_lanes: dict[str, None] = {}
         for node in self._nodes:
             sources = node.inputs[:1] if node.kind == "scale" else node.inputs
             for value in sources:
                 if value not in in_lanes:
                     reach(value)
-                    in_lanes.append(value)
+                    in_lanes[value] = None
             if node.kind == "global_mean":
                 continue
             stage, window = reach(node.name), self.window(node)
-            in_lanes.append(node.name)
+            in_lanes[node.name] = None
             channels = self._shapes[node.name][1]
             if node.kind == "conv":
                 stage.taps += int(self._constants[node.options["weight"]].count_nonzero())

@@ -6,7 +6,6 @@ run with the others' nodes between them; values stay where they lie.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,7 +19,7 @@ from .lanes import Field, Lanes
 from .layout import Layout, Shape
 from .program import Place, Program, Room
 from .rooms import Phase, Step, arrange, room_size
-from .tiles import choose
+from .tiles import MOST_WAITING, Work, choose
 
 # Room for the sums of a block of outputs (tiles.py), and for the last tile's.
 _SUMS = 1_000_000 // 4
@@ -63,7 +62,7 @@ class Engine:
                 self._emit(node)
         self._write()
 
-    def _add(self, lanes: Lanes, reads: Sequence[Place | None], writes: Sequence[Place], write: Any) -> None:
+    def _step(self, lanes: Lanes, reads: Sequence[Place | None], writes: Sequence[Place], write: Any) -> None:
         step = Step([p.room for p in reads if p], [p.room for p in writes], write)
         self._steps.setdefault((self._level, lanes.images), []).append(step)
 
@@ -98,7 +97,7 @@ class Engine:
             area = field.lanes.height * field.lanes.width
             offsets, masks = lanes_of.plain_offsets(field, area * channels, True)
             number = self._plain[value]
-            self._add(field.lanes, [], [place], lambda p: p.enter(number, place, offsets, masks, channels))
+            self._step(field.lanes, [], [place], lambda p: p.enter(number, place, offsets, masks, channels))
             self._places[value] = place
         return self._places[value]
 
@@ -116,7 +115,7 @@ class Engine:
             target = Place(Room(room_size(field.floats)), field)
             moves = lanes_of.between(source.field, source.room.floats, field, read.moved)
             units, parts = max(read.lanes.images // source.field.lanes.images, 1), self._parts(read.lanes)
-            self._add(
+            self._step(
                 read.lanes,
                 [source],
                 [target],
@@ -126,8 +125,7 @@ class Engine:
         return self._moved[key]
 
     def _emit(self, node: Node) -> None:
-        emit = {"add": self._add_node}.get(node.kind) or getattr(self, f"_{node.kind}")
-        emit(node)
+        getattr(self, f"_{node.kind}")(node)
         if node.kind == "global_mean":
             return
         place, channels = self._places[node.name], self._shapes[node.name][1]
@@ -135,14 +133,17 @@ class Engine:
         if node.name in self._plain:
             number, field = self._plain[node.name], Field(lanes, channels)  # of a plain tensor: no border
             offsets, masks = lanes_of.plain_offsets(field, lanes.height * lanes.width * channels, False)
-            self._add(lanes, [place], [], lambda p: p.leave(place, number, offsets, masks, channels))
+            self._step(lanes, [place], [], lambda p: p.leave(place, number, offsets, masks, channels))
         # a concatenation's channels have their borders from those who wrote them, or from here
-        if node.kind not in ("cat", "slice") and place.field.top + place.field.left > 0:
-            moves, parts = lanes_of.halo(place.field), self._parts(lanes)
-            if moves.positions.numel():
-                self._add(
-                    lanes, [place], [place], lambda p: p.move(place, place, 1, moves, channels, parts, False)
-                )
+        if node.kind not in ("cat", "slice"):
+            self._fill_border(place, channels)
+
+    def _fill_border(self, place: Place, channels: int) -> None:
+        lanes = place.field.lanes
+        if place.field.top + place.field.left == 0:
+            return
+        moves, parts = lanes_of.halo(place.field), self._parts(lanes)
+        self._step(lanes, [place], [place], lambda p: p.move(place, place, 1, moves, channels, parts, False))
 
     def _conv(self, node: Node) -> None:
         o = node.options
@@ -166,15 +167,14 @@ class Engine:
         lanes = target.field.lanes
         span = (1 + (kernel[0] - 1) * dilation[0], 1 + (kernel[1] - 1) * dilation[1])
         taps = int(weight.count_nonzero())
-        walk = choose(
-            lanes, weight.shape[1], weight.shape[0], taps, span, read.stride, groups, self._parts(lanes)
-        )
+        work = Work(lanes, weight.shape[1], weight.shape[0], taps, span, read.stride, self._parts(lanes))
+        walk = choose(work, groups)
         packed = torch.ops.drive.engine_pack(
             weight.contiguous(), groups, walk.block, walk.in_block, padding, dilation,
             [source.field.channels, source.field.pitch],
         )  # fmt: skip
         in_blocks = -(-weight.shape[1] // walk.in_block)
-        self._add(
+        self._step(
             lanes,
             [source, residual],
             [target],
@@ -187,7 +187,7 @@ class Engine:
         kernel, _, padding, dilation = self.layout.window(node) or ([], [], [], [])
         source, read = self._read(node, 0), self.layout.reads[node.name, 0]
         target, channels = self._room_for(node.name), self._shapes[node.name][1]
-        self._add(
+        self._step(
             target.field.lanes,
             [source],
             [target],
@@ -197,12 +197,12 @@ class Engine:
     def _act(self, node: Node) -> None:
         self._sum(self._read(node, 0), None, self._room_for(node.name), node)
 
-    def _add_node(self, node: Node) -> None:
+    def _add(self, node: Node) -> None:
         self._sum(self._read(node, 0), self._read(node, 1), self._room_for(node.name), node)
 
     def _sum(self, a: Place, b: Place | None, target: Place, node: Node) -> None:
         channels, act = self._shapes[node.name][1], node.options.get("act", "")
-        self._add(target.field.lanes, [a, b], [target], lambda p: p.add(a, b, target, channels, act))
+        self._step(target.field.lanes, [a, b], [target], lambda p: p.add(a, b, target, channels, act))
 
     def _cat(self, node: Node) -> None:
         whole, first = self._room_for(node.name), 0
@@ -215,12 +215,8 @@ class Engine:
 
     def _copy(self, source: Place, target: Place, channels: int) -> None:
         lanes = target.field.lanes
-        self._add(lanes, [source], [target], lambda p: p.add(source, None, target, channels, ""))
-        if target.field.top + target.field.left > 0:
-            moves, parts = lanes_of.halo(target.field), self._parts(lanes)
-            self._add(
-                lanes, [target], [target], lambda p: p.move(target, target, 1, moves, channels, parts, False)
-            )
+        self._step(lanes, [source], [target], lambda p: p.add(source, None, target, channels, ""))
+        self._fill_border(target, channels)
 
     def _slice(self, node: Node) -> None:
         whole = self._source(node.inputs[0])
@@ -229,39 +225,41 @@ class Engine:
     def _scale(self, node: Node) -> None:
         source, target = self._read(node, 0), self._room_for(node.name)
         number, channels = self._plain[node.inputs[1]], self._shapes[node.name][1]
-        self._add(target.field.lanes, [source], [target], lambda p: p.scale(source, target, number, channels))
+        self._step(
+            target.field.lanes, [source], [target], lambda p: p.scale(source, target, number, channels)
+        )
 
     def _global_mean(self, node: Node) -> None:
         source, number = self._source(node.inputs[0]), self._plain[node.name]
         lanes, channels = source.field.lanes, self._shapes[node.inputs[0]][1]
         masks, parts = lanes_of.masks(lanes), self._parts(lanes)
-        self._add(lanes, [source], [], lambda p: p.mean(source, number, masks, channels, parts))
+        self._step(lanes, [source], [], lambda p: p.mean(source, number, masks, channels, parts))
 
     # ---- Programs ----
 
     def _write(self) -> None:
         """Rooms, then the steps as numbers."""
         phases: list[Phase] = []
-        for level, found in itertools.groupby(sorted(self._steps), key=lambda key: key[0]):
+        for level in range(self._level + 1):
             before = 0
-            for _, images in found:
+            for images in sorted(images for at, images in self._steps if at == level):
                 units = self._units(images)
                 ratio = images // before if before else 1
                 phases.append(Phase(level, units, ratio, units >= self._threads, self._steps[level, images]))
                 before = images
         floats = arrange(phases, self._threads)
-        self._sums = (floats, room_size(_SUMS))
+        self._sums = (floats, room_size(MOST_WAITING // 4))
         self._bytes = 4 * (floats + self._sums[1] * self._threads)
         program, self._phases, self._chained = Program(), [], []
-        for _, found_phases in itertools.groupby(phases, key=lambda phase: phase.level):
+        for level in range(self._level + 1):
             rows, chained = [], 0
-            for phase in found_phases:
+            for phase in (phase for phase in phases if phase.level == level):
                 begin = len(program.numbers)
                 for step in phase.steps:
                     step.write(program)
                 rows.append((phase.units, phase.ratio, begin, len(program.numbers)))
                 chained += phase.chained
-            self._phases.append(torch.tensor(rows, dtype=torch.int64))
+            self._phases.append(torch.tensor(rows, dtype=torch.int64).view(-1, 4))
             self._chained.append(chained)
         self._program, self._tensors = program.tensor(), program.constants
         self._arenas: list[Tensor] = []

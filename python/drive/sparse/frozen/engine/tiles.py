@@ -22,7 +22,7 @@ _VECTOR = LANES * 4
 _FROM_L1, _FROM_L2, _EXCESS = 0.62, 0.99, (0.7, 4.0)
 _BROADCAST, _OUTPUT, _SUM, _OUT, _LINE = 0.13, 2.9, 0.95, 2.2, 0.6
 _LATENCY = 3.0  # so many sums hide an FMA's latency
-_MOST_WAITING = 900_000  # bytes of sums between blocks of inputs: nearly L2
+MOST_WAITING = 900_000  # bytes of sums between blocks of inputs: nearly L2
 
 
 @functools.cache
@@ -49,48 +49,42 @@ class Walk:
     cycles: float  # of all tiles and outputs, as the model has it
 
 
-@functools.lru_cache(maxsize=4096)
-def choose(
-    lanes: Lanes,
-    channels: int,
-    outputs: int,
-    taps: int,
-    kernel: tuple[int, int],
-    stride: tuple[int, int],
-    groups: int,
-    threads: int,
-) -> Walk:
-    """The fastest by the model.
+@dataclass(frozen=True)
+class Work:
+    """A convolution.
 
-    Args:
-        lanes: of the output.
-        channels: of a group of the input.
-        outputs: channels of the output.
-        taps: non-zeros of the weight.
-        kernel: what it spans, dilation included.
-        stride: as taken here.
-        groups: of the convolution.
-        threads: that share one unit; 1: each has its own.
+    lanes: of the output.
+    channels: of a group of the input.
+    outputs: channels of the output.
+    taps: non-zeros of the weight.
+    kernel: what it spans, dilation included.
+    stride: as taken here.
+    threads: that share one unit; 1: each has its own.
     """
-    together = outputs // groups if groups > 1 else outputs
-    if together < LANES:  # all groups at once: each output looks at its own channels
-        together, groups = outputs, 1
-        in_blocks = [channels]
-    else:
-        in_blocks = sorted({min(channels, c) for c in (8, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256)})
-        in_blocks.append(channels)
-    blocks = sorted({-(-together // parts) for parts in (1, 2, 3, 4, 6, 8)})
-    best: Walk | None = None
-    for tile in _tiles(lanes):
-        for in_block in in_blocks:
-            for block in blocks:
-                cycles = _cycles(
-                    lanes, channels, outputs, taps, kernel, stride, threads, tile, block, in_block
-                )
-                if best is None or cycles < best.cycles:
-                    best = Walk(tile, block, in_block, cycles)
-    assert best is not None
-    return best
+
+    lanes: Lanes
+    channels: int
+    outputs: int
+    taps: int
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    threads: int
+
+
+@functools.lru_cache(maxsize=4096)
+def choose(work: Work, groups: int) -> Walk:
+    """The fastest by the model."""
+    together = work.outputs // groups
+    in_blocks = {min(work.channels, c) for c in (8, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256)}
+    if groups > 1 and together < LANES:  # all groups at once: each output looks at its own channels
+        together, in_blocks = work.outputs, set()
+    walks = [
+        Walk(tile, block, in_block, _cycles(work, tile, block, in_block))
+        for tile in _tiles(work.lanes)
+        for in_block in sorted(in_blocks | {work.channels})
+        for block in sorted({-(-together // parts) for parts in (1, 2, 3, 4, 6, 8)})
+    ]
+    return min(walks, key=lambda walk: walk.cycles)
 
 
 def _tiles(lanes: Lanes) -> list[tuple[int, int]]:
@@ -106,35 +100,24 @@ def _tiles(lanes: Lanes) -> list[tuple[int, int]]:
     ]
 
 
-def _cycles(
-    lanes: Lanes,
-    channels: int,
-    outputs: int,
-    taps: int,
-    kernel: tuple[int, int],
-    stride: tuple[int, int],
-    threads: int,
-    tile: tuple[int, int],
-    block: int,
-    in_block: int,
-) -> float:
+def _cycles(work: Work, tile: tuple[int, int], block: int, in_block: int) -> float:
     sums = tile[0] * tile[1]
-    in_blocks, out_blocks = -(-channels // in_block), -(-outputs // block)
-    if in_blocks > 1 and block * sums * _VECTOR > _MOST_WAITING:
+    in_blocks, out_blocks = -(-work.channels // in_block), -(-work.outputs // block)
+    if in_blocks > 1 and block * sums * _VECTOR > MOST_WAITING:
         return math.inf
-    seen = math.prod((t - 1) * s + k for t, s, k in zip(tile, stride, kernel, strict=True))
+    seen = math.prod((t - 1) * s + k for t, s, k in zip(tile, work.stride, work.kernel, strict=True))
     in_bytes = seen * in_block * _VECTOR
     low, high = _EXCESS
     missing = min(1.0, max(0.0, (in_bytes / _l1() - low) / (high - low)))
     fma = (_FROM_L1 + (_FROM_L2 - _FROM_L1) * missing) * max(1.0, _LATENCY / sums)
-    cycles = taps * (sums * fma + _BROADCAST) + outputs * in_blocks * _OUTPUT
-    cycles += outputs * sums * (_OUT + (in_blocks - 1) * _SUM)
-    if kernel == (1, 1):  # some lines no tap may ask for
-        lines = in_bytes / _VECTOR * min(1.0, taps / out_blocks / channels)
+    cycles = work.taps * (sums * fma + _BROADCAST) + work.outputs * in_blocks * _OUTPUT
+    cycles += work.outputs * sums * (_OUT + (in_blocks - 1) * _SUM)
+    if work.kernel == (1, 1):  # some lines no tap may ask for
+        lines = in_bytes / _VECTOR * min(1.0, work.taps / out_blocks / work.channels)
     else:
         lines = in_bytes / _VECTOR
     cycles += out_blocks * in_blocks * lines * (1 - missing) * _LINE
-    tiles = -(-lanes.rows // tile[0]) * -(-lanes.cols // tile[1])
+    tiles = -(-work.lanes.rows // tile[0]) * -(-work.lanes.cols // tile[1])
     items = tiles * out_blocks
-    slowest = -(-items // threads) * threads / items
+    slowest = -(-items // work.threads) * work.threads / items
     return cycles * tiles * slowest
